@@ -1,0 +1,43 @@
+# Two commands set everything up on a fresh machine: `make lab` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PORT   ?= 8888
+# Jupyter refuses to run as root (as in a container) unless told to.
+ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: lab test check format notebooks clean
+
+# Everything needed to use the package and its notebooks.
+$(VENV)/.lab: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 lab")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[lab,sample]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.lab
+	$(PIP) -e '.[lab,sample,dev]'
+	touch $@
+
+lab: $(VENV)/.lab
+	$(BIN)/jupyter lab --port $(PORT) $(ROOT_FLAG) notebooks/00-start-here.ipynb
+
+test: $(VENV)/.dev check
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Execute every notebook and store its outputs.
+notebooks: $(VENV)/.dev
+	$(BIN)/python tests/refresh_notebooks.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

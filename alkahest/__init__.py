@@ -1,0 +1,61 @@
+"""Alkahest: merge, measure and study Z-Image checkpoints.
+
+>>> import alkahest as ak
+>>> bridge = ak.open("alkahest_tb1.safetensors").protect("refiner")
+>>> merged = bridge + 171.1 * (ak.open("variant.safetensors") - ak.open("base.safetensors"))
+>>> merged.save("merged.safetensors")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from alkahest.checkpoint import Checkpoint as Checkpoint
+    from alkahest.checkpoint import open as open
+    from alkahest.errors import AlkahestError as AlkahestError
+    from alkahest.expr import Delta as Delta
+    from alkahest.expr import Weights as Weights
+    from alkahest.expr import lerp as lerp
+    from alkahest.expr import weighted_sum as weighted_sum
+    from alkahest.made_up import made_up as made_up
+    from alkahest.methods import dare as dare
+    from alkahest.methods import method as method
+    from alkahest.methods import slerp as slerp
+    from alkahest.methods import ties as ties
+    from alkahest.provenance import read_recipe as read_recipe
+    from alkahest.scalar import param as param
+
+# Public name -> the module that holds it; imported on first use, so that `import alkahest` is quick.
+_PUBLIC = {
+    "AlkahestError": "errors",
+    "Checkpoint": "checkpoint",
+    "Delta": "expr",
+    "Weights": "expr",
+    "dare": "methods",
+    "lerp": "expr",
+    "made_up": "made_up",
+    "method": "methods",
+    "open": "checkpoint",
+    "param": "scalar",
+    "read_recipe": "provenance",
+    "slerp": "methods",
+    "ties": "methods",
+    "weighted_sum": "expr",
+}
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'alkahest' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"alkahest.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

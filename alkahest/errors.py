@@ -1,0 +1,96 @@
+"""Every failure that Alkahest reports on purpose, in one shape.
+
+A message says which operation failed and why, then the file and key it concerns, what was
+expected, what was found, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AlkahestError(Exception):
+    """Base of all errors raised on purpose; catch this one.
+
+    >>> raise AlkahestError("open", "the file ends early", file="a.safetensors", fix="download it again")
+    Traceback (most recent call last):
+    alkahest.errors.AlkahestError: open: the file ends early
+      file: a.safetensors
+      fix: download it again
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        problem: str,
+        *,
+        file: object = None,
+        key: str | None = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.operation = operation
+        self.problem = problem
+        self.file = None if file is None else str(file)
+        self.key = key
+        self.expected = expected
+        self.found = found
+        self.fix = fix
+        facts = [("file", self.file), ("key", key), ("expected", expected), ("found", found), ("fix", fix)]
+        lines = [f"{operation}: {problem}"]
+        lines += [f"  {name}: {_printable(str(value))}" for name, value in facts if value is not None]
+        super().__init__("\n".join(lines))
+
+
+class FileFormatError(AlkahestError):
+    """A file is damaged, lies about itself, or is not a Z-Image checkpoint."""
+
+
+class UnsupportedError(AlkahestError):
+    """A file or option is well formed, but of a kind that Alkahest does not handle."""
+
+
+class MismatchError(AlkahestError):
+    """Two checkpoints of one expression do not have the same tensors."""
+
+
+class AlgebraError(AlkahestError, TypeError):
+    """An expression that has no meaning, such as weights + weights."""
+
+
+class UnknownNameError(AlkahestError, LookupError):
+    """A tensor, part, pattern, layout or dtype that does not exist; the nearest name is offered."""
+
+
+class RecipeError(AlkahestError, ValueError):
+    """Recipe text outside the allowed grammar, or a recipe whose inputs are not the recorded ones."""
+
+
+class NonFiniteError(AlkahestError, ArithmeticError):
+    """NaN or infinity in an input, or made by arithmetic or narrowing."""
+
+
+class OutputError(AlkahestError):
+    """The output cannot be written where it was asked for."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Say which of the options were probably meant, for the ``fix`` of an error.
+
+    >>> nearest("refinr", ["refiner", "layers"])
+    "did you mean 'refiner'? Known: refiner, layers"
+    """
+    known = list(dict.fromkeys(options))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
+    if close:
+        return "did you mean " + " or ".join(repr(option) for option in close) + f"? Known: {shown}"
+    return f"known: {shown}"
+
+
+def _printable(text: str, limit: int = 2000) -> str:
+    # Names come from strangers' files: no control characters (terminal escapes), no megabytes.
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return clean if len(clean) <= limit else clean[:limit] + f"... ({len(clean):,} characters)"

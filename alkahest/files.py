@@ -1,0 +1,437 @@
+"""Files on disk: positional reading, output that appears whole or not at all, content hashes.
+
+Everything that depends on the operating system is in this module, each with a fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alkahest.errors import AlkahestError, FileFormatError, OutputError
+
+PARTIAL = ".alkahest-partial"
+_GUARD = f".guard{PARTIAL}"
+_HAS_POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwrite")
+_RACY_SECONDS = 2.0
+_HASH_CHUNK = 4 << 20
+_SYNC_EVERY = 256 << 20
+
+
+class Reader:
+    """Reads byte ranges of one file from any thread.
+
+    The file is opened on first use and stays the same file even if its name is reused.
+
+    >>> reader = Reader("a.safetensors"); reader.read(0, 8)
+    b'...'
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise FileFormatError("open", _reason(error), file=path, fix="check the path") from None
+        self.size = status.st_size
+        self.stamp = _stamp(status)
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, count: int) -> bytes:
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` with the bytes at ``offset``; FileFormatError if the file has shrunk."""
+        descriptor = self._open()
+        done = 0
+        while done < len(view):
+            try:
+                if _HAS_POSITIONAL:
+                    count = os.preadv(descriptor, [view[done:]], offset + done)
+                else:
+                    with self._lock:
+                        os.lseek(descriptor, offset + done, os.SEEK_SET)
+                        chunk = os.read(descriptor, len(view) - done)
+                    count = len(chunk)
+                    view[done : done + count] = chunk
+            except OSError as error:
+                raise FileFormatError("read", _reason(error), file=self.path, fix="check the disk") from None
+            if count == 0:
+                raise FileFormatError(
+                    "read",
+                    "the file ended early",
+                    file=self.path,
+                    expected=f"{offset + len(view):,} bytes",
+                    found=f"{offset + done:,} bytes",
+                    fix="another program shortened it; restore it and open it again",
+                )
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Raise FileFormatError if the file was written to since it was opened."""
+        now = os.fstat(self._descriptor) if self._descriptor is not None else _stat_or_none(self.path)
+        if now is None or _stamp(now) != self.stamp:
+            raise FileFormatError(
+                "read", "the file changed after it was opened", file=self.path, fix="open it again"
+            )
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            with self._lock:
+                if self._descriptor is None:
+                    try:
+                        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+                        descriptor = os.open(self.path, flags)
+                    except OSError as error:
+                        raise FileFormatError("open", _reason(error), file=self.path) from None
+                    weakref.finalize(self, os.close, descriptor)
+                    self._descriptor = descriptor
+                    self.check_unchanged()
+        return self._descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size, "stamp": self.stamp}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _descriptor=None, _lock=threading.Lock())
+
+
+class Writer:
+    """Writes byte ranges of one new file from any thread, and hands them to the disk as it goes."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        self.path = path
+        self._descriptor = os.open(path, flags, 0o666)
+        self._lock = threading.Lock()
+        self._unsynced = 0
+        self._syncing = threading.Lock()
+        self._failure: OSError | None = None
+        os.ftruncate(self._descriptor, size)
+
+    def lock(self) -> bool:
+        """Mark the file as being written, until it is closed, for `remove_leftovers`."""
+        return _lock_file(self._descriptor) and self.path.exists()
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        view = memoryview(data)
+        total = len(view)
+        while len(view):
+            if _HAS_POSITIONAL:
+                count = os.pwrite(self._descriptor, view, offset)
+            else:
+                with self._lock:
+                    os.lseek(self._descriptor, offset, os.SEEK_SET)
+                    count = os.write(self._descriptor, view)
+            view, offset = view[count:], offset + count
+        self._write_back(total)
+
+    def _write_back(self, count: int) -> None:
+        # Without this the kernel keeps gigabytes of dirty pages and the whole wait comes at the end.
+        with self._lock:
+            self._unsynced += count
+            due = self._unsynced >= _SYNC_EVERY
+            if due:
+                self._unsynced = 0
+        if due and self._syncing.acquire(blocking=False):
+            threading.Thread(target=self._sync_once, daemon=True).start()
+
+    def _sync_once(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:  # the kernel reports a failed write-back once only
+            self._failure = error
+        finally:
+            self._syncing.release()
+
+    def sync(self) -> None:
+        """Wait until every byte is on disk; OSError if any write-back failed."""
+        with self._syncing:
+            os.fsync(self._descriptor)
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        with self._syncing:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+
+@contextlib.contextmanager
+def whole_file(target: Path, size: int) -> Iterator[Writer]:
+    """Write a file beside ``target`` and move it there once every byte is on disk.
+
+    On any exception, Ctrl-C included, ``target`` is as it was and the partial file is gone.
+    Partial files that a killed run left in the folder are removed first.
+    Raises OutputError if the folder is missing, read-only or has less than ``size`` bytes free.
+    """
+    target = _checked_target(target, size)
+    if target.is_dir():
+        raise OutputError("save", "the output is an existing folder", file=target, fix="name a file")
+    partial = _partial_name(target)
+    writer: Writer | None = None
+    try:
+        with _as_output_error(target):
+            writer = Writer(partial, size)
+            if not writer.lock():
+                raise OutputError("save", "another run removed the partial file", file=target, fix="run it again")
+        yield writer
+        with _as_output_error(target):
+            writer.sync()
+            writer.close()
+            os.replace(partial, target)
+            _sync_folder(target.parent)
+    finally:
+        if writer is not None:
+            writer.close()
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, size: int) -> Iterator[Path]:
+    """Fill a new folder beside ``target`` and rename it to ``target`` at the end.
+
+    ``target`` must not exist yet, or be an empty folder: a full one cannot be swapped in one step.
+    """
+    target = _checked_target(target, size)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(
+            "save", "the output folder exists and is not empty", file=target, fix="name a new folder"
+        )
+    partial = _partial_name(target)
+    guard: Writer | None = None
+    try:
+        with _as_output_error(target):
+            partial.mkdir()
+            guard = Writer(partial / _GUARD, 0)
+            guard.lock()
+        yield partial
+        with _as_output_error(target):
+            guard.close()
+            guard.path.unlink()
+            _sync_folder(partial)
+            if target.exists():
+                target.rmdir()
+            os.replace(partial, target)
+            _sync_folder(target.parent)
+    finally:
+        if guard is not None:
+            guard.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(folder: Path, size: int, target: Path) -> None:
+    """Raise OutputError unless ``folder``'s disk has ``size`` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OutputError(
+            "save",
+            "the disk is too small",
+            file=target,
+            expected=f"{size:,} bytes free",
+            found=f"{free:,} bytes free",
+            fix="free some space, save elsewhere, or use a smaller dtype",
+        )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete partial outputs in ``folder`` whose writer is no longer running."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        guard = path / _GUARD if path.is_dir() else path
+        # A folder just made or about to be renamed has no guard yet, or no longer.
+        young = not guard.exists() and time.time() - path.stat().st_mtime < 60
+        if young or not _is_abandoned(guard):
+            continue
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def blake3_of(readers: Sequence[Reader], cancelled: threading.Event | None = None) -> list[str]:
+    """BLAKE3 of each file as 64 hex digits, remembered in the user's cache folder by size and time.
+
+    Several files are read side by side, so that a merge that reads them too finds the same pages in
+    memory. Setting ``cancelled`` makes it return early, with empty strings for what is not known.
+    """
+    from blake3 import blake3
+
+    digests = [_remembered(reader) for reader in readers]
+    todo = {index: blake3(max_threads=1) for index, digest in enumerate(digests) if not digest}
+    # A page-aligned buffer: the kernel copies to it six times as fast as to a bytearray's odd address.
+    buffer = memoryview(mmap.mmap(-1, _HASH_CHUNK))
+    for offset in range(0, max((readers[i].size for i in todo), default=0), len(buffer)):
+        if cancelled is not None and cancelled.is_set():
+            return digests
+        for index, hasher in todo.items():
+            view = buffer[: max(0, min(len(buffer), readers[index].size - offset))]
+            if len(view):
+                readers[index].read_into(view, offset)
+                hasher.update(view)
+    for index, hasher in todo.items():
+        digests[index] = hasher.hexdigest()
+        _remember(readers[index], digests[index])
+    return digests
+
+
+def known_paths(digest: str) -> list[Path]:
+    """Paths at which a file with this BLAKE3 was seen before and still stands unchanged."""
+    found = []
+    for entry in (cache_folder() / "blake3").glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AlkahestError):
+            known = json.loads(entry.read_text())
+            if known["blake3"] == digest and list(Reader(known["path"]).stamp) == known["stamp"]:
+                found.append(Path(known["path"]))
+    return sorted(found)
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two paths are one file, also through symbolic and hard links."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+def cache_folder() -> Path:
+    """Where things that can be recomputed are kept: ``$ALKAHEST_CACHE`` or the system's cache folder."""
+    if override := os.environ.get("ALKAHEST_CACHE"):
+        return Path(override)
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "alkahest"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alkahest"
+
+
+def _hash_entry(reader: Reader) -> Path:
+    name = hashlib.blake2b(os.fsencode(reader.path.resolve()), digest_size=16).hexdigest()
+    return cache_folder() / "blake3" / f"{name}.json"
+
+
+def _remembered(reader: Reader) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(_hash_entry(reader).read_text())
+        if known["stamp"] == list(reader.stamp):
+            return str(known["blake3"])
+    return ""
+
+
+def _remember(reader: Reader, digest: str) -> None:
+    reader.check_unchanged()
+    # A file younger than the clock's grain could still change without changing its time.
+    if time.time() - reader.stamp[1] / 1e9 < _RACY_SECONDS:
+        return
+    value = {"path": str(reader.path.resolve()), "stamp": list(reader.stamp), "blake3": digest}
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        entry = _hash_entry(reader)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        scratch = entry.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        scratch.write_text(json.dumps(value))
+        os.replace(scratch, entry)
+
+
+def _checked_target(target: Path, size: int) -> Path:
+    # Through a symbolic link the file it names is replaced, not the link.
+    target = Path(os.path.realpath(target))
+    if not target.parent.is_dir():
+        raise OutputError("save", "the output folder does not exist", file=target.parent, fix="create it first")
+    remove_leftovers(target.parent)
+    require_free(target.parent, size, target)
+    return target
+
+
+def _partial_name(target: Path) -> Path:
+    # 255 bytes is the longest name that common file systems take.
+    return target.with_name(f".{target.name[:120]}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody holds the lock that a running writer keeps on its partial file."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        return _lock_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock_file(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows: an open file cannot be deleted, which protects it as well
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems do not sync folders
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _as_output_error(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, AlkahestError):
+            raise
+        raise output_error(error, target) from None
+
+
+def output_error(error: OSError, target: Path) -> OutputError:
+    """The operating system's refusal to write, as an OutputError that says what to do."""
+    fixes = {
+        errno.ENOSPC: "free some space and run it again",
+        errno.EACCES: "choose a folder you may write to",
+        errno.EPERM: "choose a folder you may write to",
+        errno.EROFS: "choose a folder you may write to",
+        errno.EDQUOT: "free some of your quota",
+        errno.EISDIR: "name a file, not a folder",
+    }
+    return OutputError("save", _reason(error), file=target, fix=fixes.get(error.errno or 0, "check the disk"))
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _stat_or_none(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None

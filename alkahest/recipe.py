@@ -1,0 +1,188 @@
+"""Recipes: an expression as text, and the record of it inside an output file.
+
+Text is parsed by a whitelist over Python's ``ast`` and never evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alkahest.errors import AlkahestError, RecipeError, nearest
+from alkahest.expr import Delta, Expression, Weights, lerp, weighted_sum
+from alkahest.methods import REGISTRY
+from alkahest.scalar import Param, param
+
+METADATA_KEY = "alkahest"
+MAX_TEXT = 100_000
+_METHODS = {
+    "protect": Weights, "only": Delta, "without": Delta, "everywhere": Delta, "scaled": Delta,
+}  # fmt: skip
+# Functions that make weights out of numbers alone; later modules add theirs (see `source`).
+_SOURCES: dict[str, Callable[..., Weights]] = {}
+
+
+def source(function: Callable[..., Weights]) -> Callable[..., Weights]:
+    """Allow a function of numbers, such as ``made_up(layers=2)``, in recipe text."""
+    _SOURCES[function.__name__] = function
+    return function
+
+
+def parse(text: str, names: Mapping[str, Any]) -> Any:
+    """The expression that recipe text means; ``names`` gives its checkpoints and numbers.
+
+    >>> parse("bridge.protect('refiner') + 171.1 * (variant - base)", {"bridge": bridge, ...})
+
+    A name bound to a number becomes a named scalar. Raises RecipeError for anything but names,
+    numbers, ``+ - * /``, the methods of weights and deltas, ``lerp``, ``weighted_sum``, ``param``
+    and the registered merge methods; AlgebraError if the expression has no meaning.
+    """
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
+        raise RecipeError("recipe", "not a recipe text", expected=f"at most {MAX_TEXT:,} characters")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+        return _Reader(text.strip(), names).read(tree.body)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        if isinstance(error, AlkahestError):
+            raise
+        raise RecipeError("recipe", "the text cannot be read", found=f"{error} in {text[:200]!r}") from None
+
+
+def names_in(text: str) -> list[str]:
+    """The checkpoint and number names that a recipe text needs, in order of appearance."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise RecipeError("recipe", "the text cannot be read", found=f"{error} in {text[:200]!r}") from None
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called]
+    return list(dict.fromkeys(node.id for node in sorted(names, key=lambda n: (n.lineno, n.col_offset))))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Recipe text, what its names stand for, and how the output was written.
+
+    ``inputs`` maps a name to its files, each with ``file`` (its name), ``bytes`` and ``blake3``;
+    ``output`` holds the options of `alkahest.stream.save` that change the bytes.
+    """
+
+    text: str
+    inputs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    output: dict[str, Any] = field(default_factory=dict)
+    version: str = ""
+
+    def to_json(self) -> str:
+        value = {"version": self.version, "recipe": self.text, "inputs": self.inputs, "output": self.output}
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, file: object = None) -> Recipe:
+        """Parse what `to_json` wrote; RecipeError if it is anything else."""
+        problem = RecipeError("recipe", "the recorded recipe is damaged", file=file, fix="write the recipe by hand")
+        try:
+            value = json.loads(text)
+            recipe = cls(value["recipe"], value["inputs"], value["output"], str(value.get("version", "")))
+            for name, files in recipe.inputs.items():
+                for entry in files:
+                    if not (isinstance(name, str) and isinstance(entry["file"], str) and isinstance(entry["bytes"], int)):
+                        raise problem
+                    if len(bytes.fromhex(entry["blake3"])) != 32:
+                        raise problem
+            if not isinstance(recipe.text, str) or not isinstance(recipe.output, dict):
+                raise problem
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise problem from None
+        return recipe
+
+
+class _Reader:
+    """Turns one parsed text into an expression."""
+
+    def __init__(self, text: str, names: Mapping[str, Any]) -> None:
+        self.text = text
+        self.names = names
+
+    def read(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=value) if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                return value
+            case ast.Name():
+                return self._name(node)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
+                value = self.read(node.operand)
+                return -value if isinstance(node.op, ast.USub) else value
+            case ast.BinOp():
+                return self._operation(node)
+            case ast.Call():
+                return self._call(node)
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return [self.read(item) for item in items]
+            case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+                return {self.read(k): self.read(v) for k, v in zip(keys, values, strict=True) if k is not None}
+        raise self._refused(node, "this is not allowed in a recipe")
+
+    def _name(self, node: ast.Name) -> Any:
+        if node.id not in self.names:
+            raise self._refused(node, f"unknown name {node.id!r}", nearest(node.id, self.names))
+        value = self.names[node.id]
+        if isinstance(value, (Expression, Param)):
+            return value
+        return param(node.id, value)
+
+    def _operation(self, node: ast.BinOp) -> Any:
+        left, right = self.read(node.left), self.read(node.right)
+        for side in (left, right):
+            if not isinstance(side, (Expression, Param, int, float)):
+                raise self._refused(node, "arithmetic is on checkpoints, deltas and numbers only")
+        try:
+            match node.op:
+                case ast.Add():
+                    return left + right
+                case ast.Sub():
+                    return left - right
+                case ast.Mult():
+                    return left * right
+                case ast.Div():
+                    return left / right
+        except AlkahestError:
+            raise
+        except (TypeError, ArithmeticError) as error:
+            raise self._refused(node, str(error)) from None
+        raise self._refused(node, "only + - * / are allowed")
+
+    def _call(self, node: ast.Call) -> Any:
+        arguments = [self.read(argument) for argument in node.args]
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise self._refused(node, "** is not allowed in a recipe")
+        settings = {str(keyword.arg): self.read(keyword.value) for keyword in node.keywords}
+        match node.func:
+            case ast.Name(id=name):
+                functions = {"lerp": lerp, "weighted_sum": weighted_sum, "param": param, **REGISTRY, **_SOURCES}
+                if name not in functions:
+                    raise self._refused(node, f"unknown function {name!r}", nearest(name, functions))
+                function: Any = functions[name]
+            case ast.Attribute(value=target, attr=name):
+                subject = self.read(target)
+                if name not in _METHODS or not isinstance(subject, _METHODS[name]):
+                    raise self._refused(node, f"unknown method {name!r}", nearest(name, _METHODS))
+                function = getattr(subject, name)
+            case _:
+                raise self._refused(node, "this cannot be called in a recipe")
+        try:
+            return function(*arguments, **settings)
+        except AlkahestError:
+            raise
+        except (TypeError, AttributeError, ValueError) as error:
+            raise self._refused(node, str(error)) from None
+
+    def _refused(self, node: ast.expr, problem: str, fix: str | None = None) -> RecipeError:
+        shown = ast.get_source_segment(self.text, node) or ast.dump(node)
+        return RecipeError(
+            "recipe", problem, found=f"{shown[:200]!r} at column {node.col_offset + 1}",
+            expected="checkpoints, numbers, + - * /, protect, only, without, scaled, everywhere, lerp, methods",
+            fix=fix,
+        )  # fmt: skip
