@@ -46,7 +46,7 @@ _PUBLIC = {
     "ties": "methods",
     "weighted_sum": "expr",
 }
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

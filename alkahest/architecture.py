@@ -230,5 +230,10 @@ def _other_model(shapes: Shapes, file: object) -> UnsupportedError:
         what, fix = "this is not a Z-Image model", "Alkahest handles Z-Image transformers only"
     found = ", ".join(names[:3]) + (f", ... ({len(names)} tensors)" if len(names) > 3 else "")
     return UnsupportedError(
-        "open", what, file=file, expected="cap_embedder.1.weight, layers.0.attention.*", found=found or "nothing", fix=fix
+        "open",
+        what,
+        file=file,
+        expected="cap_embedder.1.weight, layers.0.attention.*",
+        found=found or "nothing",
+        fix=fix,
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from alkahest import layouts
-from alkahest.architecture import Architecture, infer, unknown_tensors
+from alkahest.architecture import infer, unknown_tensors
 from alkahest.dtypes import decode
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
 from alkahest.expr import Leaf
@@ -75,7 +75,7 @@ class Checkpoint(Leaf):
         slices = _slices(resolve(mine, located.metadata, self.prefix), located.path)
         self.slices = {key: slices[key] for key in in_model_order(slices)}
         self._shapes = {key: _shape(piece) for key, piece in self.slices.items()}
-        self.architecture: Architecture = infer(self._shapes, located.path)
+        self.architecture = infer(self._shapes, located.path)
         self.unknown = unknown_tensors(self._shapes, self.architecture)
         self.layout = layouts.layout_of(name.removeprefix(self.prefix) for name in mine)
 
@@ -100,7 +100,7 @@ class Checkpoint(Leaf):
         piece = self.slices[key]
         size = piece.stored.form.itemsize
         raw = workspace.raw((stop - start) * size)
-        piece.stored.reader.read_into(memoryview(raw.numpy()), piece.offset + start * size)
+        piece.stored.reader.read_into(raw.numpy().data, piece.offset + start * size)
         decode(raw, piece.stored.form, out, piece.stored.scale)
 
     def part(self, pattern: str) -> Part:

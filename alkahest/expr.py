@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsFloat
 
 from alkahest import term
-from alkahest.architecture import require_same_tensors
+from alkahest.architecture import Architecture, require_same_tensors
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
 from alkahest.keys import PAD_TOKENS, Pattern
 from alkahest.scalar import Param, Rules, Scalar, number, scalar, text_of
@@ -66,13 +66,12 @@ class Expression:
     def params(self) -> dict[str, float]:
         """Named scalars and their values."""
         found: dict[str, float] = {}
-        for scalar in self._scalars():
-            if isinstance(scalar, Param):
-                if found.setdefault(scalar.name, scalar.value) != scalar.value:
-                    raise AlgebraError(
-                        "param", f"{scalar.name!r} has two values", found=f"{found[scalar.name]} and {scalar.value}",
-                        fix="use one default, or two names",
-                    )  # fmt: skip
+        for one in self._scalars():
+            if isinstance(one, Param) and found.setdefault(one.name, one.value) != one.value:
+                raise AlgebraError(
+                    "param", f"{one.name!r} has two values", found=f"{found[one.name]} and {one.value}",
+                    fix="use one default, or two names",
+                )  # fmt: skip
         return found
 
     def bind(self, **values: SupportsFloat) -> Self:
@@ -118,7 +117,11 @@ class Expression:
             return tuple(bound(item) for item in value) if isinstance(value, tuple) else value
 
         # Leaves hold no scalars, and copying one would reopen its file.
-        return self if isinstance(self, Leaf) else replace(self, **{f.name: bound(getattr(self, f.name)) for f in fields(self)})
+        return (
+            self
+            if isinstance(self, Leaf)
+            else replace(self, **{f.name: bound(getattr(self, f.name)) for f in fields(self)})
+        )
 
 
 class Weights(Expression):
@@ -194,7 +197,7 @@ class Weights(Expression):
 
     def load_into(self, module: Any, **options: Any) -> Any:
         """Compute the expression into the parameters of a live ``torch.nn.Module``, in place."""
-        from alkahest.stream import load_into
+        from alkahest.live import load_into
 
         return load_into(self, module, **options)
 
@@ -211,6 +214,8 @@ class Leaf(Weights):
     """Weights that are read rather than computed."""
 
     name: str
+    architecture: Architecture
+    config: dict[str, Any] | None = None  # diffusers' config.json, where the files have one
 
     @property
     @abstractmethod

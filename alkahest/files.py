@@ -86,9 +86,7 @@ class Reader:
         """Raise FileFormatError if the file was written to since it was opened."""
         now = os.fstat(self._descriptor) if self._descriptor is not None else _stat_or_none(self.path)
         if now is None or _stamp(now) != self.stamp:
-            raise FileFormatError(
-                "read", "the file changed after it was opened", file=self.path, fix="open it again"
-            )
+            raise FileFormatError("read", "the file changed after it was opened", file=self.path, fix="open it again")
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -114,7 +112,8 @@ class Reader:
 class Writer:
     """Writes byte ranges of one new file from any thread, and hands them to the disk as it goes."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, target: Path | None = None) -> None:
+        self.target = target or path  # the name that errors show
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         self.path = path
         self._descriptor = os.open(path, flags, 0o666)
@@ -131,14 +130,15 @@ class Writer:
     def write(self, data: memoryview | bytes, offset: int) -> None:
         view = memoryview(data)
         total = len(view)
-        while len(view):
-            if _HAS_POSITIONAL:
-                count = os.pwrite(self._descriptor, view, offset)
-            else:
-                with self._lock:
-                    os.lseek(self._descriptor, offset, os.SEEK_SET)
-                    count = os.write(self._descriptor, view)
-            view, offset = view[count:], offset + count
+        with as_output_error(self.target):
+            while len(view):
+                if _HAS_POSITIONAL:
+                    count = os.pwrite(self._descriptor, view, offset)
+                else:
+                    with self._lock:
+                        os.lseek(self._descriptor, offset, os.SEEK_SET)
+                        count = os.write(self._descriptor, view)
+                view, offset = view[count:], offset + count
         self._write_back(total)
 
     def _write_back(self, count: int) -> None:
@@ -187,12 +187,12 @@ def whole_file(target: Path, size: int) -> Iterator[Writer]:
     partial = _partial_name(target)
     writer: Writer | None = None
     try:
-        with _as_output_error(target):
-            writer = Writer(partial, size)
+        with as_output_error(target):
+            writer = Writer(partial, size, target)
             if not writer.lock():
                 raise OutputError("save", "another run removed the partial file", file=target, fix="run it again")
         yield writer
-        with _as_output_error(target):
+        with as_output_error(target):
             writer.sync()
             writer.close()
             os.replace(partial, target)
@@ -211,18 +211,16 @@ def whole_folder(target: Path, size: int) -> Iterator[Path]:
     """
     target = _checked_target(target, size)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(
-            "save", "the output folder exists and is not empty", file=target, fix="name a new folder"
-        )
+        raise OutputError("save", "the output folder exists and is not empty", file=target, fix="name a new folder")
     partial = _partial_name(target)
     guard: Writer | None = None
     try:
-        with _as_output_error(target):
+        with as_output_error(target):
             partial.mkdir()
             guard = Writer(partial / _GUARD, 0)
             guard.lock()
         yield partial
-        with _as_output_error(target):
+        with as_output_error(target):
             guard.close()
             guard.path.unlink()
             _sync_folder(partial)
@@ -400,17 +398,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_output_error(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, AlkahestError):
-            raise
-        raise output_error(error, target) from None
-
-
-def output_error(error: OSError, target: Path) -> OutputError:
-    """The operating system's refusal to write, as an OutputError that says what to do."""
+def as_output_error(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into an OutputError that says what to do."""
     fixes = {
         errno.ENOSPC: "free some space and run it again",
         errno.EACCES: "choose a folder you may write to",
@@ -419,7 +408,11 @@ def output_error(error: OSError, target: Path) -> OutputError:
         errno.EDQUOT: "free some of your quota",
         errno.EISDIR: "name a file, not a folder",
     }
-    return OutputError("save", _reason(error), file=target, fix=fixes.get(error.errno or 0, "check the disk"))
+    try:
+        yield
+    except OSError as error:
+        fix = fixes.get(error.errno or 0, "check the disk")
+        raise OutputError("save", _reason(error), file=target, fix=fix) from None
 
 
 def _reason(error: OSError) -> str:

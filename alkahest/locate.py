@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -149,5 +148,3 @@ def _nearby(path: Path) -> str:
     from alkahest.errors import nearest
 
     return nearest(path.name, sorted(p.name for p in path.parent.iterdir() if p.suffix == ".safetensors" or p.is_dir()))
-
-

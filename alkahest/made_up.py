@@ -89,6 +89,8 @@ def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "al
 
 def _normal(seed: int, purpose: str, key: str, start: int, stop: int) -> torch.Tensor:
     first, last = start // _CHUNK, -(-stop // _CHUNK)
-    chunks = [random.generator(seed, purpose, key, index).standard_normal(_CHUNK, "float32") for index in range(first, last)]
+    chunks = [
+        random.generator(seed, purpose, key, index).standard_normal(_CHUNK, "float32") for index in range(first, last)
+    ]
     joined = torch.cat([torch.from_numpy(chunk) for chunk in chunks]) if chunks else torch.empty(0)
     return joined[start - first * _CHUNK : stop - first * _CHUNK]

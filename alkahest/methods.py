@@ -1,6 +1,6 @@
 """Merge methods: each one decorated function, its parameters read from its signature.
 
-    @method
+    @method()
     def halve(delta: Tensor, *, share: float = 0.5) -> Tensor: ...
 
 Operands come first: single tensors, or one ``list[Tensor]`` of any number. Keyword-only arguments
@@ -12,6 +12,7 @@ zero for a tensor (protected or left out by ``only``) are not in the list.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -43,7 +44,11 @@ class Method:
     elementwise: bool
 
     def __call__(self, *operands: Any, **settings: Any) -> Any:
-        given = tuple(operands[0]) if self.many and len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+        given = (
+            tuple(operands[0])
+            if self.many and len(operands) == 1 and isinstance(operands[0], (list, tuple))
+            else operands
+        )
         if (len(given) < 1) if self.many else (len(given) != self.operands):
             expected = "at least one" if self.many else self.operands
             raise AlgebraError(self.name, "wrong number of operands", expected=expected, found=len(given))
@@ -63,7 +68,7 @@ class Method:
 REGISTRY: dict[str, Method] = {}
 
 
-def method(function: Callable[..., Tensor] | None = None, *, weights: bool = False, elementwise: bool = False) -> Any:
+def method(*, weights: bool = False, elementwise: bool = False) -> Callable[[Callable[..., Tensor]], Method]:
     """Register a merge method over deltas, or over complete weights with ``weights=True``.
 
     ``elementwise=True`` lets it run block by block; otherwise it gets whole tensors, and memory
@@ -83,7 +88,7 @@ def method(function: Callable[..., Tensor] | None = None, *, weights: bool = Fal
             else:
                 positional.append(hints[parameter.name])
         many = positional == [list[Tensor]]
-        if not many and any(hint is not Tensor for hint in positional) or not positional:
+        if (not many and any(hint is not Tensor for hint in positional)) or not positional:
             raise AlgebraError("method", f"operands of {name} must be Tensor, or one list[Tensor]")
         if name in REGISTRY:
             raise AlgebraError("method", f"{name!r} is registered already")
@@ -93,7 +98,7 @@ def method(function: Callable[..., Tensor] | None = None, *, weights: bool = Fal
         REGISTRY[name] = Method(name, function, makes, many, len(positional), defaults, draws, elementwise)
         return REGISTRY[name]
 
-    return register if function is None else register(function)
+    return register
 
 
 class _Merged(Expression):
@@ -137,7 +142,9 @@ class MergedDelta(_Merged, Delta):
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
         terms = [operand.at(key, rules, protected) for operand in self.operands]
         present = [one for one in terms if one is not None]
-        return self._applied(key, present, rules) if present and (self.method.many or len(present) == len(terms)) else None
+        return (
+            self._applied(key, present, rules) if present and (self.method.many or len(present) == len(terms)) else None
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,7 +183,7 @@ class _Uniform:
         return torch.from_numpy(numbers.astype(np.float32))
 
 
-@method
+@method()
 def ties(deltas: list[Tensor], *, density: float = 0.2) -> Tensor:
     """Trim each delta to its ``density`` largest entries, elect a sign per entry, average what agrees.
 
@@ -211,8 +218,9 @@ def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
     cosine = _dot(a, b) / (_dot(a, a) * _dot(b, b)) ** 0.5 if a.any() and b.any() else 1.0
     if abs(cosine) > 0.9995:
         return a + t * (b - a)
-    angle = float(np.arccos(np.clip(cosine, -1, 1)))
-    return a * (np.sin((1 - t) * angle) / np.sin(angle)) + b * (np.sin(t * angle) / np.sin(angle))
+    angle = math.acos(max(-1.0, cosine))
+    share_a, share_b = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
+    return a * share_a + b * share_b
 
 
 def _trimmed(delta: Tensor, density: float) -> Tensor:
@@ -225,8 +233,9 @@ def _trimmed(delta: Tensor, density: float) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     # In pieces and float64, so that the angle does not depend on how torch splits the sum over threads.
-    pieces = [torch.dot(x.double(), y.double()) for x, y in zip(a.split(1 << 15), b.split(1 << 15), strict=True)]
-    return float(sum(float(piece) for piece in pieces))
+    step = 1 << 15
+    ranges = (slice(start, start + step) for start in range(0, a.numel(), step))
+    return sum(float(torch.dot(a[chosen].double(), b[chosen].double())) for chosen in ranges)
 
 
 def _require_share(operation: str, name: str, value: float) -> None:
@@ -239,6 +248,3 @@ def require_known(name: str) -> Method:
     if name not in REGISTRY:
         raise UnknownNameError("recipe", "unknown merge method", found=repr(name), fix=nearest(name, REGISTRY))
     return REGISTRY[name]
-
-
-

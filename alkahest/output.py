@@ -34,7 +34,6 @@ class Piece:
     copied: Slice | None = None
 
 
-
 @dataclass(frozen=True)
 class Weight:
     """A stored tensor that is copied or computed; ``scale_name`` is set if it is scaled fp8."""
@@ -148,7 +147,12 @@ def restored(weights: Iterable[Weight], only: Callable[[str], bool] = lambda key
     changes: Counter[str] = Counter()
     for weight in weights:
         for piece in weight.pieces:
-            if isinstance(piece.term, term.Source) and isinstance(piece.term.leaf, Checkpoint) and not piece.copied and only(piece.key):
+            if (
+                isinstance(piece.term, term.Source)
+                and isinstance(piece.term.leaf, Checkpoint)
+                and not piece.copied
+                and only(piece.key)
+            ):
                 changes[f"{piece.term.leaf.storage[piece.term.key]} to {weight.storage}"] += 1
     return changes
 
@@ -218,9 +222,9 @@ def _weight_items(
         data = known or json.dumps({"format": f"float8_{form.name.removeprefix('fp8_')}"}).encode()
         items.append(Constant(f"{module}.comfy_quant", "U8", (len(data),), data))
     for suffix in ("input_scale", "scale_input"):
-        data = helper_bytes(held, suffix) if held is not None else None
-        if data is not None and len(data) == 4:
-            items.append(Constant(f"{module}.{input_suffix}", "F32", (), data))
+        known = helper_bytes(held, suffix) if held is not None else None
+        if known is not None and len(known) == 4:
+            items.append(Constant(f"{module}.{input_suffix}", "F32", (), known))
     return items
 
 
@@ -250,12 +254,17 @@ def _notes(expression: Weights, leading: Leaf, layout: str, weights: list[Weight
         notes.append(f"{count} protected tensors change storage ({change}): decoded and rounded once, not copied")
     companions = leading.companions if isinstance(leading, Checkpoint) else {}
     if companions and layout != "all-in-one":
-        notes.append(f"{len(companions)} tensors of other models in {leading.name} are left out; layout='all-in-one' keeps them")
+        notes.append(
+            f"{len(companions)} tensors of other models in {leading.name} are left out; layout='all-in-one' keeps them"
+        )
     if leading_unknown := (leading.unknown if isinstance(leading, Checkpoint) else []):
-        notes.append(f"{len(leading_unknown)} tensors unknown to Z-Image were handled like any other: {leading_unknown[0]}, ...")
+        notes.append(
+            f"{len(leading_unknown)} tensors unknown to Z-Image were handled like any other: {leading_unknown[0]}, ..."
+        )
     whole = [piece.key for weight in weights for piece in weight.pieces if term.needs_whole_tensor(piece.term)]
     if whole:
         largest = max(math.prod(expression.shapes[key]) for key in whole) * 4
-        notes.append(f"{len(whole)} tensors are computed whole: each operand takes up to {largest / 1e6:,.0f} MB of memory")
+        notes.append(
+            f"{len(whole)} tensors are computed whole: each operand takes up to {largest / 1e6:,.0f} MB of memory"
+        )
     return notes
-

@@ -32,7 +32,8 @@ def bits(seed: int, purpose: str, key: str, start: int, count: int) -> NDArray[n
 
 def uniform(seed: int, purpose: str, key: str, start: int, count: int) -> NDArray[np.float64]:
     """The same numbers as floats in (0, 1), never 0 or 1 themselves."""
-    return (bits(seed, purpose, key, start, count) + 0.5) * 2.0**-32
+    numbers = bits(seed, purpose, key, start, count).astype(np.float64)
+    return (numbers + 0.5) * 2.0**-32
 
 
 def generator(seed: int, purpose: str, key: str, index: int) -> np.random.Generator:

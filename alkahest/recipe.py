@@ -88,7 +88,9 @@ class Recipe:
             recipe = cls(value["recipe"], value["inputs"], value["output"], str(value.get("version", "")))
             for name, files in recipe.inputs.items():
                 for entry in files:
-                    if not (isinstance(name, str) and isinstance(entry["file"], str) and isinstance(entry["bytes"], int)):
+                    if not (
+                        isinstance(name, str) and isinstance(entry["file"], str) and isinstance(entry["bytes"], int)
+                    ):
                         raise problem
                     if len(bytes.fromhex(entry["blake3"])) != 32:
                         raise problem

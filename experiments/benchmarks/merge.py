@@ -82,7 +82,8 @@ def floor(folder: Path, mixed: bool) -> None:
     import torch
 
     from alkahest.files import Reader, Writer
-    from alkahest.stream import BLOCK, _processors
+    from alkahest.options import Options
+    from alkahest.work import BLOCK
 
     files = [
         [Reader(p) for p in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
@@ -108,7 +109,7 @@ def floor(folder: Path, mixed: bool) -> None:
                 begin, end = max(begin - reader.size, 0), end - reader.size
         writer.write(local.buffer[: min(chunk, size - start)], start)
 
-    with ThreadPoolExecutor(_processors()) as pool:
+    with ThreadPoolExecutor(Options().worker_count()) as pool:
         list(pool.map(copy, range(0, size, chunk)))
     writer.sync()
     writer.close()
@@ -155,7 +156,9 @@ def main() -> None:
 def report(folder: Path, rounds: int, mixed: bool) -> None:
     size = inputs(folder, mixed)[0].stat().st_size / 1e9
     first = in_fresh_process("ours", folder, mixed)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {size:.2f} GB a file, {rounds} round(s)")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {size:.2f} GB a file, {rounds} round(s)"
+    )
     print("first run, hashing the inputs too: wall {wall:.1f} s, CPU {cpu:.1f} s, {peak_mb:.0f} MB".format(**first))
     rows: dict[str, list[dict[str, float]]] = {"floor": [], "ours": []}
     for number in range(rounds):

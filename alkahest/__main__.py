@@ -1,0 +1,3 @@
+from alkahest.cli import main
+
+main()

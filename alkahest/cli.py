@@ -1,0 +1,300 @@
+"""The command line: ``alkahest inspect | merge | convert | recipe | verify | make-checkpoint``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import alkahest
+from alkahest.errors import AlkahestError, RecipeError, UnsupportedError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Merge, measure and study Z-Image checkpoints.",
+    epilog="Exit codes: 0 done, 1 refused or failed (stderr says why), 2 wrong usage, 130 interrupted.",
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors), or a new folder.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="fp32, fp16, bf16, fp8_e4m3fn, fp8_e5m2, comfy_quant or scaled_fp8; default: as the leading input."
+    ),
+]
+Layout = Annotated[str | None, typer.Option(help="native (ComfyUI), diffusers or all-in-one.")]
+Rounding = Annotated[str, typer.Option(help="nearest (to even) or stochastic.")]
+Seed = Annotated[int, typer.Option(help="Seed of stochastic rounding.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps, for the arithmetic.")]
+Shards = Annotated[str | None, typer.Option(help="Write shards of at most this size, such as 5GB, into a new folder.")]
+Threads = Annotated[int | None, typer.Option(help="Workers; the output does not depend on it.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Keep NaN, infinity and overflow; count them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+_NAMED = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.callback(invoke_without_command=True)
+def _about(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(alkahest.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json or hub id.")],
+    keys: Annotated[
+        str | None, typer.Option(help="List the tensors that this pattern selects, such as refiner.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint is, from its header: layout, storage, parts, sizes."""
+    with _reported():
+        checkpoint = alkahest.open(source)
+        if keys is None:
+            print(json.dumps(checkpoint.summary(), indent=2) if as_json else checkpoint)
+            return
+        rows = {
+            key: {"shape": checkpoint.shapes[key], "storage": checkpoint.storage[key]} for key in checkpoint.part(keys)
+        }
+        if as_json:
+            print(json.dumps(rows, indent=2))
+        else:
+            for key, row in rows.items():
+                print(f"{key:52} {row['shape']!s:16} {row['storage']}")
+
+
+@app.command(context_settings=_NAMED)
+def merge(
+    context: typer.Context,
+    output: Output,
+    expression: Annotated[
+        str | None,
+        typer.Argument(help="Such as \"bridge.protect('refiner') + 171.1 * (variant - base)\"."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Run the recipe in this file: a merged checkpoint, recipe JSON or text.")
+    ] = None,
+    dtype: Dtype = None,
+    layout: Layout = None,
+    rounding: Rounding = "nearest",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    comfy_compatible: Annotated[
+        bool, typer.Option("--comfy-compatible", help="ComfyUI's order of operations and pad tokens, bit for bit.")
+    ] = False,
+    max_shard_size: Shards = None,
+    allow_nonfinite: AllowNonfinite = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compute an expression over checkpoints and write it.
+
+    Every name in the expression is given as an option: `--bridge a.safetensors --base b.safetensors`,
+    or as a number: `--k 171.1`.
+    """
+    with _reported():
+        given = _named(context.args)
+        options = _options(
+            dtype=dtype, layout=layout, rounding=rounding, seed=seed, device=device, comfy_compatible=comfy_compatible,
+            max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, threads=threads,
+        )  # fmt: skip
+        _merge(expression, recipe, given, output, options, as_json, quiet)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json or hub id.")],
+    output: Output,
+    dtype: Dtype = None,
+    layout: Layout = None,
+    rounding: Rounding = "nearest",
+    seed: Seed = 0,
+    max_shard_size: Shards = None,
+    allow_nonfinite: AllowNonfinite = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a checkpoint in another layout or dtype."""
+    with _reported():
+        options = _options(
+            dtype=dtype, layout=layout, rounding=rounding, seed=seed, max_shard_size=max_shard_size,
+            allow_nonfinite=allow_nonfinite, threads=threads,
+        )  # fmt: skip
+        _save(alkahest.open(source), output, options, as_json, quiet)
+
+
+@app.command()
+def recipe(
+    file: Annotated[Path, typer.Argument(help="A merged checkpoint, recipe JSON or recipe text.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a file is, and print the recipe in it."""
+    with _reported():
+        what, found = alkahest.read_recipe(file)
+        if as_json:
+            print(found.to_json())
+            return
+        print(f"# {file}: {what}", file=sys.stderr)
+        print(found.text)
+        for name, files in found.inputs.items():
+            for entry in files:
+                print(f"#   {name}: {entry['file']}, {entry['bytes']:,} bytes, BLAKE3 {entry['blake3']}")
+        if found.output:
+            print("#   written with " + ", ".join(f"{name}={value}" for name, value in found.output.items()))
+
+
+@app.command(context_settings=_NAMED)
+def verify(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Checkpoint to check from end to end.")],
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute the recipe again and compare every byte; nothing is written.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a checkpoint: structure, finite numbers, BLAKE3, and its recipe's inputs.
+
+    Inputs that are not found by themselves are given by name: `--base b.safetensors`.
+    """
+    from alkahest.provenance import Verdict
+    from alkahest.provenance import verify as check
+
+    with _reported():
+        found = _drain(check(file, _named(context.args), recompute), quiet)
+        assert isinstance(found, Verdict)
+        print(json.dumps({**dataclasses.asdict(found), "ok": found.ok}, indent=2, default=str) if as_json else found)
+        if not found.ok:
+            raise typer.Exit(1)
+
+
+@app.command("make-checkpoint")
+def make_checkpoint(
+    output: Output,
+    layers: Annotated[int, typer.Option(help="Layers in the main stack; the real model has 30.")] = 30,
+    width: Annotated[int, typer.Option(help="Width, a multiple of 32; the real model has 3840.")] = 3840,
+    seed: Annotated[int, typer.Option(help="Seed of the numbers.")] = 0,
+    delta: Annotated[float, typer.Option(help="Make a variant that differs by this share, such as 0.02.")] = 0.0,
+    only: Annotated[str, typer.Option(help="Where the variant differs, such as layers.")] = "all",
+    layout: Layout = None,
+    storage: Annotated[str | None, typer.Option(help="As --dtype of merge; default bf16.")] = None,
+    max_shard_size: Shards = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make up a checkpoint of true Z-Image shapes, to try real sizes without the real weights."""
+    with _reported():
+        weights = alkahest.made_up(layers=layers, seed=seed, delta=delta, only=only, width=width)
+        options = _options(dtype=storage, layout=layout, max_shard_size=max_shard_size, threads=threads)
+        _save(weights, output, options, as_json, quiet)
+
+
+def _merge(
+    expression: str | None, recipe: Path | None, given: dict[str, Any], output: Path, options: dict[str, Any],
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from alkahest.provenance import build
+    from alkahest.recipe import Recipe
+
+    if (expression is None) == (recipe is None):
+        raise RecipeError("merge", "give either an expression or --recipe FILE", fix="see alkahest merge --help")
+    if given.get("k") == "auto":
+        raise UnsupportedError(
+            "merge", "--k auto is reserved: the computed multiplier is not part of this version", fix="give a number"
+        )
+    if recipe is not None:
+        found = alkahest.read_recipe(recipe)[1]
+        options = {**found.output, **options}
+        weights = build(found, given, recipe.resolve().parent)
+    else:
+        weights = build(Recipe(expression or ""), given)
+    _save(weights, output, options, as_json, quiet)
+
+
+def _save(weights: alkahest.Weights, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    result = _drain(weights.stream(output, **options), quiet).result
+    print(json.dumps(dataclasses.asdict(result), indent=2, default=str) if as_json else result)
+
+
+def _drain(events: Iterator[Any], quiet: bool) -> Any:
+    """Run a generator of events to its end behind a progress bar; its last item."""
+    from tqdm import tqdm
+
+    event = None
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(unit="B", unit_scale=True, disable=True if quiet else None) as bar, contextlib.closing(events):  # type: ignore[type-var]
+        for event in events:
+            if hasattr(event, "total"):
+                bar.total = event.total
+                bar.set_postfix_str(event.key[:32], refresh=False)
+                bar.update(event.done - bar.n)
+    return event
+
+
+def _named(arguments: list[str]) -> dict[str, Any]:
+    """``--name value`` pairs that are no options of the command: paths, or numbers."""
+    given: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") or not name.isidentifier():
+            raise typer.BadParameter(f"unexpected argument {argument!r}")
+        if not equals:
+            value = next(rest, "")
+        if not value:
+            raise typer.BadParameter(f"--{name} needs a path or a number")
+        with contextlib.suppress(ValueError):
+            given[name] = float(value)
+            continue
+        given[name] = value
+    return given
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    from alkahest.options import Options
+
+    defaults = Options()
+    return {name: value for name, value in options.items() if value != getattr(defaults, name)}
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Print our own errors without a traceback, and leave with the documented exit code."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except AlkahestError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def main() -> None:
+    """Entry point of the ``alkahest`` command."""
+    app()

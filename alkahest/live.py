@@ -1,0 +1,82 @@
+"""Expression -> the parameters of a live module, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from alkahest import layouts
+from alkahest.dtypes import FORMATS, Format
+from alkahest.errors import MismatchError
+from alkahest.expr import Weights
+from alkahest.options import Options
+from alkahest.scalar import Rules
+from alkahest.stream import Event
+from alkahest.term import Term, Workspace, evaluate
+from alkahest.work import Job, Run, blocks
+
+_FORMAT_OF = {form.torch: form for form in FORMATS.values()}
+
+
+def load_into(expression: Weights, module: torch.nn.Module, **options: Any) -> int:
+    """Compute an expression into the parameters of a module, in place; returns how many tensors it set.
+
+    >>> (bridge + 8 * delta).load_into(pipeline.transformer)
+
+    The module's names may be native or diffusers. Values are rounded once to each parameter's
+    dtype, on its device. Options: ``rounding``, ``seed``, ``device``, ``comfy_compatible``,
+    ``allow_nonfinite``, ``threads``. Raises MismatchError, before anything is changed, if names,
+    shapes or dtypes do not fit.
+    """
+    return sum(1 for _ in stream_into(expression, module, **options))
+
+
+def stream_into(expression: Weights, module: torch.nn.Module, **options: Any) -> Iterator[Event]:
+    """`load_into` as a generator of events, one per canonical tensor."""
+    run = Run(Options.checked(options))
+    rules = Rules(comfy_compatible=run.options.comfy_compatible)
+    targets = _slices(expression, module)
+    jobs = []
+    for key, target in targets.items():
+        found = expression.at(key, rules)
+        assert found is not None  # every key of the expression's shapes has a term
+        jobs.append(Job(key, target.nbytes, _fill(run, key, found, target, _FORMAT_OF[target.dtype])))
+    done, total = 0, sum(job.nbytes for job in jobs)
+    for job in run.perform(jobs):
+        done += job.nbytes
+        yield Event(done, total, job.key)
+
+
+def _fill(run: Run, key: str, term: Term, target: torch.Tensor, form: Format) -> Callable[[Workspace], None]:
+    flat = target.view(-1)
+
+    def work(workspace: Workspace) -> None:
+        for start, stop in blocks(term, flat.numel()):
+            with workspace.block(stop - start) as values:
+                evaluate(term, start, stop, values, workspace)
+                run.check(values, key, form, term)
+                flat[start:stop].copy_(run.round(values, key, start, form))
+
+    return work
+
+
+def _slices(expression: Weights, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    slices: dict[str, torch.Tensor] = {}
+    for name, parameter in module.state_dict(keep_vars=True).items():
+        values = parameter.detach()
+        if values.is_meta or not values.is_contiguous() or values.dtype not in _FORMAT_OF:
+            raise MismatchError(
+                "load_into", "this parameter cannot be written in place", key=name,
+                expected="a contiguous float tensor in memory", found=f"{values.dtype} on {values.device}",
+            )  # fmt: skip
+        keys = layouts.canonical(name)
+        slices |= dict(zip(keys, values.chunk(len(keys)), strict=True)) if len(keys) > 1 else {keys[0]: values}
+    for key, shape in expression.shapes.items():
+        found = tuple(slices[key].shape) if key in slices else "no such parameter"
+        if found != shape:
+            raise MismatchError("load_into", "the module does not fit", key=key, expected=shape, found=found)
+    if extra := [key for key in slices if key not in expression.shapes]:
+        raise MismatchError("load_into", "the module has a parameter that the weights lack", key=extra[0])
+    return {key: slices[key] for key in expression.shapes}

@@ -1,0 +1,121 @@
+"""How an expression is written: the options of ``save``, checked before anything is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alkahest.checkpoint import Checkpoint
+from alkahest.dtypes import storage_name
+from alkahest.errors import AlgebraError, OutputError, UnknownNameError, UnsupportedError, nearest
+from alkahest.expr import Weights
+from alkahest.files import same_file
+
+_MAX_THREADS = 8
+_RECORDED = ("dtype", "layout", "rounding", "seed", "device", "comfy_compatible", "max_shard_size", "allow_nonfinite")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `alkahest.stream.save`, which documents each."""
+
+    dtype: str | torch.dtype | None = None
+    layout: str | None = None
+    rounding: str = "nearest"
+    seed: int = 0
+    device: str = "cpu"
+    comfy_compatible: bool = False
+    max_shard_size: int | str | None = None
+    allow_nonfinite: bool = False
+    threads: int | None = None
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any]) -> Options:
+        """Options from keyword arguments; UnknownNameError, with the nearest name, for what does not exist."""
+        known = [item.name for item in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise UnknownNameError("save", "unknown option", found=repr(name), fix=nearest(str(name), known))
+        options = cls(**given)
+        if options.dtype is not None:
+            storage_name(options.dtype)
+        if options.rounding not in ("nearest", "stochastic"):
+            fix = nearest(str(options.rounding), ["nearest", "stochastic"])
+            raise UnknownNameError("save", "unknown rounding", found=repr(options.rounding), fix=fix)
+        for name in ("seed", "threads"):
+            value = getattr(options, name)
+            if value is not None and (type(value) is not int or (name == "threads" and value < 1)):
+                raise OutputError("save", f"{name} must be a whole number", found=repr(value))
+        options.shard_bytes()
+        options.torch_device()
+        return options
+
+    def record(self) -> dict[str, Any]:
+        """The options that change the bytes, where they are not the default, for the recipe."""
+        changed = {name: getattr(self, name) for name in _RECORDED if getattr(self, name) != getattr(Options(), name)}
+        if self.dtype is not None:
+            changed["dtype"] = storage_name(self.dtype)
+        return changed
+
+    def worker_count(self) -> int:
+        if self.threads is not None:
+            return self.threads
+        affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+        return max(1, min(len(affinity(0)) if affinity else os.cpu_count() or 1, _MAX_THREADS))
+
+    def torch_device(self) -> torch.device:
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UnsupportedError(
+                "save", "the device is not there", found=f"{self.device!r}: {reason}", fix="use device='cpu'"
+            ) from None
+        return device
+
+    def shard_bytes(self) -> int | None:
+        size = self.max_shard_size
+        if size is None or (type(size) is int and size > 0):
+            return size
+        text = str(size).strip()
+        number, unit = text[:-2].strip(), text[-2:].upper()
+        if unit not in _UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+            raise OutputError("save", "the shard size cannot be read", found=repr(size), fix="write it like '5GB'")
+        return int(float(number) * _UNITS[unit])
+
+    def makes_folder(self, target: Path) -> bool:
+        return self.max_shard_size is not None or (self.layout == "diffusers" and target.suffix != ".safetensors")
+
+
+def check_target(expression: Weights, target: Path, options: Options) -> None:
+    """Refuse an output that is an input (through links too) or has the wrong kind of name."""
+    inputs = [leaf for leaf in expression.leaves() if isinstance(leaf, Checkpoint)]
+    for leaf in inputs:
+        for path in (leaf.path, *(reader.path for reader in leaf.files)):
+            if same_file(target, path):
+                raise OutputError(
+                    "save", "the output is one of the inputs", file=target, found=f"the same file as {path}",
+                    fix="save under another name",
+                )  # fmt: skip
+    is_file_name = target.suffix == ".safetensors"
+    if options.max_shard_size is not None and is_file_name:
+        raise OutputError("save", "shards need a folder", file=target, fix="name a folder, without .safetensors")
+    if not options.makes_folder(target) and not is_file_name:
+        raise OutputError(
+            "save", "a single file must end in .safetensors", file=target, found=target.name,
+            fix=f"name it {target.name}.safetensors; layout='diffusers' and max_shard_size= make folders",
+        )  # fmt: skip
+    for leaf in inputs if options.comfy_compatible else []:
+        quantised = [form for form in leaf.storage.values() if form not in ("fp32", "fp16", "bf16")]
+        if quantised:
+            raise AlgebraError(
+                "save", "comfy_compatible is exact for unquantised files only", file=leaf.path,
+                expected="fp32, fp16 or bf16", found=quantised[0], fix="leave comfy_compatible off",
+            )  # fmt: skip

@@ -1,0 +1,259 @@
+"""Reading a recipe back: what a file is, where its inputs are, and whether it is what it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alkahest import made_up  # noqa: F401  (lets recipes call it)
+from alkahest.checkpoint import Checkpoint
+from alkahest.checkpoint import open as open_checkpoint
+from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
+from alkahest.expr import Weights
+from alkahest.files import Reader, blake3_of, known_paths
+from alkahest.header import parse_json
+from alkahest.locate import locate
+from alkahest.options import Options
+from alkahest.output import make_plan
+from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
+from alkahest.scalar import Rules
+from alkahest.stream import Event, headers_of, recipe_of
+from alkahest.term import Workspace
+from alkahest.work import BLOCK, Run
+from alkahest.write import jobs_of
+
+
+def read_recipe(path: str | os.PathLike[str]) -> tuple[str, Recipe]:
+    """What a file is, in words, and the recipe in it.
+
+    >>> what, recipe = ak.read_recipe("merged.safetensors"); recipe.text
+    "bridge.protect('refiner') + 171.1 * (variant - base)"
+
+    Takes a checkpoint that Alkahest wrote, a recipe as JSON, or recipe text. Raises RecipeError if
+    there is none, UnsupportedError for files that ComfyUI saved.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() or path.suffix == ".safetensors":
+        metadata = locate(path).metadata
+        if METADATA_KEY in metadata:
+            return "a checkpoint with a recipe inside", Recipe.from_json(metadata[METADATA_KEY], path)
+        if "prompt" in metadata or "workflow" in metadata:
+            raise UnsupportedError(
+                "recipe", "this checkpoint was saved by ComfyUI and holds a workflow, not a recipe", file=path,
+                fix="write the recipe by hand: alkahest merge \"...\"",
+            )  # fmt: skip
+        raise RecipeError("recipe", "this checkpoint holds no recipe", file=path, fix="only merged files have one")
+    reader = Reader(path)
+    if reader.size > MAX_TEXT * 10:
+        raise RecipeError("recipe", "this is too long for a recipe", file=path, found=f"{reader.size:,} bytes")
+    try:
+        text = reader.read(0, reader.size).decode()
+    except UnicodeDecodeError:
+        raise RecipeError("recipe", "this is neither a checkpoint nor text", file=path) from None
+    if not text.lstrip().startswith("{"):
+        names_in(text)
+        return "recipe text", Recipe(text.strip())
+    if "recipe" in parse_json(text.encode(), reader):
+        return "a recipe", Recipe.from_json(text, path)
+    raise UnsupportedError("recipe", "this JSON is no recipe (a ComfyUI workflow?)", file=path)
+
+
+def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None) -> Weights:
+    """The expression of a recipe, its inputs found and checked by BLAKE3.
+
+    ``given`` maps names to paths or numbers. What is not given is looked for by hash where Alkahest
+    saw it before, then by file name in the folder ``beside`` and the working folder.
+    """
+    wanted = names_in(recipe.text)
+    for name in given:
+        if name not in wanted:
+            raise UnknownNameError(
+                "recipe", f"the recipe has no {name!r}", found=recipe.text, fix=nearest(name, wanted)
+            )
+    names: dict[str, Any] = {}
+    for name in wanted:
+        value = given.get(name)
+        if isinstance(value, (int, float)):
+            names[name] = value
+        elif value is not None:
+            names[name] = _checked(open_checkpoint(value, name=name), recipe, name)
+        elif name in recipe.inputs:
+            names[name] = _found(recipe, name, beside)
+        else:
+            raise RecipeError(
+                "recipe", f"nothing is given for {name!r}", found=recipe.text, fix=f"add --{name} PATH (or a number)"
+            )
+    result = parse(recipe.text, names)
+    if not isinstance(result, Weights):
+        raise RecipeError(
+            "recipe", "the result is not a complete model", found=recipe.text, fix="add the delta to a checkpoint"
+        )
+    return result
+
+
+@dataclass
+class Verdict:
+    """What `verify` found out about a file; ``ok`` is false if anything speaks against it."""
+
+    path: Path
+    blake3: dict[str, str]
+    recipe: str | None = None
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    differing: list[str] | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.nonfinite and not self.differing and "changed" not in self.inputs.values()
+
+    def __repr__(self) -> str:
+        lines = [f"{self.path}: {'sound' if self.ok else 'NOT SOUND'}"]
+        lines += [f"  BLAKE3 {digest}  {name}" for name, digest in self.blake3.items()]
+        lines += [f"  {count} non-finite values in {key}" for key, count in self.nonfinite.items()]
+        lines.append(f"  recipe: {self.recipe or 'none recorded'}")
+        lines += [f"  input {name}: {state}" for name, state in self.inputs.items()]
+        if self.differing is not None:
+            lines.append(
+                f"  recomputed: {', '.join(self.differing) + ' differ' if self.differing else 'every byte the same'}"
+            )
+        return "\n".join(lines)
+
+
+def verify(
+    path: str | os.PathLike[str], given: Mapping[str, Any] | None = None, recompute: bool = False
+) -> Iterator[Event | Verdict]:
+    """Check a checkpoint from end to end: structure, finite numbers, inputs, and with ``recompute`` every byte.
+
+    A generator of events; the last item is the `Verdict`. Recomputing compares with the file and
+    writes nothing. Raises FileFormatError if the file cannot be opened at all.
+    """
+    checkpoint = open_checkpoint(path)
+    digests = dict(zip((f.path.name for f in checkpoint.files), blake3_of(checkpoint.files), strict=True))
+    verdict = Verdict(checkpoint.path, digests)
+    done = 0
+    for key, piece in checkpoint.slices.items():
+        bad = sum(int((~torch.isfinite(block)).sum()) for block in _blocks(checkpoint, key))
+        if bad:
+            verdict.nonfinite[key] = bad
+        done += piece.elements * piece.stored.form.itemsize
+        yield Event(done, checkpoint.nbytes, key)
+    if METADATA_KEY in checkpoint.metadata:
+        recipe = Recipe.from_json(checkpoint.metadata[METADATA_KEY], checkpoint.path)
+        verdict.recipe = recipe.text
+        for name in recipe.inputs:
+            verdict.inputs[name] = _state(recipe, name, (given or {}).get(name), checkpoint.path.parent)
+        if recompute:
+            expression = build(recipe, given or {}, checkpoint.path.parent)
+            verdict.differing = yield from _differing(checkpoint, recipe, expression)
+    elif recompute:
+        raise RecipeError("verify", "nothing to recompute: no recipe is recorded", file=path)
+    yield verdict
+
+
+def _differing(checkpoint: Checkpoint, recipe: Recipe, expression: Weights) -> Generator[Event, None, list[str]]:
+    options = Options.checked(recipe.output)
+    plan = make_plan(
+        expression,
+        Rules(comfy_compatible=options.comfy_compatible),
+        options.dtype,
+        options.layout,
+        options.shard_bytes(),
+    )
+    run = Run(options)
+    readers = [reader for leaf in expression.leaves() if isinstance(leaf, Checkpoint) for reader in leaf.files]
+    hashes = dict(zip(readers, blake3_of(readers), strict=True))
+    headers = headers_of(plan, recipe_of(expression, options, hashes))
+    files = sorted(checkpoint.files, key=lambda reader: reader.path.name)
+    differing: set[str] = set()
+    if len(files) != len(headers):
+        return ["the number of files"]
+    done, total = 0, plan.nbytes
+    for file, header, items in zip(files, headers, plan.files, strict=True):
+        comparer = _Comparer(file, {item.name: item.nbytes for item in items}, len(header))
+        comparer.write(header, 0)
+        for job in run.perform(list(jobs_of(run, comparer, len(header), items))):
+            done += job.nbytes
+            yield Event(done, total, job.key)
+        differing |= comparer.differing
+    return sorted(differing)
+
+
+class _Comparer:
+    """Takes the place of a Writer, and compares with a file instead of writing to one."""
+
+    def __init__(self, file: Reader, sizes: Mapping[str, int], data_start: int) -> None:
+        self.file = file
+        self.differing: set[str] = set()
+        self._places = []
+        offset = data_start
+        for name, size in sizes.items():
+            self._places.append((offset, offset + size, name))
+            offset += size
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        count = len(data)
+        if offset + count > self.file.size or self.file.read(offset, count) != bytes(data):
+            names = [name for start, stop, name in self._places if start <= offset < stop]
+            self.differing.add(names[0] if names else "the header")
+
+
+def _blocks(checkpoint: Checkpoint, key: str) -> Iterator[torch.Tensor]:
+    workspace = Workspace(torch.device("cpu"))
+    elements = checkpoint.slices[key].elements
+    for start in range(0, elements, BLOCK):
+        stop = min(start + BLOCK, elements)
+        with workspace.block(stop - start) as values:
+            checkpoint.read(key, start, stop, values, workspace)
+            yield values
+
+
+def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
+    try:
+        found = _checked(open_checkpoint(given, name=name), recipe, name) if given else _found(recipe, name, beside)
+    except RecipeError as error:
+        return "changed" if error.expected is not None else "not found here"
+    return f"{found.path}, unchanged"
+
+
+def _found(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint:
+    first = recipe.inputs[name][0]
+    # A file name from a stranger's recipe must not lead out of the folder.
+    file = os.path.basename(str(first["file"]))
+    candidates = [*known_paths(first["blake3"]), *((folder / file) for folder in (beside, Path.cwd()) if folder)]
+    changed: RecipeError | None = None
+    for path in candidates:
+        if not path.is_file():
+            continue
+        in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
+        try:
+            return _checked(open_checkpoint(path.parent if in_folder else path, name=name), recipe, name)
+        except FileFormatError:
+            continue
+        except RecipeError as error:
+            changed = error
+    raise changed or RecipeError(
+        "recipe", f"the input {name!r} was not found", file=file, found=f"{first['bytes']:,} bytes, BLAKE3 {first['blake3']}",
+        fix=f"say where it is: --{name} PATH",
+    )  # fmt: skip
+
+
+def _checked(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Checkpoint:
+    recorded = recipe.inputs.get(name)
+    if recorded is None:
+        return checkpoint
+    sizes = sorted(reader.size for reader in checkpoint.files)
+    same = sizes == sorted(entry["bytes"] for entry in recorded) and sorted(blake3_of(checkpoint.files)) == sorted(
+        entry["blake3"] for entry in recorded
+    )
+    if not same:
+        raise RecipeError(
+            "recipe", f"{name!r} is not the file that the recipe was made with", file=checkpoint.path,
+            expected=", ".join(f"{entry['file']} {entry['bytes']:,} bytes BLAKE3 {entry['blake3'][:16]}..." for entry in recorded),
+            found=", ".join(f"{size:,} bytes" for size in sizes), fix="find the original file, or write a new recipe",
+        )  # fmt: skip
+    return checkpoint

@@ -1,0 +1,132 @@
+"""Workers: blocks computed side by side, checked for NaN and overflow, rounded once."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+
+from alkahest.checkpoint import Checkpoint
+from alkahest.dtypes import Format, encode, rounding_noise
+from alkahest.errors import NonFiniteError
+from alkahest.options import Options
+from alkahest.term import Term, Workspace, needs_whole_tensor, sources
+
+BLOCK = 1 << 20  # elements: 4 MB in float32, small enough for caches, large enough for disks
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work for one worker. Jobs run in the order of ``place``, so that disks read forward."""
+
+    key: str
+    nbytes: int
+    work: Callable[[Workspace], None]
+    place: tuple[int, int] = (0, 0)
+
+
+class Run:
+    """The workers of one save, and what they found out."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.cancelled = threading.Event()
+        self.whole_tensor = threading.Lock()  # one at a time: memory, not speed, is scarce there
+        self.nonfinite: Counter[str] = Counter()
+        self.overflowed: Counter[str] = Counter()
+        self._device = options.torch_device()
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def perform(self, jobs: list[Job]) -> Iterator[Job]:
+        """Run the jobs; yield each as it is done. An exception, or closing the generator, drops the rest."""
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self.options.worker_count(), "alkahest", self._start_worker)
+        try:
+            ordered = sorted(jobs, key=lambda job: job.place)
+            futures: dict[Future[None], Job] = {pool.submit(self._work, job): job for job in ordered}
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            self.cancelled.set()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)
+
+    def check(self, values: torch.Tensor, key: str, form: Format, term: Term) -> None:
+        """Raise NonFiniteError for NaN, infinity, and what ``form`` cannot hold; or count them if allowed."""
+        if values.numel() == 0:
+            return
+        # aminmax passes NaN on, and is many times faster than isfinite().all().
+        low, high = (float(value) for value in torch.aminmax(values))
+        limit = form.largest + half_step(form)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self._tally(self.nonfinite, key, ~torch.isfinite(values), lambda: why_nonfinite(term, key))
+        elif max(-low, high) >= limit:
+            self._tally(self.overflowed, key, values.abs() >= limit, lambda: _overflow(key, form, max(-low, high)))
+
+    def round(self, values: torch.Tensor, key: str, start: int, form: Format) -> torch.Tensor:
+        """Round a checked float32 block once to ``form``."""
+        if values.device.type == "mps":  # has no float64 and no fp8
+            values = values.cpu()
+        noise = None
+        if self.options.rounding == "stochastic":
+            noise = rounding_noise(self.options.seed, key, start, values.numel(), values.device)
+        return encode(values, form, noise)
+
+    def _start_worker(self) -> None:
+        # One thread per worker: torch's own threads would fight with ours for the processors.
+        torch.set_num_threads(1)
+        self._local.workspace = Workspace(self._device)
+
+    def _work(self, job: Job) -> None:
+        if not self.cancelled.is_set():
+            with torch.inference_mode():
+                job.work(self._local.workspace)
+
+    def _tally(self, tally: Counter[str], key: str, bad: torch.Tensor, error: Callable[[], Exception]) -> None:
+        if not self.options.allow_nonfinite:
+            raise error()
+        with self._lock:
+            tally[key] += int(bad.sum())
+
+
+def blocks(term: Term, elements: int) -> Iterator[tuple[int, int]]:
+    """Element ranges to compute one after the other: all at once if a method needs the whole tensor."""
+    step = max(elements, 1) if needs_whole_tensor(term) else BLOCK
+    for start in range(0, elements, step):
+        yield start, min(start + step, elements)
+
+
+def half_step(form: Format) -> float:
+    """Half the distance between the two largest numbers: from there on rounding overflows."""
+    return float(2.0 ** (math.floor(math.log2(form.largest)) - form.mantissa - 1))
+
+
+def why_nonfinite(term: Term, key: str) -> NonFiniteError:
+    """The error for a term with NaN or infinity: the input that holds it, or the arithmetic."""
+    for source in sources(term):
+        if isinstance(source.leaf, Checkpoint):
+            bad = int((~torch.isfinite(source.leaf[source.key].float())).sum())
+            if bad:
+                stored = source.leaf.slices[source.key].stored
+                return NonFiniteError(
+                    "save", "an input holds NaN or infinity", file=stored.reader.path, key=key,
+                    expected="finite numbers", found=f"{bad:,} of them in this tensor",
+                    fix="get the file again, or allow_nonfinite=True to keep them",
+                )  # fmt: skip
+    return NonFiniteError("save", "the result overflows float32", key=key, fix="use a smaller multiplier")
+
+
+def _overflow(key: str, form: Format, magnitude: float) -> NonFiniteError:
+    return NonFiniteError(
+        "save", f"a value is too large for {form.name}", key=key, expected=f"at most {form.largest:g}",
+        found=f"{magnitude:g}", fix="use bf16, fp32 or a scaled fp8 form, or allow_nonfinite=True",
+    )  # fmt: skip
