@@ -64,6 +64,7 @@ class Checkpoint(Leaf):
         self.files = located.files
         self.metadata = located.metadata
         self.config = located.config
+        self.file_names = {reader: reader.path.name for reader in self.files}  # as recipes record them
         self.prefix = layouts.find_prefix(located.tensors, located.path)
         self.name = _identifier(name or located.path)
         mine = {n: place for n, place in located.tensors.items() if n.startswith(self.prefix)}

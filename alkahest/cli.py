@@ -40,7 +40,7 @@ Threads = Annotated[int | None, typer.Option(help="Workers; the output does not 
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Keep NaN, infinity and overflow; count them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-_NAMED = {"allow_extra_args": True, "ignore_unknown_options": True}
+_NAMED = {"ignore_unknown_options": True}  # --bridge and the like are ours to read
 
 
 @app.callback(invoke_without_command=True)
@@ -79,11 +79,13 @@ def inspect(
 
 @app.command(context_settings=_NAMED)
 def merge(
-    context: typer.Context,
     output: Output,
-    expression: Annotated[
-        str | None,
-        typer.Argument(help="Such as \"bridge.protect('refiner') + 171.1 * (variant - base)\"."),
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPRESSION] [--NAME PATH]...",
+            help="Such as \"bridge.protect('refiner') + 171.1 * (variant - base)\" --bridge a.safetensors ...",
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Run the recipe in this file: a merged checkpoint, recipe JSON or text.")
@@ -108,7 +110,7 @@ def merge(
     or as a number: `--k 171.1`.
     """
     with _reported():
-        given = _named(context.args)
+        expression, given = _named(what or [])
         options = _options(
             dtype=dtype, layout=layout, rounding=rounding, seed=seed, device=device, comfy_compatible=comfy_compatible,
             max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, threads=threads,
@@ -161,8 +163,9 @@ def recipe(
 
 @app.command(context_settings=_NAMED)
 def verify(
-    context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="Checkpoint to check from end to end.")],
+    what: Annotated[
+        list[str], typer.Argument(metavar="FILE [--NAME PATH]...", help="Checkpoint to check from end to end.")
+    ],
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute the recipe again and compare every byte; nothing is written.")
     ] = False,
@@ -177,7 +180,10 @@ def verify(
     from alkahest.provenance import verify as check
 
     with _reported():
-        found = _drain(check(file, _named(context.args), recompute), quiet)
+        file, given = _named(what)
+        if file is None:
+            raise typer.BadParameter("name the file to check")
+        found = _drain(check(file, given, recompute), quiet)
         assert isinstance(found, Verdict)
         print(json.dumps({**dataclasses.asdict(found), "ok": found.ok}, indent=2, default=str) if as_json else found)
         if not found.ok:
@@ -248,13 +254,17 @@ def _drain(events: Iterator[Any], quiet: bool) -> Any:
     return event
 
 
-def _named(arguments: list[str]) -> dict[str, Any]:
-    """``--name value`` pairs that are no options of the command: paths, or numbers."""
+def _named(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """The one argument without a name, and the ``--name value`` pairs: paths, or numbers."""
+    alone: str | None = None
     given: dict[str, Any] = {}
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
         name = name.removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") and alone is None:
+            alone = argument
+            continue
         if not argument.startswith("--") or not name.isidentifier():
             raise typer.BadParameter(f"unexpected argument {argument!r}")
         if not equals:
@@ -265,7 +275,7 @@ def _named(arguments: list[str]) -> dict[str, Any]:
             given[name] = float(value)
             continue
         given[name] = value
-    return given
+    return alone, given
 
 
 def _options(**options: Any) -> dict[str, Any]:

@@ -175,6 +175,9 @@ class Weights(Expression):
             return Sum(self, -other)
         return _refuse("-", self, other)
 
+    def __neg__(self) -> NoReturn:
+        self.__mul__(-1)
+
     def __mul__(self, other: object) -> NoReturn:
         raise AlgebraError(
             "number * weights", "a complete model cannot be scaled, only a difference can",
@@ -291,8 +294,10 @@ class Delta(Expression):
         if isinstance(factor, Expression):
             return _refuse("*", self, factor)
         k = scalar(factor, "number * delta")
+        if k == 1.0:
+            return self
         if isinstance(self, Scaled) and not isinstance(k, Param) and not isinstance(self.factor, Param):
-            return Scaled(number(k * self.factor, "number * delta"), self.delta)
+            return self.delta * number(k * self.factor, "number * delta")
         return Scaled(k, self)
 
     __rmul__ = __mul__

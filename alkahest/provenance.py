@@ -246,14 +246,16 @@ def _checked(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Checkpoint:
     recorded = recipe.inputs.get(name)
     if recorded is None:
         return checkpoint
-    sizes = sorted(reader.size for reader in checkpoint.files)
-    same = sizes == sorted(entry["bytes"] for entry in recorded) and sorted(blake3_of(checkpoint.files)) == sorted(
-        entry["blake3"] for entry in recorded
-    )
-    if not same:
+    digests = dict.fromkeys(checkpoint.files, "")
+    if sorted(reader.size for reader in digests) == sorted(entry["bytes"] for entry in recorded):
+        digests = dict(zip(checkpoint.files, blake3_of(checkpoint.files), strict=True))
+    names = {entry["blake3"]: entry["file"] for entry in recorded}
+    if sorted(digests.values()) != sorted(names):
         raise RecipeError(
             "recipe", f"{name!r} is not the file that the recipe was made with", file=checkpoint.path,
             expected=", ".join(f"{entry['file']} {entry['bytes']:,} bytes BLAKE3 {entry['blake3'][:16]}..." for entry in recorded),
-            found=", ".join(f"{size:,} bytes" for size in sizes), fix="find the original file, or write a new recipe",
+            found=", ".join(f"{reader.size:,} bytes {digest[:16]}" for reader, digest in digests.items()), fix="find the original file, or write a new recipe",
         )  # fmt: skip
+    # A renamed input is the same input: the new output records the name that the old one did.
+    checkpoint.file_names = {reader: names[digest] for reader, digest in digests.items()}
     return checkpoint

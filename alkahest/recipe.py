@@ -116,6 +116,8 @@ class _Reader:
                 return self._name(node)
             case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
                 value = self.read(node.operand)
+                if not isinstance(value, (Expression, int, float)):
+                    raise self._refused(node, "a sign is for numbers and deltas only")
                 return -value if isinstance(node.op, ast.USub) else value
             case ast.BinOp():
                 return self._operation(node)

@@ -185,7 +185,7 @@ def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str
     """What the output's metadata says about itself."""
     names = name_leaves(expression)
     inputs = {
-        name: [{"file": r.path.name, "bytes": r.size, "blake3": hashes[r]} for r in leaf.files]
+        name: [{"file": leaf.file_names[r], "bytes": r.size, "blake3": hashes[r]} for r in leaf.files]
         for leaf, name in names.items()
         if isinstance(leaf, Checkpoint)
     }

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import typer
+from typer.testing import CliRunner
+
+import alkahest as ak
+from alkahest.cli import app
+
+MAIN_JOB = "bridge.protect('refiner') + 171.1 * (variant - base)"
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def named(trio: dict[str, Path]) -> list[object]:
+    return [item for name, path in trio.items() for item in (f"--{name}", path)]
+
+
+def test_every_command_and_option_has_help() -> None:
+    group = typer.main.get_command(app)
+    assert set(group.commands) == {"inspect", "merge", "convert", "recipe", "verify", "make-checkpoint"}  # type: ignore[attr-defined]
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+    assert "--install-completion" in run("--help")
+    assert run("--version").strip() == ak.__version__
+
+
+def test_inspect(trio: dict[str, Path]) -> None:
+    assert "bf16 (89)" in run("inspect", trio["base"])
+    about = json.loads(run("inspect", trio["base"], "--json"))
+    assert (about["layout"], about["tensors"], about["layers"]) == ("native", 89, 2)
+    assert run("inspect", trio["base"], "--keys", "layers.1.attention").count("\n") == 6
+    rows = json.loads(run("inspect", trio["base"], "--keys", "pad_tokens", "--json"))
+    assert rows == {name: {"shape": [1, 96], "storage": "bf16"} for name in ("x_pad_token", "cap_pad_token")}
+    assert "did you mean 'refiner'" in run("inspect", trio["base"], "--keys", "refinr", code=1)
+
+
+def test_merge_then_recipe_then_merge_again(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    report = run("merge", MAIN_JOB, *named(trio), "-o", out, "--dtype", "fp16", "--quiet")
+    assert "56 unchanged tensors re-stored, bf16 to fp16" in report
+    text = run("recipe", out)
+    assert MAIN_JOB in text
+    assert "written with dtype=fp16" in text
+    (tmp_path / "r.json").write_text(run("recipe", out, "--json"))
+    for number, source in enumerate((out, tmp_path / "r.json")):
+        again = tmp_path / f"again{number}.safetensors"
+        found = json.loads(run("merge", "--recipe", source, *named(trio), "-o", again, "--json"))
+        assert found["recipe"] == MAIN_JOB
+        assert again.read_bytes() == out.read_bytes()
+    assert "every byte the same" in run("verify", out, "--recompute", *named(trio))
+    assert json.loads(run("verify", out, "--json", *named(trio)))["ok"] is True
+
+
+def test_numbers_for_names(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    run("merge", "bridge + k * (variant - base)", *named(trio), "--k=2.5", "-o", out)
+    assert "bridge + param('k', 2.5) * (variant - base)" in run("recipe", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bridge + k * (variant - base)", "--k", "auto"], "reserved"),
+        (["bridge + k * (variant - base)"], "nothing is given for 'k'"),
+        (["bridge + (variant - base)", "--varient", "x"], "did you mean 'variant'"),
+        (["bridge + (variant - base)", "--dtyp", "bf16"], "has no 'dtyp'"),
+        (["bridge + (variant - base)", "--dtype", "bf17"], "did you mean 'bf16'"),
+        (["variant - base", "--bridge", "x"], "has no 'bridge'"),
+        (["__import__('os')"], "unknown function"),
+        (["bridge + base"], "twice a model"),
+        ([], "either an expression or --recipe"),
+    ],
+)
+def test_merge_refuses(arguments: list[str], message: str, trio: dict[str, Path], tmp_path: Path) -> None:
+    wanted = [
+        item for name, path in trio.items() if name in " ".join(arguments[:1]) for item in (f"--{name}", str(path))
+    ]
+    output = run("merge", *arguments, *wanted, "-o", tmp_path / "out.safetensors", code=1)
+    assert message in output
+    assert "Traceback" not in output
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_usage_is_code_2(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    run("merge", MAIN_JOB, code=2)
+    run("merge", MAIN_JOB, "stray", "-o", out, code=2)
+    run("merge", MAIN_JOB, "-o", out, "--bridge", code=2)
+    run("inspect", trio["base"], "--nonsense", code=2)
+    run("nonsense", code=2)
+
+
+def test_convert(trio: dict[str, Path], tmp_path: Path) -> None:
+    run("convert", trio["base"], "-o", tmp_path / "out", "--layout", "diffusers", "--max-shard-size", "600KB")
+    run("convert", tmp_path / "out", "-o", tmp_path / "back.safetensors")
+    base, back = ak.open(trio["base"]), ak.open(tmp_path / "back.safetensors")
+    assert all((base[key] == back[key]).all() for key in base)
+    run("convert", trio["base"], "-o", trio["base"], code=1)
+
+
+def test_make_checkpoint(tmp_path: Path) -> None:
+    small = ["--layers", 2, "--width", 96, "-q"]
+    run("make-checkpoint", "-o", tmp_path / "a.safetensors", *small)
+    run("make-checkpoint", "-o", tmp_path / "b.safetensors", *small, "--threads", 3)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    run("make-checkpoint", "-o", tmp_path / "v", *small, "--delta", 0.02, "--only", "layers", "--layout", "diffusers",
+        "--storage", "comfy_quant")  # fmt: skip
+    assert ak.open(tmp_path / "v").summary()["storage"] == {"bf16": 59, "comfy_quant": 42}
+    assert "impossible size" in run("make-checkpoint", "-o", tmp_path / "c.safetensors", "--layers", 10**9, code=1)
+
+
+def test_a_file_that_is_not_sound_is_code_1(tmp_path: Path) -> None:
+    state = tiny.native(tiny.state(2))
+    state["layers.0.ffn_norm1.weight"] = state["layers.0.ffn_norm1.weight"] / 0
+    path = tiny.write(tmp_path / "x.safetensors", state)
+    assert "NOT SOUND" in run("verify", path, code=1)
+    assert "holds NaN or infinity" in run("convert", path, "-o", tmp_path / "y.safetensors", code=1)
+    assert "non-finite values" in run("convert", path, "-o", tmp_path / "y.safetensors", "--allow-nonfinite")
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint large enough that a merge of it can be interrupted."""
+    path = tmp_path_factory.mktemp("slow") / "slow.safetensors"
+    ak.made_up(layers=40, width=384).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
+)
+def test_signals_leave_no_output_and_harm_nothing(
+    number: signal.Signals, code: int, slow: Path, tmp_path: Path
+) -> None:
+    out, before = tmp_path / "out.safetensors", slow.read_bytes()
+    out.write_bytes(b"an older output")
+    command = [sys.executable, "-m", "alkahest", "merge", "a + ties([b - a], density=0.5)", "--a", slow, "--b", slow.with_name("b.safetensors"),
+               "-o", out, "--threads", "1"]  # fmt: skip
+    ak.made_up(layers=40, width=384, delta=0.1).save(slow.with_name("b.safetensors"))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(os.listdir(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert out.read_bytes() == b"an older output"
+    assert slow.read_bytes() == before
+    left = [name for name in os.listdir(tmp_path) if name != "out.safetensors"]
+    assert len(left) == (1 if number == signal.SIGKILL else 0)
+    run("make-checkpoint", "-o", tmp_path / "next.safetensors", "--layers", 1, "--width", 32)
+    assert sorted(os.listdir(tmp_path)) == ["next.safetensors", "out.safetensors"]
