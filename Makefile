@@ -37,7 +37,7 @@ format: $(VENV)/.dev
 
 # Execute every notebook and store its outputs.
 notebooks: $(VENV)/.dev
-	$(BIN)/python tests/refresh_notebooks.py
+	$(BIN)/python tests/notebook_runs.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -102,7 +102,7 @@ def test_partners_must_fit(tmp_path: Path, models: tuple[ak.Checkpoint, ...]) ->
     assert extra.unknown == ["layers.0.extra.weight"]
     with pytest.raises(MismatchError, match=r"(?s)on one side only.*layers.0.extra.weight"):
         extra - base
-    wider = {key: value for key, value in tiny.model(0, cap_feat_dim=48).state_dict().items()}
+    wider = dict(tiny.model(0, cap_feat_dim=48).state_dict())
     other = ak.open(tiny.write(tmp_path / "wider.safetensors", tiny.native(wider)))
     with pytest.raises(MismatchError, match=r"(?s)different shapes.*cap_embedder.0.weight"):
         base + (other - other)

@@ -125,7 +125,7 @@ def test_a_failed_write_back_is_not_forgotten(tmp_path: Path, monkeypatch: pytes
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(files.os, "fsync", sync)
-    with pytest.raises(OutputError, match="input/output error"), whole_file(tmp_path / "a.bin", 5) as writer:  # noqa: PT012
+    with pytest.raises(OutputError, match="input/output error"), whole_file(tmp_path / "a.bin", 5) as writer:
         writer.write(b"hello", 0)
         deadline = time.monotonic() + 10
         while not calls and time.monotonic() < deadline:

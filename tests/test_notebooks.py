@@ -1,0 +1,75 @@
+"""House shape, runs clean, and the committed outputs are what the code gives today."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from notebook_runs import FOLDER, NOTEBOOKS, executed
+
+
+def source_lines(cell: NotebookNode) -> list[str]:
+    return [line for line in cell.source.splitlines() if line.strip()]
+
+
+def texts(notebook: NotebookNode) -> list[str]:
+    """Every text output, in order; pictures and HTML are not compared."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            found.append(output.get("text") or output.get("data", {}).get("text/plain", ""))
+    return found
+
+
+def test_there_are_notebooks() -> None:
+    assert "00-start-here.ipynb" in {path.name for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_house_shape(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = notebook.cells
+    assert 15 <= len(cells) <= 30
+    assert cells[0].cell_type == cells[-1].cell_type == "markdown"
+    assert cells[0].source.startswith("# ")
+    assert all(word in cells[0].source for word in ("seconds", "MB"))
+    assert [tag for cell in cells for tag in cell.metadata.get("tags", [])] == ["parameters"]
+    assert cells[2].metadata["tags"] == ["parameters"]
+    for node in ast.parse(cells[2].source).body:
+        assert isinstance(node, ast.Assign)
+        ast.literal_eval(node.value)
+    for cell in cells:
+        if cell.cell_type == "code":
+            assert len(source_lines(cell)) <= 12
+            assert not any(
+                isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in ast.walk(ast.parse(cell.source))
+            )
+            assert "execution" not in cell.metadata
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_runs_clean_and_its_outputs_are_fresh(path: Path, tmp_path: Path) -> None:
+    fresh = executed(path, tmp_path)
+    for cell in fresh.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.get("text")
+    assert texts(fresh) == texts(nbformat.read(path, as_version=4)), "run `make notebooks`"
+
+
+def test_the_switch_to_real_files_works(trio: dict[str, Path], tmp_path: Path) -> None:
+    notebook = nbformat.read(FOLDER / "00-start-here.ipynb", as_version=4)
+    cell = notebook.cells[2]
+    assert "CHECKPOINTS = None" in cell.source
+    cell.source = cell.source.replace(
+        "CHECKPOINTS = None", f"CHECKPOINTS = { {name: str(path) for name, path in trio.items()} }"
+    )
+    nbformat.write(notebook, tmp_path / "real.ipynb")
+    fresh = executed(tmp_path / "real.ipynb", tmp_path)
+    assert any("2 layers, width 96" in text for text in texts(fresh))
