@@ -21,7 +21,7 @@ $(VENV)/.dev: $(VENV)/.lab
 	touch $@
 
 lab: $(VENV)/.lab
-	$(BIN)/jupyter lab --port $(PORT) $(ROOT_FLAG) notebooks/00-start-here.ipynb
+	$(BIN)/jupyter lab --port $(PORT) $(ROOT_FLAG) --LabApp.default_url=/lab/tree/notebooks/00-start-here.ipynb
 
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n 2
