@@ -27,7 +27,18 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 Names = Mapping["Leaf", str]
 _SUM, _PRODUCT, _ATOM = 1, 2, 3
-_MAX_DEPTH = 400
+_NOT_A_MODEL = ": a delta is no model; add it to one first: bridge + k * delta"
+_NOT_A_DELTA = ": that is for deltas; choose before adding: bridge + (variant - base).only('layers')"
+# (is a delta, name) -> what to do instead, for names that only the other kind has.
+_OTHER_KIND = {
+    (
+        True,
+        "protect",
+    ): ": protection belongs to the weights: bridge.protect('refiner') + delta, or delta.without('refiner')",
+    **{(True, name): _NOT_A_MODEL for name in ("save", "stream", "load_into")},
+    **{(False, name): _NOT_A_DELTA for name in ("only", "without", "everywhere", "scaled")},
+}
+_MAX_DEPTH = 150  # a printed or bound tree takes four Python frames a level
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,6 +103,12 @@ class Expression:
     def _repr_html_(self) -> str:
         notes = "".join(f"<div>{html.escape(line)}</div>" for line in self._notes())
         return f"<div><code>{html.escape(self.text())}</code>{notes}</div>"
+
+    if not TYPE_CHECKING:  # a type checker should still see what is not there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = _OTHER_KIND.get((isinstance(self, Delta), name), "")
+            raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
 
     @property
     @abstractmethod
@@ -366,8 +383,26 @@ class Sum(_OfWeights):
         return _joined(self.weights, self.delta, names), _SUM
 
 
+class OfModels(Weights):
+    """Weights made from several models, of which the first leads."""
+
+    operands: tuple[Weights, ...]
+
+    @property
+    def leading(self) -> Leaf:
+        return self.operands[0].leading
+
+    @property
+    def protection(self) -> tuple[str, ...]:
+        return self.operands[0].protection
+
+    def keeps_first(self, key: str, rules: Rules) -> bool:
+        """Whether a tensor stays the first model's: protected, or a pad token as ComfyUI treats it."""
+        return self.is_protected(key) or (rules.comfy_compatible and key in PAD_TOKENS)
+
+
 @dataclass(frozen=True, repr=False)
-class Mixture(Weights):
+class Mixture(OfModels):
     """First weights plus shares of what the others differ by; `lerp` and `weighted_sum` make it."""
 
     operands: tuple[Weights, ...]
@@ -378,17 +413,9 @@ class Mixture(Weights):
         super().__post_init__()
         require_mixable("lerp" if self.is_lerp else "weighted_sum", self.operands)
 
-    @property
-    def leading(self) -> Leaf:
-        return self.operands[0].leading
-
-    @property
-    def protection(self) -> tuple[str, ...]:
-        return self.operands[0].protection
-
     def at(self, key: str, rules: Rules) -> Term | None:
         first, *others = [operand.at(key, rules) for operand in self.operands]
-        if self.is_protected(key) or (rules.comfy_compatible and key in PAD_TOKENS):
+        if self.keeps_first(key, rules):
             return first
         shares = [rules.value(share) for share in self.shares]
         if rules.comfy_compatible and first is not None:
@@ -409,7 +436,7 @@ class Mixture(Weights):
         shares = [text_of(share) for share in self.shares]
         if self.is_lerp:
             return f"lerp({operands[0]}, {operands[1]}, {shares[0]})", _ATOM
-        first = text_of(1.0 - sum(float(s) for s in self.shares if not isinstance(s, Param)))
+        first = text_of(round(1.0 - sum(float(s) for s in self.shares if not isinstance(s, Param)), 12))
         return f"weighted_sum([{', '.join(operands)}], [{', '.join([first, *shares])}])", _ATOM
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alkahest.errors import AlkahestError, FileFormatError, UnsupportedError
+from alkahest.errors import AlkahestError, FileFormatError, UnsupportedError, nearest
 from alkahest.files import Reader
 from alkahest.header import MAX_HEADER, Entry, parse_json, read_header
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/.+\.safetensors)?")
+_HUB_ID = re.compile(r"(\w[\w.-]*)/\w[\w.-]*(?<!\.safetensors)(/.+\.safetensors)?")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
@@ -35,7 +35,8 @@ def locate(source: str | os.PathLike[str]) -> Located:
     ``owner/name/file.safetensors``. Raises AlkahestError kinds that name the file and the remedy.
     """
     path = Path(source).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+    hub_id = _HUB_ID.fullmatch(str(source))
+    if hub_id and not path.exists() and not Path(hub_id[1]).is_dir():
         path = _from_hub(str(source))
     if path.is_dir():
         return _folder(path)
@@ -145,6 +146,4 @@ def _from_hub(source: str) -> Path:
 def _nearby(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    from alkahest.errors import nearest
-
     return nearest(path.name, sorted(p.name for p in path.parent.iterdir() if p.suffix == ".safetensors" or p.is_dir()))

@@ -22,8 +22,7 @@ import torch
 
 from alkahest import random, term
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
-from alkahest.expr import Delta, Expression, Leaf, Names, Shapes, Weights, require_mixable, require_same
-from alkahest.keys import PAD_TOKENS
+from alkahest.expr import Delta, Expression, Names, OfModels, Shapes, Weights, require_mixable, require_same
 from alkahest.scalar import Rules, Scalar, scalar, text_of
 from alkahest.term import Term
 
@@ -148,7 +147,7 @@ class MergedDelta(_Merged, Delta):
 
 
 @dataclass(frozen=True, repr=False)
-class MergedWeights(_Merged, Weights):
+class MergedWeights(_Merged, OfModels):
     method: Method
     operands: tuple[Weights, ...]
     settings: tuple[tuple[str, Scalar], ...]
@@ -157,18 +156,14 @@ class MergedWeights(_Merged, Weights):
         super().__post_init__()
         require_mixable(self.method.name, self.operands)
 
-    @property
-    def leading(self) -> Leaf:
-        return self.operands[0].leading
-
-    @property
-    def protection(self) -> tuple[str, ...]:
-        return self.operands[0].protection
-
     def at(self, key: str, rules: Rules) -> Term | None:
         first, *others = [operand.at(key, rules) for operand in self.operands]
-        kept = self.is_protected(key) or (rules.comfy_compatible and key in PAD_TOKENS)
-        if first is None or kept or any(other is None for other in others) or all(other == first for other in others):
+        if (
+            first is None
+            or self.keeps_first(key, rules)
+            or any(other is None for other in others)
+            or all(other == first for other in others)
+        ):
             return first
         return self._applied(key, [first, *(other for other in others if other is not None)], rules)
 
@@ -233,7 +228,7 @@ def _trimmed(delta: Tensor, density: float) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     # In pieces and float64, so that the angle does not depend on how torch splits the sum over threads.
-    step = 1 << 15
+    a, b, step = a.cpu(), b.cpu(), 1 << 15  # MPS has no float64
     ranges = (slice(start, start + step) for start in range(0, a.numel(), step))
     return sum(float(torch.dot(a[chosen].double(), b[chosen].double())) for chosen in ranges)
 

@@ -16,7 +16,7 @@ from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
 from alkahest.expr import Leaf, Weights
 from alkahest.files import Reader
 from alkahest.header import BITS, Entry
-from alkahest.quantised import MARKER, helper_bytes
+from alkahest.quantised import MARKER, QUANTISATION, helper_bytes
 from alkahest.scalar import Rules
 from alkahest.term import Term
 
@@ -104,6 +104,7 @@ class Plan:
     files: list[list[Item]]
     layout: str
     notes: list[str]
+    metadata: dict[str, str]
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +140,8 @@ def make_plan(
         groups += [[Carried(name, *place)] for name, place in leading.companions.items()]
     weights = [item for group in groups for item in group if isinstance(item, Weight)]
     notes = _notes(expression, leading, chosen, weights)
-    return Plan([_in_file_order(group) for group in _shards(groups, max_shard_bytes)], chosen, notes)
+    metadata = _companion_metadata(leading) if chosen == "all-in-one" else {}
+    return Plan([_in_file_order(group) for group in _shards(groups, max_shard_bytes)], chosen, notes, metadata)
 
 
 def restored(weights: Iterable[Weight], only: Callable[[str], bool] = lambda key: True) -> Counter[str]:
@@ -231,6 +233,15 @@ def _weight_items(
 def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     first = shapes[0]
     return first if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *first[1:])
+
+
+def _companion_metadata(leading: Leaf) -> dict[str, str]:
+    # The header may describe a quantised text encoder, which is carried as it is.
+    if not isinstance(leading, Checkpoint) or QUANTISATION not in leading.metadata:
+        return {}
+    described = json.loads(leading.metadata[QUANTISATION])
+    layers = {name: value for name, value in described["layers"].items() if f"{name}.weight" in leading.companions}
+    return {QUANTISATION: json.dumps({**described, "layers": layers})} if layers else {}
 
 
 def _shards(items: list[list[Item]], limit: int | None) -> list[list[Item]]:

@@ -20,6 +20,7 @@ from alkahest.files import Reader
 from alkahest.header import Entry
 
 MARKER = "scaled_fp8"
+QUANTISATION = "_quantization_metadata"
 _SCALES = ("weight_scale", "scale_weight")
 _INPUT_SCALES = ("input_scale", "scale_input")
 _HELPERS = (*_SCALES, *_INPUT_SCALES, "comfy_quant", "weight_scale_2")
@@ -88,7 +89,7 @@ def helper_bytes(stored: Stored, helper: str) -> bytes | None:
 
 
 def _header_formats(metadata: Mapping[str, str], prefix: str, bare: Mapping[str, object]) -> dict[str, str]:
-    text = metadata.get("_quantization_metadata")
+    text = metadata.get(QUANTISATION)
     if text is None:
         return {}
     try:

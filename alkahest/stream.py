@@ -194,7 +194,7 @@ def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str
 
 def headers_of(plan: Plan, recipe: Recipe) -> list[bytes]:
     """The header of every output file."""
-    metadata = {"format": "pt", METADATA_KEY: recipe.to_json()}
+    metadata = {"format": "pt", METADATA_KEY: recipe.to_json(), **plan.metadata}
     return [build_header(((item.name, item.tag, item.shape) for item in items), metadata) for items in plan.files]
 
 

@@ -125,6 +125,12 @@ def test_hub_ids_come_from_the_cache(state: tiny.State, tmp_path: Path, monkeypa
     assert_holds(ak.open("Some/Z-Image/one.safetensors"), state, torch.bfloat16)
     with pytest.raises(FileFormatError, match=r"(?s)the hub did not give it.*check the path or hub id"):
         ak.open("Some/Other")
+    # What can only be meant as a path is not asked of the hub.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for path in ("folder/x.safetensors", "./x", "../x", "models/x/y.safetensors", "/some/x", "a\\b"):
+        with pytest.raises(FileFormatError, match="no such file or folder"):
+            ak.open(path)
 
 
 def test_optional_tensors_are_carried(state: tiny.State, tmp_path: Path) -> None:

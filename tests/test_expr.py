@@ -87,6 +87,19 @@ def test_unknown_names_offer_the_nearest(models: tuple[ak.Checkpoint, ...]) -> N
         (ak.param("k", 1) * delta).bind(m=2)
 
 
+def test_names_of_the_other_kind_say_what_to_do(models: tuple[ak.Checkpoint, ...]) -> None:
+    bridge, variant, base = models
+    for attempt, message in [
+        (lambda: (variant - base).save("x.safetensors"), "a delta is no model"),
+        (lambda: (variant - base).protect("refiner"), "protection belongs to the weights"),
+        (lambda: bridge.only("layers"), "that is for deltas"),
+        (lambda: bridge.nonsense, "no 'nonsense'$"),
+    ]:
+        with pytest.raises(AttributeError, match=message):
+            attempt()
+    assert not hasattr(bridge, "nonsense")
+
+
 def test_partners_must_fit(tmp_path: Path, models: tuple[ak.Checkpoint, ...]) -> None:
     base = models[2]
     deeper = ak.open(tiny.write(tmp_path / "deeper.safetensors", tiny.native(tiny.state(0, layers=3))))
@@ -176,12 +189,18 @@ def test_named_scalars(models: tuple[ak.Checkpoint, ...]) -> None:
     assert merged.at(LAYER, Rules({"k": 171.1})) == bound.at(LAYER, Rules())
 
 
-def test_depth_is_limited(models: tuple[ak.Checkpoint, ...]) -> None:
+def test_depth_is_limited_and_the_deepest_still_works(models: tuple[ak.Checkpoint, ...]) -> None:
     bridge, variant, base = models
     merged: ak.Weights = bridge
     with pytest.raises(AlgebraError, match="too deeply"):
         for _ in range(1000):
-            merged = merged + (variant - base)
+            merged = (merged.protect("refiner") + ak.param("k", 1) * (variant - base)).protect("final")
+    assert merged.depth > 100
+    assert merged.bind(k=2).text().count("param('k', 2)") == repr(merged).count("param('k', 1)") > 40
+    assert merged == merged.bind(k=1)
+    assert hash(merged) == hash(merged.bind(k=1))
+    assert at(merged, REFINER) == term.Source(bridge, REFINER)
+    assert len(list(term.sources(at(merged, LAYER)))) > 80
 
 
 def test_html_escapes_names_from_strangers(tmp_path: Path, trio: dict[str, Path]) -> None:

@@ -251,13 +251,16 @@ def test_all_in_one_files_keep_their_other_models(models: Models, tmp_path: Path
     }  # fmt: skip
     prefix = "model.diffusion_model."
     stored = {prefix + name: value for name, value in tiny.native(tiny.state(2)).items()}
-    save_file({**stored, **others}, tmp_path / "aio.safetensors")
+    described = {"format_version": "1.0", "layers": {"text_encoders.qwen3_4b.norm": {"format": "nvfp4"}}}
+    save_file({**stored, **others}, tmp_path / "aio.safetensors", {"_quantization_metadata": json.dumps(described)})
     bridge = ak.open(tmp_path / "aio.safetensors")
     merged = bridge + 2 * (models[1] - models[2])
     merged.save(tmp_path / "out.safetensors")
     found = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in others.items())
     assert {name for name in found if name not in others} == set(stored)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["_quantization_metadata"]) == described
     result = merged.save(tmp_path / "bare.safetensors", layout="native")
     assert set(load_file(tmp_path / "bare.safetensors")) == {name.removeprefix(prefix) for name in stored}
     assert "4 tensors of other models in aio are left out" in repr(result)
