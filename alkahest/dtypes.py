@@ -54,6 +54,7 @@ _ALIASES = {
     "fp8": "fp8_e4m3fn", "float8_e4m3fn": "fp8_e4m3fn", "e4m3fn": "fp8_e4m3fn",
     "float8_e5m2": "fp8_e5m2", "e5m2": "fp8_e5m2", "fp8_scaled": "comfy_quant",
 }  # fmt: skip
+_PIECE = 1 << 17  # elements at a time where float64 temporaries are needed
 
 
 def storage_name(dtype: str | torch.dtype) -> str:
@@ -97,7 +98,8 @@ def encode(values: Tensor, form: Format, noise: Tensor | None = None) -> Tensor:
         raised = values.view(torch.int32) + (noise & 0xFFFF)
         cut = (raised & ~0xFFFF).view(torch.float32)
     else:
-        cut = _floor_to_grid(values, form, noise)
+        pieces = zip(values.split(_PIECE), noise.split(_PIECE), strict=True)
+        cut = torch.cat([_floor_to_grid(value, form, random_bits) for value, random_bits in pieces])
     # Past the largest number both neighbours are not there: leave that to nearest rounding's rule.
     fits = values.abs() <= form.largest
     return torch.where(fits, cut.clamp(-form.largest, form.largest), values).to(form.torch)
