@@ -98,8 +98,10 @@ def encode(values: Tensor, form: Format, noise: Tensor | None = None) -> Tensor:
         raised = values.view(torch.int32) + (noise & 0xFFFF)
         cut = (raised & ~0xFFFF).view(torch.float32)
     else:
-        pieces = zip(values.split(_PIECE), noise.split(_PIECE), strict=True)
-        cut = torch.cat([_floor_to_grid(value, form, random_bits) for value, random_bits in pieces])
+        cut = torch.empty_like(values)
+        for start in range(0, values.numel(), _PIECE):
+            piece = slice(start, start + _PIECE)
+            cut[piece] = _floor_to_grid(values[piece], form, noise[piece])
     # Past the largest number both neighbours are not there: leave that to nearest rounding's rule.
     fits = values.abs() <= form.largest
     return torch.where(fits, cut.clamp(-form.largest, form.largest), values).to(form.torch)

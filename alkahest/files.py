@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import shutil
+import stat
 import threading
 import time
 import uuid
@@ -45,6 +46,8 @@ class Reader:
             status = os.stat(self.path)
         except OSError as error:
             raise FileFormatError("open", _reason(error), file=path, fix="check the path") from None
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise FileFormatError("open", "this is not a regular file", file=path, fix="name a file")
         self.size = status.st_size
         self.stamp = _stamp(status)
         self._descriptor: int | None = None
@@ -181,8 +184,10 @@ def whole_file(target: Path, size: int) -> Iterator[Writer]:
     Partial files that a killed run left in the folder are removed first.
     Raises OutputError if the folder is missing, read-only or has less than ``size`` bytes free.
     """
-    target = _checked_target(target, size)
-    if target.is_dir():
+    with as_output_error(target):
+        target = _checked_target(target, size)
+        is_folder = target.is_dir()
+    if is_folder:
         raise OutputError("save", "the output is an existing folder", file=target, fix="name a file")
     partial = _partial_name(target)
     writer: Writer | None = None
@@ -209,7 +214,8 @@ def whole_folder(target: Path, size: int) -> Iterator[Path]:
 
     ``target`` must not exist yet, or be an empty folder: a full one cannot be swapped in one step.
     """
-    target = _checked_target(target, size)
+    with as_output_error(target):
+        target = _checked_target(target, size)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError("save", "the output folder exists and is not empty", file=target, fix="name a new folder")
     partial = _partial_name(target)
@@ -356,7 +362,8 @@ def _checked_target(target: Path, size: int) -> Path:
 
 def _partial_name(target: Path) -> Path:
     # 255 bytes is the longest name that common file systems take.
-    return target.with_name(f".{target.name[:120]}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    stem = os.fsencode(target.name)[:200].decode(errors="ignore")
+    return target.with_name(f".{stem}.{uuid.uuid4().hex[:8]}{PARTIAL}")
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -93,9 +93,9 @@ def parse_json(text: bytes, reader: Reader) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise _bad(reader, "the header is not valid JSON", "a JSON object", str(error) or "nesting too deep") from None
+        raise _bad(reader, "this is not valid JSON", "a JSON object", str(error) or "nesting too deep") from None
     if not isinstance(parsed, dict):
-        raise _bad(reader, "the header is not a JSON object", "a JSON object", type(parsed).__name__)
+        raise _bad(reader, "this is not a JSON object", "a JSON object", type(parsed).__name__)
     return parsed
 
 
@@ -117,8 +117,6 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
 
 
 def _check_kind(reader: Reader) -> None:
-    if reader.path.is_dir():
-        raise _bad(reader, "this is a folder", "a file", "a folder")
     start = reader.read(0, min(24, reader.size))
     if start.startswith(b"GGUF"):
         raise UnsupportedError(

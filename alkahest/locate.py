@@ -35,6 +35,12 @@ def locate(source: str | os.PathLike[str]) -> Located:
     ``owner/name/file.safetensors``. Raises AlkahestError kinds that name the file and the remedy.
     """
     path = Path(source).expanduser()
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise FileFormatError(
+            "open", "this cannot be a file's name", file=str(source)[:300], found=str(error)[:60]
+        ) from None
     hub_id = _HUB_ID.fullmatch(str(source))
     if hub_id and not path.exists() and not Path(hub_id[1]).is_dir():
         path = _from_hub(str(source))

@@ -265,6 +265,7 @@ def test_broken_models_and_indexes(state: tiny.State, tmp_path: Path) -> None:
     uneven = {**native, "layers.0.attention.qkv.weight": torch.ones(289, 96)}
     refused("equal parts", tiny.write(tmp_path / "c.safetensors", uneven))
     refused("no such file", tmp_path / "nothing.safetensors")
+    refused("cannot be a file's name", tmp_path / ("x" * 300))
     (tmp_path / "empty").mkdir()
     refused("no .safetensors", tmp_path / "empty")
     folder = shards(tmp_path / "sharded", state)

@@ -133,6 +133,22 @@ def test_a_failed_write_back_is_not_forgotten(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == []
 
 
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(FileFormatError, match="not a regular file"):
+            Reader(path)
+
+
+def test_the_longest_names_work(tmp_path: Path) -> None:
+    target = tmp_path / ("ア" * 80 + "." + "x" * 14)
+    with whole_file(target, 1) as writer:
+        writer.write(b"1", 0)
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    with pytest.raises(OutputError, match="too long"), whole_file(tmp_path / ("x" * 300), 1):
+        pass
+
+
 def test_links_are_seen_through(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "soft").symlink_to(tmp_path / "a")
