@@ -6,7 +6,7 @@ parameters. Smaller models of the same class have the same names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +123,7 @@ def infer(shapes: Shapes, file: object) -> Architecture:
     Raises FileFormatError if a tensor of Z-Image is missing, or has a shape that does not fit the
     others; UnsupportedError if this is some other model. Extra tensors are allowed.
     """
-    if "cap_embedder.1.weight" not in shapes or not any(key.startswith("layers.0.attention.") for key in shapes):
-        raise _other_model(shapes, file)
+    require_z_image(shapes, file)
     d, caption = _matrix(shapes, "cap_embedder.1.weight", file)
     found = Architecture(
         layers=_count(shapes, "layers"),
@@ -154,6 +153,13 @@ def infer(shapes: Shapes, file: object) -> Architecture:
                 fix="the file is damaged, or is another model",
             )
     return found
+
+
+def require_z_image(names: Iterable[str], file: object) -> None:
+    """Raise UnsupportedError, saying what it is instead, unless these are the names of a Z-Image transformer."""
+    names = list(names)
+    if "cap_embedder.1.weight" not in names or not any(name.startswith("layers.0.attention.") for name in names):
+        raise _other_model(names, file)
 
 
 def unknown_tensors(shapes: Shapes, architecture: Architecture) -> list[str]:
@@ -214,12 +220,11 @@ def _missing(keys: list[str], file: object) -> FileFormatError:
         file=file,
         key=", ".join(keys[:3]) + (", ..." if len(keys) > 3 else ""),
         expected="a complete transformer",
-        fix="the file is incomplete; get it again",
+        fix="the file is incomplete, or another model of the family: Lumina 2 has no pad tokens",
     )
 
 
-def _other_model(shapes: Shapes, file: object) -> UnsupportedError:
-    names = list(shapes)
+def _other_model(names: list[str], file: object) -> UnsupportedError:
     if any(mark in key for key in names for mark in ("lora_A", "lora_down", "lora_up", "lokr_", "hada_")):
         what, fix = "this is a LoRA, not a checkpoint", "open the checkpoint it belongs to"
     elif names and all(key.startswith(("decoder.", "encoder.", "vae.", "quant_conv", "post_quant")) for key in names):

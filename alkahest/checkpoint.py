@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from alkahest import layouts
-from alkahest.architecture import infer, unknown_tensors
+from alkahest.architecture import infer, require_z_image, unknown_tensors
 from alkahest.dtypes import decode
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
 from alkahest.expr import Leaf
@@ -71,6 +71,7 @@ class Checkpoint(Leaf):
         self.companions: dict[str, tuple[Reader, Entry]] = {
             n: place for n, place in located.tensors.items() if self.prefix and n not in mine
         }
+        require_z_image((n.removeprefix(self.prefix) for n in mine), located.path)
         marker = mine.get(self.prefix + MARKER)
         self.full_precision = marker is not None and math.prod(marker[1].shape) == 2
         slices = _slices(resolve(mine, located.metadata, self.prefix), located.path)

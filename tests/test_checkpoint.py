@@ -289,6 +289,16 @@ def test_broken_models_and_indexes(state: tiny.State, tmp_path: Path) -> None:
     refused("several models", folder)
 
 
+def test_another_model_is_named_whatever_its_dtypes(tmp_path: Path) -> None:
+    other = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(3, 2).half(),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
+    save_file(other, tmp_path / "sd.safetensors")
+    with pytest.raises(UnsupportedError, match="not a Z-Image model"):
+        ak.open(tmp_path / "sd.safetensors")
+
+
 def test_a_truncated_file_is_refused_at_any_length(state: tiny.State, trio: dict[str, Path], tmp_path: Path) -> None:
     whole = trio["base"].stat().st_size
     for size in (0, 5, 8, 100, 5000, whole // 2, whole - 1):
