@@ -142,6 +142,10 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
 )
@@ -153,7 +157,8 @@ def test_signals_leave_no_output_and_harm_nothing(
     command = [sys.executable, "-m", "alkahest", "merge", "a + ties([b - a], density=0.5)", "--a", slow, "--b", slow.with_name("b.safetensors"),
                "-o", out, "--threads", "1"]  # fmt: skip
     ak.made_up(layers=40, width=384, delta=0.1).save(slow.with_name("b.safetensors"))
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible)
     deadline = time.monotonic() + 60
     while len(os.listdir(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
