@@ -23,7 +23,7 @@ from alkahest.architecture import infer, require_z_image, unknown_tensors
 from alkahest.dtypes import decode
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
 from alkahest.expr import Leaf
-from alkahest.files import Reader
+from alkahest.files import Reader, size_text
 from alkahest.header import Entry
 from alkahest.keys import Pattern, in_model_order, part_of
 from alkahest.locate import Located, locate
@@ -186,7 +186,7 @@ class Checkpoint(Leaf):
         lines.append(f"  {'part':16} {'tensors':>8} {'parameters':>14} {'size':>10}  storage")
         for name, row in about["parts"].items():
             lines.append(
-                f"  {name:16} {row['tensors']:>8} {row['parameters']:>14,} {_size(row['bytes']):>10}  "
+                f"  {name:16} {row['tensors']:>8} {row['parameters']:>14,} {size_text(row['bytes']):>10}  "
                 + ", ".join(row["storage"])
             )
         return "\n".join(lines)
@@ -196,7 +196,7 @@ class Checkpoint(Leaf):
         facts = "".join(f"<tr><th>{n}</th><td>{html.escape(t)}</td></tr>" for n, t in _facts(about))
         rows = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{row['tensors']}</td><td>{row['parameters']:,}</td>"
-            f"<td>{_size(row['bytes'])}</td><td>{', '.join(row['storage'])}</td></tr>"
+            f"<td>{size_text(row['bytes'])}</td><td>{', '.join(row['storage'])}</td></tr>"
             for name, row in about["parts"].items()
         )
         head = "<tr><th>part</th><th>tensors</th><th>parameters</th><th>size</th><th>storage</th></tr>"
@@ -291,7 +291,7 @@ def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("layout", about["layout"] + prefix + files),
         ("storage", storage),
-        ("size", f"{_size(about['bytes'])}, {about['parameters']:,} parameters, {about['tensors']} tensors"),
+        ("size", f"{size_text(about['bytes'])}, {about['parameters']:,} parameters, {about['tensors']} tensors"),
         ("depth", f"{about['layers']} layers, width {about['width']}"),
     ]
     if about["companions"]:
@@ -301,10 +301,3 @@ def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if about["recipe"]:
         facts.append(("recipe", "recorded in the file"))
     return facts
-
-
-def _size(nbytes: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes} bytes"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.errors import AlkahestError, RecipeError, UnsupportedError
+from alkahest.errors import AlkahestError, RecipeError, UnknownNameError, UnsupportedError, nearest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -198,7 +198,7 @@ def make_checkpoint(
     seed: Annotated[int, typer.Option(help="Seed of the numbers.")] = 0,
     delta: Annotated[float, typer.Option(help="Make a variant that differs by this share, such as 0.02.")] = 0.0,
     only: Annotated[str, typer.Option(help="Where the variant differs, such as layers.")] = "all",
-    layout: Layout = None,
+    layout: Annotated[str | None, typer.Option(help="native (ComfyUI) or diffusers.")] = None,
     storage: Annotated[str | None, typer.Option(help="As --dtype of merge; default bf16.")] = None,
     max_shard_size: Shards = None,
     threads: Threads = None,
@@ -225,6 +225,17 @@ def _merge(
         raise UnsupportedError(
             "merge", "--k auto is reserved: the computed multiplier is not part of this version", fix="give a number"
         )
+    from alkahest.options import Options
+    from alkahest.recipe import names_in
+
+    text = expression or alkahest.read_recipe(recipe or "")[1].text
+    options_known = [field.name for field in dataclasses.fields(Options)] + ["output", "recipe", "json", "quiet"]
+    for name in given:
+        if name not in (wanted := names_in(text)):
+            raise UnknownNameError(
+                "merge", f"--{name} is neither an option nor a name in the expression", found=text,
+                fix=nearest(name, [*wanted, *options_known]),
+            )  # fmt: skip
     if recipe is not None:
         found = alkahest.read_recipe(recipe)[1]
         options = {**found.output, **options}
@@ -244,9 +255,11 @@ def _drain(events: Iterator[Any], quiet: bool) -> Any:
     from tqdm import tqdm
 
     event = None
+    _raise_if_stopped()
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(unit="B", unit_scale=True, disable=True if quiet else None) as bar, contextlib.closing(events):  # type: ignore[type-var]
         for event in events:
+            _raise_if_stopped()
             if hasattr(event, "total"):
                 bar.total = event.total
                 bar.set_postfix_str(event.key[:32], refresh=False)
@@ -289,10 +302,9 @@ def _options(**options: Any) -> dict[str, Any]:
 def _reported() -> Iterator[None]:
     """Print our own errors without a traceback, and leave with the documented exit code."""
 
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
+    # A shell tells background jobs to ignore SIGINT; that stays so.
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _stop) for number in heard}
     try:
         yield
     except AlkahestError as error:
@@ -302,7 +314,25 @@ def _reported() -> Iterator[None]:
         print("interrupted: nothing was written", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        _stopped.clear()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_stopped: list[int] = []
+
+
+def _stop(number: int, frame: object) -> None:
+    _stopped.append(number)
+    _raise_if_stopped()
+
+
+def _raise_if_stopped() -> None:
+    # Importing torch swallows an exception raised by a signal, so the signal is remembered.
+    if _stopped and _stopped[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    if _stopped:
+        raise SystemExit(128 + _stopped[0])
 
 
 def main() -> None:

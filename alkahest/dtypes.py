@@ -63,7 +63,7 @@ def storage_name(dtype: str | torch.dtype) -> str:
     >>> storage_name(torch.bfloat16), storage_name("fp8")
     ('bf16', 'fp8_e4m3fn')
     """
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.").lower()
     name = _ALIASES.get(name, name)
     if name not in STORAGES:
         fix = nearest(name, [*STORAGES, *_ALIASES])

@@ -83,6 +83,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
     "did you mean 'refiner'? Known: refiner, layers"
     """
     known = list(dict.fromkeys(options))
+    if not known:
+        return "there are none here"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
     if close:

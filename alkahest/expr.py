@@ -185,6 +185,9 @@ class Weights(Expression):
             )  # fmt: skip
         return _refuse("+", self, other)
 
+    def __radd__(self, other: object) -> Weights:
+        return self + self if other == 0 and isinstance(other, int) else _refuse("+", self, other)
+
     def __sub__(self, other: object) -> Any:
         if isinstance(other, Weights):
             return Difference(self, other)
@@ -204,7 +207,11 @@ class Weights(Expression):
     __rmul__ = __truediv__ = __mul__
 
     def save(self, path: Any, **options: Any) -> Saved:
-        """Compute the expression and write it to ``path``; see `alkahest.stream.save` for the options."""
+        """Compute the expression and write it to ``path``; ``help(alkahest.stream.save)`` explains each option.
+
+        Options: ``dtype``, ``layout``, ``rounding``, ``seed``, ``device``, ``comfy_compatible``,
+        ``max_shard_size``, ``allow_nonfinite``, ``threads``.
+        """
         from alkahest.stream import save
 
         return save(self, path, **options)
@@ -456,6 +463,8 @@ def weighted_sum(models: Sequence[Weights], shares: Sequence[SupportsFloat]) -> 
 
     >>> ak.weighted_sum([a, b, c], [0.5, 0.3, 0.2])
     """
+    if isinstance(models, Expression):
+        raise AlgebraError("weighted_sum", "the models go in a list", fix="ak.weighted_sum([a, b], [0.7, 0.3])")
     models, numbers = tuple(models), [number(share, "weighted_sum") for share in shares]
     _require_weights("weighted_sum", *models)
     if len(models) != len(numbers) or not models:

@@ -314,6 +314,14 @@ def same_file(a: Path, b: Path) -> bool:
         return False
 
 
+def size_text(nbytes: int) -> str:
+    """A size as people read it: ``12.31 GB``."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def cache_folder() -> Path:
     """Where things that can be recomputed are kept: ``$ALKAHEST_CACHE`` or the system's cache folder."""
     if override := os.environ.get("ALKAHEST_CACHE"):
@@ -353,6 +361,8 @@ def _remember(reader: Reader, digest: str) -> None:
 def _checked_target(target: Path, size: int) -> Path:
     # Through a symbolic link the file it names is replaced, not the link.
     target = Path(os.path.realpath(target))
+    if target.parent.exists() and not target.parent.is_dir():
+        raise OutputError("save", "the output's folder is a file", file=target.parent, fix="name a folder")
     if not target.parent.is_dir():
         raise OutputError("save", "the output folder does not exist", file=target.parent, fix="create it first")
     remove_leftovers(target.parent)
@@ -414,6 +424,7 @@ def as_output_error(target: Path) -> Iterator[None]:
         errno.EROFS: "choose a folder you may write to",
         errno.EDQUOT: "free some of your quota",
         errno.EISDIR: "name a file, not a folder",
+        errno.ENAMETOOLONG: "use a shorter name",
     }
     try:
         yield

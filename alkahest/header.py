@@ -65,7 +65,12 @@ def read_header(reader: Reader) -> Header:
         raise _bad(reader, "the file is too short to have a header", "at least 8 bytes", f"{reader.size} bytes")
     length = int.from_bytes(reader.read(0, 8), "little")
     if length == 0 or length > MAX_HEADER:
-        raise _bad(reader, "the header length is impossible", f"1 to {MAX_HEADER:,} bytes", f"{length:,} bytes")
+        raise _bad(
+            reader,
+            "the header length is impossible: damaged, or not a safetensors file",
+            f"1 to {MAX_HEADER:,} bytes",
+            f"{length:,} bytes",
+        )
     if 8 + length > reader.size:
         raise _bad(
             reader, "the header is longer than the file", f"at least {8 + length:,} bytes", f"{reader.size:,} bytes"

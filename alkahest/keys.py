@@ -92,7 +92,11 @@ class Pattern:
     text: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not all(item.strip() for item in self.text.split(",")):
+        if not isinstance(self.text, str):
+            raise UnknownNameError(
+                "select", "a pattern is one string", found=repr(self.text), fix="such as 'refiner, layers.0-9'"
+            )
+        if not all(item.strip() for item in self.text.split(",")):
             raise UnknownNameError(
                 "select", "empty pattern", found=repr(self.text), fix="name a part, such as 'refiner'"
             )

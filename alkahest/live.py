@@ -63,6 +63,8 @@ def _fill(run: Run, key: str, term: Term, target: torch.Tensor, form: Format) ->
 
 
 def _slices(expression: Weights, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    if not isinstance(module, torch.nn.Module):
+        raise MismatchError("load_into", "a torch.nn.Module is needed", found=type(module).__name__)
     slices: dict[str, torch.Tensor] = {}
     for name, parameter in module.state_dict(keep_vars=True).items():
         values = parameter.detach()

@@ -34,6 +34,8 @@ def locate(source: str | os.PathLike[str]) -> Located:
     pipeline folder, an ``index.json``, a hub id ``owner/name`` or a file on it
     ``owner/name/file.safetensors``. Raises AlkahestError kinds that name the file and the remedy.
     """
+    if not str(source):
+        raise FileFormatError("open", "an empty path", fix="name a file, a folder or a hub id")
     path = Path(source).expanduser()
     try:
         path.exists()
@@ -62,6 +64,11 @@ def locate(source: str | os.PathLike[str]) -> Located:
 
 
 def _single(path: Path, config: dict[str, Any] | None = None) -> Located:
+    shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
+    if shard and int(shard[1]) > 1:
+        raise FileFormatError(
+            "open", "this is one shard of several", file=path, fix="open its folder or its index.json"
+        )
     reader = Reader(path)
     header = read_header(reader)
     tensors = {name: (reader, entry) for name, entry in header.entries.items()}

@@ -16,7 +16,7 @@ from alkahest.errors import AlgebraError
 from alkahest.expr import Leaf, Names
 from alkahest.keys import Pattern
 from alkahest.recipe import source
-from alkahest.scalar import text_of
+from alkahest.scalar import number, text_of
 from alkahest.term import Workspace
 
 _CHUNK = 1 << 16  # elements that share one generator, so that any block can be made by itself
@@ -26,6 +26,7 @@ class MadeUp(Leaf):
     """Weights that are computed from a seed; see `made_up`."""
 
     def __init__(self, layers: int, seed: int, delta: float, only: str, width: int, name: str = "made_up") -> None:
+        delta = number(delta, "made_up")
         if not (1 <= layers <= 200 and 32 <= width <= 16384 and width % 32 == 0):
             raise AlgebraError(
                 "made_up", "impossible size", expected="1 to 200 layers, width a multiple of 32 up to 16384",
@@ -84,7 +85,7 @@ def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "al
     weights' standard deviation, on the tensors that ``only`` selects. The defaults give the full
     6,154,908,736 parameters; ``width`` (a multiple of 32) makes smaller models of the same class.
     """
-    return MadeUp(int(layers), int(seed), float(delta), only, int(width))
+    return MadeUp(int(layers), int(seed), delta, only, int(width))
 
 
 def _normal(seed: int, purpose: str, key: str, start: int, stop: int) -> torch.Tensor:

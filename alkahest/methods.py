@@ -50,7 +50,11 @@ class Method:
         )
         if (len(given) < 1) if self.many else (len(given) != self.operands):
             expected = "at least one" if self.many else self.operands
-            raise AlgebraError(self.name, "wrong number of operands", expected=expected, found=len(given))
+            settings_by_name = ", ".join(f"{name}=" for name in self.defaults)
+            raise AlgebraError(
+                self.name, "wrong number of operands", expected=expected, found=len(given),
+                fix=f"settings go by name: {settings_by_name}" if self.defaults else None,
+            )  # fmt: skip
         for operand in given:
             if not isinstance(operand, self.makes):
                 kind = "deltas" if self.makes is Delta else "weights"
@@ -67,14 +71,16 @@ class Method:
 REGISTRY: dict[str, Method] = {}
 
 
-def method(*, weights: bool = False, elementwise: bool = False) -> Callable[[Callable[..., Tensor]], Method]:
+def method(
+    *, weights: bool = False, elementwise: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Any]]:
     """Register a merge method over deltas, or over complete weights with ``weights=True``.
 
     ``elementwise=True`` lets it run block by block; otherwise it gets whole tensors, and memory
     grows with the largest tensor (157 MB in float32 for a feed-forward matrix, times the operands).
     """
 
-    def register(function: Callable[..., Tensor]) -> Method:
+    def register(function: Callable[..., Tensor]) -> Callable[..., Any]:
         name, hints = function.__name__, get_type_hints(function)
         positional, defaults, draws = [], {}, False
         for parameter in inspect.signature(function).parameters.values():
@@ -94,8 +100,21 @@ def method(*, weights: bool = False, elementwise: bool = False) -> Callable[[Cal
         if draws:
             defaults["seed"] = 0.0
         makes = Weights if weights else Delta
-        REGISTRY[name] = Method(name, function, makes, many, len(positional), defaults, draws, elementwise)
-        return REGISTRY[name]
+        made = Method(name, function, makes, many, len(positional), defaults, draws, elementwise)
+        REGISTRY[name] = made
+
+        # A plain function, so that help() shows what this method does and takes.
+        def build(*operands: Any, **settings: Any) -> Any:
+            return made(*operands, **settings)
+
+        build.__name__, build.__qualname__, build.__doc__ = name, name, function.__doc__
+        kept = [p for p in inspect.signature(function).parameters.values() if p.name != "uniform"]
+        if draws:
+            kept.append(inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=0))
+        build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(annotation=inspect.Parameter.empty) for p in kept]
+        )
+        return build
 
     return register
 

@@ -51,7 +51,9 @@ class Options:
         for name in ("seed", "threads"):
             value = getattr(options, name)
             if value is not None and (type(value) is not int or (name == "threads" and value < 1)):
-                raise OutputError("save", f"{name} must be a whole number", found=repr(value))
+                raise OutputError(
+                    "save", f"{name} must be a whole number{', 1 or more' * (name == 'threads')}", found=repr(value)
+                )
         options.shard_bytes()
         options.torch_device()
         return options
@@ -74,7 +76,7 @@ class Options:
             device = torch.device(self.device)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0][:80]
             raise UnsupportedError(
                 "save", "the device is not there", found=f"{self.device!r}: {reason}", fix="use device='cpu'"
             ) from None
@@ -91,11 +93,13 @@ class Options:
         return int(float(number) * _UNITS[unit])
 
     def makes_folder(self, target: Path) -> bool:
-        return self.max_shard_size is not None or (self.layout == "diffusers" and target.suffix != ".safetensors")
+        return self.max_shard_size is not None or (self.layout == "diffusers" and not _names_file(target))
 
 
 def check_target(expression: Weights, target: Path, options: Options) -> None:
     """Refuse an output that is an input (through links too) or has the wrong kind of name."""
+    if "\0" in str(target):
+        raise OutputError("save", "this cannot be a file's name", found=repr(str(target)))
     inputs = [leaf for leaf in expression.leaves() if isinstance(leaf, Checkpoint)]
     for leaf in inputs:
         for path in (leaf.path, *(reader.path for reader in leaf.files)):
@@ -104,13 +108,13 @@ def check_target(expression: Weights, target: Path, options: Options) -> None:
                     "save", "the output is one of the inputs", file=target, found=f"the same file as {path}",
                     fix="save under another name",
                 )  # fmt: skip
-    is_file_name = target.suffix == ".safetensors"
+    is_file_name = _names_file(target)
     if options.max_shard_size is not None and is_file_name:
         raise OutputError("save", "shards need a folder", file=target, fix="name a folder, without .safetensors")
     if not options.makes_folder(target) and not is_file_name:
         raise OutputError(
             "save", "a single file must end in .safetensors", file=target, found=target.name,
-            fix=f"name it {target.name}.safetensors; layout='diffusers' and max_shard_size= make folders",
+            fix="name it like merged.safetensors; the diffusers layout and a shard size make folders",
         )  # fmt: skip
     for leaf in inputs if options.comfy_compatible else []:
         quantised = [form for form in leaf.storage.values() if form not in ("fp32", "fp16", "bf16")]
@@ -119,3 +123,7 @@ def check_target(expression: Weights, target: Path, options: Options) -> None:
                 "save", "comfy_compatible is exact for unquantised files only", file=leaf.path,
                 expected="fp32, fp16 or bf16", found=quantised[0], fix="leave comfy_compatible off",
             )  # fmt: skip
+
+
+def _names_file(target: Path) -> bool:
+    return target.suffix.lower() == ".safetensors"

@@ -69,12 +69,7 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None) 
     ``given`` maps names to paths or numbers. What is not given is looked for by hash where Alkahest
     saw it before, then by file name in the folder ``beside`` and the working folder.
     """
-    wanted = names_in(recipe.text)
-    for name in given:
-        if name not in wanted:
-            raise UnknownNameError(
-                "recipe", f"the recipe has no {name!r}", found=recipe.text, fix=nearest(name, wanted)
-            )
+    wanted = _require_wanted(given, recipe)
     names: dict[str, Any] = {}
     for name in wanted:
         value = given.get(name)
@@ -145,6 +140,7 @@ def verify(
     if METADATA_KEY in checkpoint.metadata:
         recipe = Recipe.from_json(checkpoint.metadata[METADATA_KEY], checkpoint.path)
         verdict.recipe = recipe.text
+        _require_wanted(given or {}, recipe)
         for name in recipe.inputs:
             verdict.inputs[name] = _state(recipe, name, (given or {}).get(name), checkpoint.path.parent)
         if recompute:
@@ -212,9 +208,22 @@ def _blocks(checkpoint: Checkpoint, key: str) -> Iterator[torch.Tensor]:
             yield values
 
 
+def _require_wanted(given: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """The names that a recipe needs; UnknownNameError if something else is given."""
+    wanted = names_in(recipe.text)
+    for name in given:
+        if name not in wanted:
+            raise UnknownNameError(
+                "recipe", f"the recipe has no {name!r}", found=recipe.text, fix=nearest(name, wanted)
+            )
+    return wanted
+
+
 def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
+    if given:  # somebody says that this is the input: if it is not, that is their error, not the file's
+        return f"{_checked(open_checkpoint(given, name=name), recipe, name).path}, unchanged"
     try:
-        found = _checked(open_checkpoint(given, name=name), recipe, name) if given else _found(recipe, name, beside)
+        found = _found(recipe, name, beside)
     except RecipeError as error:
         return "changed" if error.expected is not None else "not found here"
     return f"{found.path}, unchanged"
@@ -224,7 +233,7 @@ def _found(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint:
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
     file = os.path.basename(str(first["file"]))
-    candidates = [*known_paths(first["blake3"]), *((folder / file) for folder in (beside, Path.cwd()) if folder)]
+    candidates = [*((folder / file) for folder in (beside, Path.cwd()) if folder), *known_paths(first["blake3"])]
     changed: RecipeError | None = None
     for path in candidates:
         if not path.is_file():
@@ -254,7 +263,7 @@ def _checked(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Checkpoint:
         raise RecipeError(
             "recipe", f"{name!r} is not the file that the recipe was made with", file=checkpoint.path,
             expected=", ".join(f"{entry['file']} {entry['bytes']:,} bytes BLAKE3 {entry['blake3'][:16]}..." for entry in recorded),
-            found=", ".join(f"{reader.size:,} bytes {digest[:16]}" for reader, digest in digests.items()), fix="find the original file, or write a new recipe",
+            found=", ".join(f"{r.size:,} bytes{digest and f' BLAKE3 {digest[:16]}...'}" for r, digest in digests.items()), fix="find the original file, or write a new recipe",
         )  # fmt: skip
     # A renamed input is the same input: the new output records the name that the old one did.
     checkpoint.file_names = {reader: names[digest] for reader, digest in digests.items()}

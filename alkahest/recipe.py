@@ -18,6 +18,7 @@ from alkahest.scalar import Param, param
 
 METADATA_KEY = "alkahest"
 MAX_TEXT = 100_000
+_GRAMMAR = "checkpoints, numbers, + - * /, protect, only, without, scaled, everywhere, lerp, methods"
 _METHODS = {
     "protect": Weights, "only": Delta, "without": Delta, "everywhere": Delta, "scaled": Delta,
 }  # fmt: skip
@@ -48,7 +49,7 @@ def parse(text: str, names: Mapping[str, Any]) -> Any:
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         if isinstance(error, AlkahestError):
             raise
-        raise RecipeError("recipe", "the text cannot be read", found=f"{error} in {text[:200]!r}") from None
+        raise _unreadable(error, text) from None
 
 
 def names_in(text: str) -> list[str]:
@@ -56,8 +57,9 @@ def names_in(text: str) -> list[str]:
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise RecipeError("recipe", "the text cannot be read", found=f"{error} in {text[:200]!r}") from None
+        raise _unreadable(error, text) from None
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    called |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_package(node)}
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called]
     return list(dict.fromkeys(node.id for node in sorted(names, key=lambda n: (n.lineno, n.col_offset))))
 
@@ -99,6 +101,21 @@ class Recipe:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise problem from None
         return recipe
+
+
+def _is_package(node: ast.AST) -> bool:
+    """Whether a node is ``ak.lerp`` or the like, as people write it in Python."""
+    named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ak"
+    return named and isinstance(node, ast.Attribute) and node.attr not in _METHODS
+
+
+def _place(node: ast.expr) -> dict[str, Any]:
+    return {name: getattr(node, name) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")}
+
+
+def _unreadable(error: Exception, text: str) -> RecipeError:
+    reason = error.msg if isinstance(error, SyntaxError) else str(error)
+    return RecipeError("recipe", "the text cannot be read", found=f"{reason} in {text[:200]!r}")
 
 
 class _Reader:
@@ -169,24 +186,27 @@ class _Reader:
                 if name not in functions:
                     raise self._refused(node, f"unknown function {name!r}", nearest(name, functions))
                 function: Any = functions[name]
+            case ast.Attribute(attr=name) if _is_package(node.func) and "ak" not in self.names:
+                return self._call(ast.Call(ast.Name(name), node.args, node.keywords, **_place(node)))
             case ast.Attribute(value=target, attr=name):
                 subject = self.read(target)
                 if name not in _METHODS or not isinstance(subject, _METHODS[name]):
                     raise self._refused(node, f"unknown method {name!r}", nearest(name, _METHODS))
                 function = getattr(subject, name)
             case _:
-                raise self._refused(node, "this cannot be called in a recipe")
+                raise self._refused(node, "this cannot be called in a recipe", "is a * missing?")
         try:
             return function(*arguments, **settings)
         except AlkahestError:
             raise
         except (TypeError, AttributeError, ValueError) as error:
-            raise self._refused(node, str(error)) from None
+            raise self._refused(node, str(error), expected=None) from None
 
-    def _refused(self, node: ast.expr, problem: str, fix: str | None = None) -> RecipeError:
+    def _refused(
+        self, node: ast.expr, problem: str, fix: str | None = None, expected: str | None = _GRAMMAR
+    ) -> RecipeError:
         shown = ast.get_source_segment(self.text, node) or ast.dump(node)
         return RecipeError(
             "recipe", problem, found=f"{shown[:200]!r} at column {node.col_offset + 1}",
-            expected="checkpoints, numbers, + - * /, protect, only, without, scaled, everywhere, lerp, methods",
-            fix=fix,
+            expected=expected, fix=fix,
         )  # fmt: skip

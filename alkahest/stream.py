@@ -19,7 +19,7 @@ from typing import Any
 from alkahest import __version__
 from alkahest.checkpoint import Checkpoint
 from alkahest.expr import Weights, name_leaves
-from alkahest.files import Reader, Writer, as_output_error, blake3_of, whole_file, whole_folder
+from alkahest.files import Reader, Writer, as_output_error, blake3_of, size_text, whole_file, whole_folder
 from alkahest.header import build_header
 from alkahest.options import Options, check_target
 from alkahest.output import Plan, make_plan, restored
@@ -63,8 +63,8 @@ class Saved:
 
     def __repr__(self) -> str:
         lines = [
-            f"saved {self.path} ({self.nbytes / 1e9:.3g} GB in {self.seconds:.1f} s)",
-            f"  {self.computed} tensors computed, {self.copied} copied byte for byte",
+            f"saved {self.path} ({size_text(self.nbytes)} in {self.seconds:.1f} s)",
+            f"  {self.computed} tensors computed, {self.copied} copied byte for byte (q, k and v counted apart)",
         ]
         lines += [f"  {count} unchanged tensors re-stored, {change}" for change, count in self.restored.items()]
         lines += [f"  {count} non-finite values in {key}" for key, count in self.nonfinite.items()]

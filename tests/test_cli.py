@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -73,15 +74,31 @@ def test_numbers_for_names(trio: dict[str, Path], tmp_path: Path) -> None:
     assert "bridge + param('k', 2.5) * (variant - base)" in run("recipe", out)
 
 
+def test_an_interrupt_that_an_import_swallowed_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import alkahest.cli
+
+    def swallowing(*arguments: object, **options: object) -> object:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        return made_up(layers=1, width=32)
+
+    made_up = ak.made_up
+    monkeypatch.setattr(alkahest.cli.alkahest, "made_up", swallowing)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+    assert "interrupted" in run("make-checkpoint", "-o", tmp_path / "x.safetensors", code=130)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["bridge + k * (variant - base)", "--k", "auto"], "reserved"),
         (["bridge + k * (variant - base)"], "nothing is given for 'k'"),
         (["bridge + (variant - base)", "--varient", "x"], "did you mean 'variant'"),
-        (["bridge + (variant - base)", "--dtyp", "bf16"], "has no 'dtyp'"),
+        (["bridge + (variant - base)", "--dtyp", "bf16"], "did you mean 'dtype'"),
         (["bridge + (variant - base)", "--dtype", "bf17"], "did you mean 'bf16'"),
-        (["variant - base", "--bridge", "x"], "has no 'bridge'"),
+        (["variant - base", "--bridge", "x"], "neither an option nor a name"),
         (["__import__('os')"], "unknown function"),
         (["bridge + base"], "twice a model"),
         ([], "either an expression or --recipe"),

@@ -64,6 +64,8 @@ def test_types_of_the_algebra(models: tuple[ak.Checkpoint, ...]) -> None:
         (lambda a, v, b: ak.lerp(a, 3, 0.5), "weights are needed"),
         (lambda a, v, b: ak.weighted_sum([a, b], [0.5, 0.6]), "do not add up"),
         (lambda a, v, b: ak.weighted_sum([a, b], [1]), "one share per model"),
+        (lambda a, v, b: ak.weighted_sum(a, b), "go in a list"),
+        (lambda a, v, b: sum([a, b]), "twice a model"),
         (lambda a, v, b: ak.lerp(a, b.protect("refiner"), 0.5), "mixed away"),
         (lambda a, v, b: ak.param("not a name", 1), "plain name"),
         (lambda a, v, b: (a + ak.param("k", 1) * (v - b) + ak.param("k", 2) * (v - b)).params, "two values"),

@@ -52,6 +52,12 @@ def test_small_ones_are_real_models(tmp_path: Path) -> None:
     assert out.isfinite().all()
 
 
+def test_a_delta_is_a_finite_number() -> None:
+    for delta in (float("nan"), float("inf")):
+        with pytest.raises(AlkahestError, match="not finite"):
+            ak.made_up(layers=1, width=96, delta=delta)
+
+
 @pytest.mark.parametrize("sizes", [{"layers": 0}, {"layers": 201}, {"width": 100}, {"width": 10**9}])
 def test_impossible_sizes_are_refused(sizes: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(AlkahestError, match="impossible size"):

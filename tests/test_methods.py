@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -116,12 +117,14 @@ def test_the_next_method_is_one_decorated_function(
     def clipped(delta: torch.Tensor, *, most: float = 0.01) -> torch.Tensor:
         return delta.clamp(-most, most)
 
+    assert str(inspect.signature(ak.dare)) == "(delta, *, drop=0.9, seed=0)"
+    assert "Drop entries at random" in (ak.dare.__doc__ or "")
     a, v, b = models
     expected = (flat(v) - flat(b)).clamp(-0.002, 0.002)
     torch.testing.assert_close(computed(clipped(v - b, most=0.002)).double(), expected, rtol=1e-6, atol=1e-9)
     assert (a + clipped(v - b)).text() == "bridge + clipped(variant - base, most=0.01)"
     with pytest.raises(AlgebraError, match="registered already"):
-        ak.method()(clipped.function)
+        ak.method()(methods.REGISTRY["clipped"].function)
     with pytest.raises(AlgebraError, match="needs a default"):
 
         @ak.method()

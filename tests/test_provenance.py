@@ -157,6 +157,14 @@ def test_verify(folder: Path) -> None:
     assert not [name for name in os.listdir(folder) if "partial" in name]
 
 
+def test_verify_refuses_wrong_names(folder: Path) -> None:
+    path = merged(folder)
+    with pytest.raises(AlkahestError, match="did you mean 'base'"):
+        last(path, {"bas": folder / "base.safetensors"})
+    with pytest.raises(RecipeError, match=r"(?s)'base' is not the file.*BLAKE3"):
+        last(path, {"base": folder / "variant.safetensors"})
+
+
 def test_verify_counts_what_is_not_finite_and_tells_changed_inputs(folder: Path) -> None:
     path = merged(folder)
     tiny.write(folder / "base.safetensors", tiny.native(tiny.state(78)))

@@ -48,6 +48,16 @@ def test_canonical_text_reads_back_as_itself(text: str, names: dict[str, Any]) -
     assert parse(once.text(), names) == once
 
 
+def test_the_package_name_may_stand_before_functions(names: dict[str, Any]) -> None:
+    merged = parse("ak.lerp(bridge, base, 0.5) + ak.ties([variant - base])", names)
+    assert merged.text() == "lerp(bridge, base, 0.5) + ties([variant - base], density=0.2)"
+    assert names_in("ak.lerp(ak.protect('refiner'), base, 0.5)") == ["ak", "base"]
+    with pytest.raises(RecipeError, match="unknown function 'open'"):
+        parse("ak.open('x')", names)
+    with pytest.raises(RecipeError, match=r"is a \* missing"):
+        parse("bridge + 2 (variant - base)", names)
+
+
 def test_names_bound_to_numbers_become_scalars(names: dict[str, Any]) -> None:
     merged = parse("bridge + k * (variant - base)", {**names, "k": 171.1})
     assert merged.params == {"k": 171.1}
