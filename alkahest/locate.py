@@ -159,4 +159,11 @@ def _from_hub(source: str) -> Path:
 def _nearby(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    return nearest(path.name, sorted(p.name for p in path.parent.iterdir() if p.suffix == ".safetensors" or p.is_dir()))
+    return nearest(
+        path.name,
+        sorted(
+            p.name
+            for p in path.parent.iterdir()
+            if p.suffix == ".safetensors" or (p.is_dir() and not p.name.startswith("."))
+        ),
+    )

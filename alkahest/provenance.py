@@ -15,7 +15,8 @@ from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
 from alkahest.expr import Weights
-from alkahest.files import Reader, blake3_of, known_paths
+from alkahest.files import Reader
+from alkahest.hashes import blake3_of, known_paths
 from alkahest.header import parse_json
 from alkahest.locate import locate
 from alkahest.options import Options

@@ -19,7 +19,8 @@ from typing import Any
 from alkahest import __version__
 from alkahest.checkpoint import Checkpoint
 from alkahest.expr import Weights, name_leaves
-from alkahest.files import Reader, Writer, as_output_error, blake3_of, size_text, whole_file, whole_folder
+from alkahest.files import Reader, Writer, as_output_error, size_text, whole_file, whole_folder
+from alkahest.hashes import blake3_of
 from alkahest.header import build_header
 from alkahest.options import Options, check_target
 from alkahest.output import Plan, make_plan, restored

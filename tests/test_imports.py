@@ -15,7 +15,7 @@ PACKAGE = Path(alkahest.__file__).parent
 
 # Each module imports only modules above it. A new module takes its place here.
 ORDER = [
-    "__init__", "errors", "files", "header", "keys", "architecture", "layouts.layout", "layouts.native",
+    "__init__", "errors", "files", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
     "layouts.diffusers", "layouts", "random", "dtypes", "term", "scalar", "expr", "methods", "recipe", "quantised",
     "locate", "checkpoint", "made_up", "options", "output", "work", "write", "stream", "live", "provenance", "cli",
     "__main__",
