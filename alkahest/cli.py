@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.errors import AlkahestError, RecipeError, UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import AlkahestError, RecipeError, UnsupportedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -216,6 +216,7 @@ def _merge(
     expression: str | None, recipe: Path | None, given: dict[str, Any], output: Path, options: dict[str, Any],
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
+    from alkahest.options import Options
     from alkahest.provenance import build
     from alkahest.recipe import Recipe
 
@@ -225,24 +226,10 @@ def _merge(
         raise UnsupportedError(
             "merge", "--k auto is reserved: the computed multiplier is not part of this version", fix="give a number"
         )
-    from alkahest.options import Options
-    from alkahest.recipe import names_in
-
-    text = expression or alkahest.read_recipe(recipe or "")[1].text
-    options_known = [field.name for field in dataclasses.fields(Options)] + ["output", "recipe", "json", "quiet"]
-    for name in given:
-        if name not in (wanted := names_in(text)):
-            raise UnknownNameError(
-                "merge", f"--{name} is neither an option nor a name in the expression", found=text,
-                fix=nearest(name, [*wanted, *options_known]),
-            )  # fmt: skip
-    if recipe is not None:
-        found = alkahest.read_recipe(recipe)[1]
-        options = {**found.output, **options}
-        weights = build(found, given, recipe.resolve().parent)
-    else:
-        weights = build(Recipe(expression or ""), given)
-    _save(weights, output, options, as_json, quiet)
+    found = Recipe(expression or "") if recipe is None else alkahest.read_recipe(recipe)[1]
+    known = [*(field.name for field in dataclasses.fields(Options)), "output", "recipe", "json", "quiet"]
+    weights = build(found, given, recipe.resolve().parent if recipe else None, known)
+    _save(weights, output, {**found.output, **options}, as_json, quiet)
 
 
 def _save(weights: alkahest.Weights, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:

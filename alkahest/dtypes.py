@@ -124,11 +124,6 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def largest_magnitude(values: Tensor) -> float:
-    low, high = torch.aminmax(values)
-    return float(torch.maximum(-low, high))
-
-
 @functools.lru_cache(maxsize=1024)
 def _fp8_values(name: str, scale: float) -> np.ndarray:
     codes = torch.arange(256, dtype=torch.uint8).view(FORMATS[name].torch)

@@ -255,10 +255,3 @@ def _dot(a: Tensor, b: Tensor) -> float:
 def _require_share(operation: str, name: str, value: float) -> None:
     if not 0 < value <= 1:
         raise AlgebraError(operation, f"{name} is out of range", expected=f"0 < {name} <= 1", found=value)
-
-
-def require_known(name: str) -> Method:
-    """The method of that name; UnknownNameError with the nearest one otherwise."""
-    if name not in REGISTRY:
-        raise UnknownNameError("recipe", "unknown merge method", found=repr(name), fix=nearest(name, REGISTRY))
-    return REGISTRY[name]

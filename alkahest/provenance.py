@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from alkahest import made_up  # noqa: F401  (lets recipes call it)
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
+from alkahest.dtypes import is_finite
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
 from alkahest.expr import Weights
 from alkahest.files import Reader
@@ -20,12 +21,10 @@ from alkahest.hashes import blake3_of, known_paths
 from alkahest.header import parse_json
 from alkahest.locate import locate
 from alkahest.options import Options
-from alkahest.output import make_plan
 from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
-from alkahest.scalar import Rules
-from alkahest.stream import Event, headers_of, recipe_of
-from alkahest.term import Workspace
-from alkahest.work import BLOCK, Run
+from alkahest.stream import Event, headers_of, plan_of, readers_of, recipe_of
+from alkahest.term import Source, Workspace
+from alkahest.work import Run, blocks
 from alkahest.write import jobs_of
 
 
@@ -64,13 +63,14 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[str, Recipe]:
     raise UnsupportedError("recipe", "this JSON is no recipe (a ComfyUI workflow?)", file=path)
 
 
-def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None) -> Weights:
+def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, options: Sequence[str] = ()) -> Weights:
     """The expression of a recipe, its inputs found and checked by BLAKE3.
 
-    ``given`` maps names to paths or numbers. What is not given is looked for by hash where Alkahest
-    saw it before, then by file name in the folder ``beside`` and the working folder.
+    ``given`` maps names to paths or numbers. What is not given is looked for by file name in the
+    folder ``beside`` and the working folder, then by hash where Alkahest saw it before. ``options``
+    are names that a mistyped one may have meant as well.
     """
-    wanted = _require_wanted(given, recipe)
+    wanted = _require_wanted(given, recipe, options)
     names: dict[str, Any] = {}
     for name in wanted:
         value = given.get(name)
@@ -131,10 +131,9 @@ def verify(
     checkpoint = open_checkpoint(path)
     digests = dict(zip((f.path.name for f in checkpoint.files), blake3_of(checkpoint.files), strict=True))
     verdict = Verdict(checkpoint.path, digests)
-    done = 0
+    workspace, done = Workspace(torch.device("cpu")), 0
     for key, piece in checkpoint.slices.items():
-        bad = sum(int((~torch.isfinite(block)).sum()) for block in _blocks(checkpoint, key))
-        if bad:
+        if bad := _nonfinite(checkpoint, key, workspace):
             verdict.nonfinite[key] = bad
         done += piece.elements * piece.stored.form.itemsize
         yield Event(done, checkpoint.nbytes, key)
@@ -154,15 +153,9 @@ def verify(
 
 def _differing(checkpoint: Checkpoint, recipe: Recipe, expression: Weights) -> Generator[Event, None, list[str]]:
     options = Options.checked(recipe.output)
-    plan = make_plan(
-        expression,
-        Rules(comfy_compatible=options.comfy_compatible),
-        options.dtype,
-        options.layout,
-        options.shard_bytes(),
-    )
+    plan = plan_of(expression, options)
     run = Run(options)
-    readers = [reader for leaf in expression.leaves() if isinstance(leaf, Checkpoint) for reader in leaf.files]
+    readers = readers_of(expression)
     hashes = dict(zip(readers, blake3_of(readers), strict=True))
     headers = headers_of(plan, recipe_of(expression, options, hashes))
     files = sorted(checkpoint.files, key=lambda reader: reader.path.name)
@@ -199,24 +192,26 @@ class _Comparer:
             self.differing.add(names[0] if names else "the header")
 
 
-def _blocks(checkpoint: Checkpoint, key: str) -> Iterator[torch.Tensor]:
-    workspace = Workspace(torch.device("cpu"))
-    elements = checkpoint.slices[key].elements
-    for start in range(0, elements, BLOCK):
-        stop = min(start + BLOCK, elements)
+def _nonfinite(checkpoint: Checkpoint, key: str, workspace: Workspace) -> int:
+    """How many values of a tensor are NaN or infinite."""
+    found = 0
+    for start, stop in blocks(Source(checkpoint, key), checkpoint.slices[key].elements):
         with workspace.block(stop - start) as values:
             checkpoint.read(key, start, stop, values, workspace)
-            yield values
+            found += 0 if is_finite(values) else int((~torch.isfinite(values)).sum())
+    return found
 
 
-def _require_wanted(given: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def _require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[str] = ()) -> list[str]:
     """The names that a recipe needs; UnknownNameError if something else is given."""
     wanted = names_in(recipe.text)
     for name in given:
         if name not in wanted:
+            problem = f"--{name} is neither an option nor a name in the expression"
             raise UnknownNameError(
-                "recipe", f"the recipe has no {name!r}", found=recipe.text, fix=nearest(name, wanted)
-            )
+                "recipe", problem if options else f"the recipe has no {name!r}", found=recipe.text,
+                fix=nearest(name, [*wanted, *options]),
+            )  # fmt: skip
     return wanted
 
 

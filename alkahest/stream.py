@@ -108,15 +108,13 @@ def stream(expression: Weights, path: str | os.PathLike[str], **options: Any) ->
     chosen = Options.checked(options)
     target = Path(path).expanduser()
     check_target(expression, target, chosen)
-    rules = Rules(comfy_compatible=chosen.comfy_compatible)
-    plan = make_plan(expression, rules, chosen.dtype, chosen.layout, chosen.shard_bytes())
-    return _stream(expression, target, chosen, plan)
+    return _stream(expression, target, chosen, plan_of(expression, chosen))
 
 
 def _stream(expression: Weights, target: Path, options: Options, plan: Plan) -> Iterator[Event]:
     started = time.perf_counter()
     run = Run(options)
-    readers = [reader for leaf in expression.leaves() if isinstance(leaf, Checkpoint) for reader in leaf.files]
+    readers = readers_of(expression)
     # Hashes have a fixed length, so the header's size is known before they are.
     headers = headers_of(plan, recipe_of(expression, options, dict.fromkeys(readers, _NO_HASH)))
     total = sum(map(len, headers)) + plan.nbytes
@@ -180,6 +178,17 @@ def _write_json(folder: Path, expression: Weights, plan: Plan, names: list[str])
 
 def _stem(plan: Plan) -> str:
     return "diffusion_pytorch_model" if plan.layout == "diffusers" else "model"
+
+
+def plan_of(expression: Weights, options: Options) -> Plan:
+    """The output's tensors under these options."""
+    rules = Rules(comfy_compatible=options.comfy_compatible)
+    return make_plan(expression, rules, options.dtype, options.layout, options.shard_bytes())
+
+
+def readers_of(expression: Weights) -> list[Reader]:
+    """Every file that an expression reads."""
+    return [reader for leaf in expression.leaves() if isinstance(leaf, Checkpoint) for reader in leaf.files]
 
 
 def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str]) -> Recipe:
