@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -21,28 +23,40 @@ if TYPE_CHECKING:
     from alkahest.expr import Weights as Weights
     from alkahest.expr import lerp as lerp
     from alkahest.expr import weighted_sum as weighted_sum
+    from alkahest.live_model import LiveModel as LiveModel
     from alkahest.made_up import made_up as made_up
+    from alkahest.measures import flow_loss as flow_loss
+    from alkahest.measures import picture_measures as picture_measures
     from alkahest.methods import dare as dare
     from alkahest.methods import method as method
     from alkahest.methods import slerp as slerp
     from alkahest.methods import ties as ties
+    from alkahest.pipeline import pipeline as pipeline
     from alkahest.provenance import read_recipe as read_recipe
+    from alkahest.sample import sample as sample
     from alkahest.scalar import param as param
+    from alkahest.sweep import sweep as sweep
 
 # Public name -> the module that holds it; imported on first use, so that `import alkahest` is quick.
 _PUBLIC = {
     "AlkahestError": "errors",
     "Checkpoint": "checkpoint",
     "Delta": "expr",
+    "LiveModel": "live_model",
     "Weights": "expr",
     "dare": "methods",
+    "flow_loss": "measures",
     "lerp": "expr",
     "made_up": "made_up",
     "method": "methods",
     "open": "checkpoint",
     "param": "scalar",
+    "picture_measures": "measures",
+    "pipeline": "pipeline",
     "read_recipe": "provenance",
+    "sample": "sample",
     "slerp": "methods",
+    "sweep": "sweep",
     "ties": "methods",
     "weighted_sum": "expr",
 }
@@ -55,6 +69,17 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"alkahest.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps ``ak.sample`` the function once the module of that name is imported: imports set such attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``alkahest inspect | merge | convert | recipe | verify | make-checkpoint``."""
+"""The command line: ``alkahest inspect | merge | convert | recipe | verify | make-checkpoint | mini``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Keep Na
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 _NAMED = {"ignore_unknown_options": True}  # --bridge and the like are ours to read
+
+
+family = typer.Typer(help="The miniature family: rebuild it, measure it.", no_args_is_help=True)
+app.add_typer(family, name="mini")
 
 
 @app.callback(invoke_without_command=True)
@@ -212,6 +216,43 @@ def make_checkpoint(
         _save(weights, output, options, as_json, quiet)
 
 
+@family.command("build")
+def mini_build(
+    folder: Annotated[
+        Path, typer.Option("--folder", "-o", help="Folder to fill; a stopped build goes on in it.")
+    ] = Path("mini-build"),
+    threads: Annotated[int, typer.Option(help="Processor threads; the numbers depend on it a little.")] = 2,
+    stage: Annotated[str | None, typer.Option(help="Stop after this stage, such as base.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the miniature family again from its seeds, and say how close it comes to the shipped one."""
+    with _reported():
+        import torch
+
+        from alkahest.mini.build import build, closeness
+
+        torch.set_num_threads(threads)
+        _drain(build(folder, stage), quiet, unit="step")
+        print(closeness(folder).round(4).to_string(index=False))
+
+
+@family.command("measure")
+def mini_measure(
+    prompts: Annotated[int, typer.Option(help="Held-out prompts a model.")] = 1000,
+    swaps: Annotated[int, typer.Option(help="Held-out prompts a cell of the swap table.")] = 200,
+    threads: Annotated[int, typer.Option(help="Processor threads.")] = 2,
+    quiet: Quiet = False,
+) -> None:
+    """Draw and judge the shipped family; print the tables of its README as Markdown."""
+    with _reported():
+        import torch
+
+        from alkahest.mini.report import markdown, measure
+
+        torch.set_num_threads(threads)
+        print(markdown(_drain(measure(prompts, swaps), quiet, unit="picture").result, prompts, swaps))
+
+
 def _merge(
     expression: str | None, recipe: Path | None, given: dict[str, Any], output: Path, options: dict[str, Any],
     as_json: bool, quiet: bool,
@@ -237,14 +278,14 @@ def _save(weights: alkahest.Weights, output: Path, options: dict[str, Any], as_j
     print(json.dumps(dataclasses.asdict(result), indent=2, default=str) if as_json else result)
 
 
-def _drain(events: Iterator[Any], quiet: bool) -> Any:
+def _drain(events: Iterator[Any], quiet: bool, unit: str = "B") -> Any:
     """Run a generator of events to its end behind a progress bar; its last item."""
     from tqdm import tqdm
 
     event = None
     _raise_if_stopped()
     # disable=None: no bar where stderr is not a terminal.
-    with tqdm(unit="B", unit_scale=True, disable=True if quiet else None) as bar, contextlib.closing(events):  # type: ignore[type-var]
+    with tqdm(unit=unit, unit_scale=unit == "B", disable=True if quiet else None) as bar, contextlib.closing(events):  # type: ignore[type-var]
         for event in events:
             _raise_if_stopped()
             if hasattr(event, "total"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,14 +35,20 @@ def load_into(expression: Weights, module: torch.nn.Module, **options: Any) -> i
 
 def stream_into(expression: Weights, module: torch.nn.Module, **options: Any) -> Iterator[Event]:
     """`load_into` as a generator of events, one per canonical tensor."""
-    run = Run(Options.checked(options))
-    rules = Rules(comfy_compatible=run.options.comfy_compatible)
-    targets = _slices(expression, module)
+    checked = Options.checked(options)
+    rules = Rules(comfy_compatible=checked.comfy_compatible)
+    terms = {key: expression.at(key, rules) for key in expression.shapes}
+    # Every key of the expression's shapes has a term.
+    yield from fill({key: term for key, term in terms.items() if term is not None}, slices(expression, module), checked)
+
+
+def fill(terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options: Options) -> Iterator[Event]:
+    """Compute terms into the tensors of the same names, in place."""
+    run = Run(options)
     jobs = []
-    for key, target in targets.items():
-        found = expression.at(key, rules)
-        assert found is not None  # every key of the expression's shapes has a term
-        jobs.append(Job(key, target.nbytes, _fill(run, key, found, target, _FORMAT_OF[target.dtype])))
+    for key, term in terms.items():
+        target = targets[key]
+        jobs.append(Job(key, target.nbytes, _fill(run, key, term, target, _FORMAT_OF[target.dtype])))
     done, total = 0, sum(job.nbytes for job in jobs)
     for job in run.perform(jobs):
         done += job.nbytes
@@ -62,12 +68,15 @@ def _fill(run: Run, key: str, term: Term, target: torch.Tensor, form: Format) ->
     return work
 
 
-def _slices(expression: Weights, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def slices(expression: Weights, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Canonical name -> the part of a module's parameters that holds it; LoRA adapters are looked through."""
     if not isinstance(module, torch.nn.Module):
         raise MismatchError("load_into", "a torch.nn.Module is needed", found=type(module).__name__)
     slices: dict[str, torch.Tensor] = {}
-    for name, parameter in module.state_dict(keep_vars=True).items():
-        values = parameter.detach()
+    for wrapped, parameter in module.state_dict(keep_vars=True).items():
+        if ".lora_" in wrapped:
+            continue
+        name, values = wrapped.replace(".base_layer.", "."), parameter.detach()
         if values.is_meta or not values.is_contiguous() or values.dtype not in _FORMAT_OF:
             raise MismatchError(
                 "load_into", "this parameter cannot be written in place", key=name,

@@ -83,17 +83,25 @@ class Options:
         return device
 
     def shard_bytes(self) -> int | None:
-        size = self.max_shard_size
-        if size is None or (type(size) is int and size > 0):
-            return size
-        text = str(size).strip()
-        number, unit = text[:-2].strip(), text[-2:].upper()
-        if unit not in _UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
-            raise OutputError("save", "the shard size cannot be read", found=repr(size), fix="write it like '5GB'")
-        return int(float(number) * _UNITS[unit])
+        return None if self.max_shard_size is None else byte_count(self.max_shard_size)
 
     def makes_folder(self, target: Path) -> bool:
         return self.max_shard_size is not None or (self.layout == "diffusers" and not _names_file(target))
+
+
+def byte_count(size: int | str) -> int:
+    """Bytes from a whole number or text.
+
+    >>> byte_count("2GB")
+    2000000000
+    """
+    if type(size) is int and size > 0:
+        return size
+    text = str(size).strip()
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in _UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise OutputError("size", "this size cannot be read", found=repr(size), fix="write it like '5GB'")
+    return int(float(number) * _UNITS[unit])
 
 
 def check_target(expression: Weights, target: Path, options: Options) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,3 +25,11 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tiny.state(seed=1)
     states = {"bridge": tiny.state(seed=2), "base": base, "variant": tiny.near(base, 0.02, seed=3)}
     return {name: tiny.write(folder / f"{name}.safetensors", tiny.native(values)) for name, values in states.items()}
+
+
+@pytest.fixture(scope="session")
+def parts() -> dict[str, Any]:
+    """Untrained pipeline components that fit the tiny transformers."""
+    import tiny
+
+    return tiny.components()

@@ -32,8 +32,11 @@ def named(trio: dict[str, Path]) -> list[object]:
 
 def test_every_command_and_option_has_help() -> None:
     group = typer.main.get_command(app)
-    assert set(group.commands) == {"inspect", "merge", "convert", "recipe", "verify", "make-checkpoint"}  # type: ignore[attr-defined]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    known = {"inspect", "merge", "convert", "recipe", "verify", "make-checkpoint", "mini"}
+    assert set(group.commands) == known  # type: ignore[attr-defined]
+    family = group.commands["mini"].commands  # type: ignore[attr-defined]
+    assert set(family) == {"build", "measure"}
+    for name, command in [*group.commands.items(), *family.items()]:  # type: ignore[attr-defined]
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"

@@ -124,3 +124,36 @@ def write_scaled(path: Path, values: State, spelling: str, kind: torch.dtype = t
     stored, metadata = scaled(values, spelling, kind)
     save_file(stored, path, metadata=metadata or None)
     return path
+
+
+def components() -> dict[str, Any]:
+    """An untrained text encoder, tokenizer, VAE (2 pixels a latent) and scheduler that fit `model`."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from transformers import Qwen3Config, Qwen3Model
+
+    from alkahest.mini.models import tokenizer
+
+    words = tokenizer(["a red ball at night", "a blue box"])
+    torch.manual_seed(7)
+    config = Qwen3Config(
+        vocab_size=len(words), hidden_size=CONFIG["cap_feat_dim"], intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        latent_channels=CONFIG["in_channels"], block_out_channels=(8, 12), norm_num_groups=4, sample_size=24,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.8, shift_factor=0.1,
+    )  # fmt: skip
+    return {
+        "text_encoder": Qwen3Model(config).eval(), "tokenizer": words, "vae": vae.eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
+    }  # fmt: skip
+
+
+def reference(transformer: torch.nn.Module, parts: dict[str, Any]) -> Any:
+    """diffusers' own pipeline, put together by hand."""
+    from diffusers import ZImagePipeline
+
+    pipe = ZImagePipeline(transformer=transformer, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
