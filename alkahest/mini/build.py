@@ -59,7 +59,7 @@ class Workshop:
     @cached_property
     def pipe(self) -> Any:
         """A pipeline with the trained components; its transformer is whichever is at work."""
-        from alkahest.pipeline import quiet
+        from alkahest.components import quiet
 
         with quiet():
             from diffusers import ZImagePipeline

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from alkahest.architecture import Architecture
+from alkahest.components import CHAT_TEMPLATE
 
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
@@ -24,11 +25,6 @@ ARCHITECTURE = Architecture(
 )
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# One user turn as Qwen3 writes it; like the real template it opens no thinking block.
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def transformer(seed: int) -> ZImageTransformer2DModel:
@@ -78,7 +74,7 @@ def tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
         pad_token=_SPECIAL[0],
         additional_special_tokens=_SPECIAL[1:],
     )
-    built.chat_template = _CHAT_TEMPLATE
+    built.chat_template = CHAT_TEMPLATE
     return built
 
 
