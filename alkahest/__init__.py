@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from alkahest import mini as mini
     from alkahest.checkpoint import Checkpoint as Checkpoint
     from alkahest.checkpoint import open as open
     from alkahest.errors import AlkahestError as AlkahestError
@@ -60,10 +61,13 @@ _PUBLIC = {
     "ties": "methods",
     "weighted_sum": "expr",
 }
-__all__ = sorted(_PUBLIC)
+_FAMILY = "mini"  # a module of its own: ak.mini.load("base")
+__all__ = sorted([*_PUBLIC, _FAMILY])
 
 
 def __getattr__(name: str) -> Any:
+    if name == _FAMILY:
+        return importlib.import_module("alkahest.mini")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'alkahest' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"alkahest.{_PUBLIC[name]}"), name)
@@ -83,4 +87,4 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_PUBLIC]
+    return [*globals(), *__all__]
