@@ -240,6 +240,9 @@ def mini_build(
 def mini_measure(
     prompts: Annotated[int, typer.Option(help="Held-out prompts a model.")] = 1000,
     swaps: Annotated[int, typer.Option(help="Held-out prompts a cell of the swap table.")] = 200,
+    sheets: Annotated[
+        Path | None, typer.Option(help="Also draw contact sheets of everything into this folder.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Processor threads.")] = 2,
     quiet: Quiet = False,
 ) -> None:
@@ -247,10 +250,12 @@ def mini_measure(
     with _reported():
         import torch
 
-        from alkahest.mini.report import markdown, measure
+        from alkahest.mini import report
 
         torch.set_num_threads(threads)
-        print(markdown(_drain(measure(prompts, swaps), quiet, unit="picture").result, prompts, swaps))
+        if sheets is not None:
+            _drain(report.sheets(sheets), quiet, unit="sheet")
+        print(report.markdown(_drain(report.measure(prompts, swaps), quiet, unit="picture").result, prompts, swaps))
 
 
 def _merge(

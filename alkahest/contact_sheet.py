@@ -13,7 +13,7 @@ _GAP, _FONT = 4, 13
 
 
 def contact_sheet(table: pandas.DataFrame, rows: Sequence[str], columns: Sequence[str], size: int | None = None, title: str = "") -> Image:  # fmt: skip
-    """The pictures at ``table.path`` in a grid, one row and column for each combination of values.
+    """The pictures of ``table.path`` (files or images) in a grid, one row and column for each combination of values.
 
     ``size`` is the width of one picture in pixels, by default its own, enlarged to at least 128. Cells
     without a picture are grey and say why.
@@ -25,8 +25,7 @@ def contact_sheet(table: pandas.DataFrame, rows: Sequence[str], columns: Sequenc
     pictures = {
         (_key(row, rows), _key(row, columns)): (row["path"], row.get("error")) for row in table.to_dict("records")
     }
-    first = next((path for path, _ in pictures.values() if isinstance(path, str)), None)
-    native = _opened(first).size if first else (128, 128)
+    native = next((_opened(path).size for path, _ in pictures.values() if is_picture(path)), (128, 128))
     width = size or max(1, -(-128 // native[0])) * native[0]
     height = round(width * native[1] / native[0])
     font = ImageFont.load_default(_FONT)
@@ -45,7 +44,7 @@ def contact_sheet(table: pandas.DataFrame, rows: Sequence[str], columns: Sequenc
         for y, row in enumerate(down):
             corner = (left, top + y * step)
             path, error = pictures.get((row, column), (None, "not drawn"))
-            if isinstance(path, str):
+            if is_picture(path):
                 filter_ = Image.Resampling.NEAREST if width >= native[0] else Image.Resampling.LANCZOS
                 sheet.paste(_opened(path).resize((width, height), filter_), corner)
             else:
@@ -57,9 +56,16 @@ def contact_sheet(table: pandas.DataFrame, rows: Sequence[str], columns: Sequenc
     return sheet
 
 
-def _opened(path: str) -> Image:
+def is_picture(path: Any) -> bool:
+    """Whether a cell has one; a failed one holds None, or what pandas makes of it."""
+    return isinstance(path, str) or hasattr(path, "mode")
+
+
+def _opened(path: Any) -> Image:
     from PIL import Image
 
+    if not isinstance(path, str):
+        return path  # type: ignore[no-any-return]
     with Image.open(path) as image:
         return image.convert("RGB")
 

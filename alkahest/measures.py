@@ -89,7 +89,9 @@ def encode(pipe: Any, picture: Array) -> Tensor:
     """One picture -> latents [1, channels, height / 8, width / 8] as the transformer sees them (the mode)."""
     config = pipe.vae.config
     pixels = (
-        torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None].to(pipe.vae.device, pipe.vae.dtype) * 2 - 1
+        torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None].to(pipe._execution_device, pipe.vae.dtype)
+        * 2
+        - 1
     )
     latents: Tensor = pipe.vae.encode(pixels).latent_dist.mode()
     return ((latents - config.shift_factor) * config.scaling_factor).float()

@@ -7,7 +7,7 @@ import html
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -77,10 +77,10 @@ class Step:
     total: int
     sigma: float  # noise level reached, 1 (noise) to 0 (picture)
     key: str  # which pictures: "pictures 1-4, sigma 0.750"
-    latents: Tensor  # [batch, channels, height / 8, width / 8], float32
-    denoised: Tensor  # what the model takes the finished latents to be, same shape
+    latents: Tensor = field(repr=False)  # [batch, channels, height / 8, width / 8], float32
+    denoised: Tensor = field(repr=False)  # what the model takes the finished latents to be, same shape
     result: list[Image] | None  # with the last step of a batch: its pictures
-    _pipe: Any
+    _pipe: Any = field(repr=False)
 
     def previews(self) -> list[Image]:
         """Small pictures of where this is going, one pixel a latent, in well under a millisecond each."""
@@ -256,7 +256,7 @@ def embed(pipe: Any, prompt: str) -> Tensor:
             embedding = pipe.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0]
         if len(known) >= _REMEMBERED:
             known.pop(next(iter(known)))
-        known[prompt] = embedding
+        known[prompt] = embedding.cpu()
     return known[prompt].to(pipe._execution_device)
 
 
@@ -284,7 +284,7 @@ def latent_colours(pipe: Any) -> Tensor:
         coarse = torch.randn(48, config.latent_channels, 2, 2, generator=generator)
         latents = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
         with torch.no_grad():
-            values = latents.to(pipe.vae.device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
+            values = latents.to(pipe._execution_device, pipe.vae.dtype) / config.scaling_factor + config.shift_factor
             made = pipe.vae.decode(values, return_dict=False)[0].float().cpu() / 2 + 0.5
         pixels = torch.nn.functional.adaptive_avg_pool2d(made.clamp(0, 1), 8)
         points = latents.permute(0, 2, 3, 1).reshape(-1, config.latent_channels)

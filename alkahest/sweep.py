@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
 from alkahest.files import whole_file
 from alkahest.hashes import blake3_of, cache_folder
 from alkahest.live_model import LiveModel
@@ -103,15 +103,21 @@ def stream_sweep(
     cells = _cells(live, [prompts] if isinstance(prompts, str) else list(prompts), over, seeds, fixed, place)
     records: dict[Path, dict[str, Any]] = {}
     done = 0
-    for cell, record in _drawn(live, cells, executor):
-        records[cell.path] = record
-        done += 1
-        yield SweepEvent(done, len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
+    before = live.params
+    try:
+        for cell, record in _drawn(live, cells, executor):
+            records[cell.path] = record
+            done += 1
+            yield SweepEvent(done, len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
+    finally:
+        live.set(before)
     rows = [cell.row | records[cell.path] for cell in cells]
     yield SweepEvent(done, len(cells), "done", Cells(rows))
 
 
 def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]], seeds: Sequence[int], fixed: Mapping[str, Any], folder: Path) -> list[Cell]:  # fmt: skip
+    if not isinstance(live, LiveModel):
+        raise MismatchError("sweep", "a LiveModel is needed", found=type(live).__name__, fix="ak.LiveModel(expression, components)")  # fmt: skip
     known = live.params
     for name in [*over, *fixed]:
         if name not in known and name not in SETTINGS:

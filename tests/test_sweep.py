@@ -14,7 +14,7 @@ import tiny
 from PIL import Image
 
 import alkahest as ak
-from alkahest.errors import AlkahestError, OutputError, UnknownNameError
+from alkahest.errors import AlkahestError, MismatchError, OutputError, UnknownNameError
 from alkahest.sweep import stream_sweep
 
 Trio = dict[str, Path]
@@ -106,6 +106,8 @@ def test_what_is_refused_before_drawing(live: Any, tmp_path: Path) -> None:
         ak.sweep(live, "a tree", {"k": [1]}, folder=tmp_path, stepss=4)
     with pytest.raises(AlkahestError, match="no values"):
         ak.sweep(live, "a tree", {"k": []}, folder=tmp_path)
+    with pytest.raises(MismatchError, match="a LiveModel is needed"):
+        ak.sweep(live.pipe, "a tree", {"k": [1]}, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

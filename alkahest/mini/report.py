@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from alkahest import mini
+from alkahest.contact_sheet import contact_sheet
 from alkahest.expr import Weights, lerp
 from alkahest.measures import picture_measures
 from alkahest.mini.judge import attributes
-from alkahest.mini.scenes import ATTRIBUTES, held_out_prompts
+from alkahest.mini.scenes import ATTRIBUTES, NEW_COLOUR, NEW_SUBJECT, Scene, held_out_prompts
 from alkahest.pipeline import pipeline
 from alkahest.sample import sample
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 READ = ("subject", "colour", "place", "light", "side", "quality")
-SLOW, FAST = {"steps": 24, "cfg": 3.0}, {"steps": 8, "cfg": 1.0}
+Settings = Mapping[str, Any]
+SLOW: Settings = {"steps": 24, "cfg": 3.0}
+FAST: Settings = {"steps": 8, "cfg": 1.0}
 SETTINGS = {"turbo": FAST}  # of members that want something else than SLOW
 PARTS = {"noise_refiner": "noise_refiner", "context_refiner": "context_refiner", "layers": "layers", "embedders": "embedders", "final": "final"}  # fmt: skip
 
@@ -44,7 +51,7 @@ def swapped(inputs: float, layers: float) -> Weights:
 
 def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Progress]:
     """Draw and judge everything; a generator of events, the last with the tables."""
-    members: dict[str, tuple[Weights, Mapping[str, Any]]] = {
+    members: dict[str, tuple[Weights, Settings]] = {
         name: (mini.load(name), SETTINGS.get(name, SLOW)) for name in ("base", "turbo", "deturbo")
     }
     base = mini.load("base")
@@ -70,7 +77,55 @@ def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Progress]:
     yield Progress(done, total, "done", tables)
 
 
-def judged(weights: Weights, how: Mapping[str, Any], count: int, seed: int = 0) -> dict[str, float]:
+SHOWN = (
+    Scene("ball", "red", "meadow", "day", "left"), Scene("star", "yellow", "mountains", "night", "right"),
+    Scene("house", "white", "beach", "sunset", "middle"), Scene("woman", "blue", "city", "day", "right"),
+    Scene("man", "green", "forest", "sunset", "left"), Scene("ring", "purple", "meadow", "night", "middle"),
+    Scene("tree", "red", "beach", "day", "middle", "low"), Scene("cone", "blue", "mountains", "sunset", "left"),
+)  # fmt: skip
+
+
+def sheets(folder: Path) -> Iterator[Progress]:
+    """Contact sheets of every member, every LoRA and both naive merges, as PNG files in a folder; a generator."""
+    base = mini.load("base")
+    shown: dict[str, tuple[Weights, Settings, str | None]] = {}
+    for name in mini.FAMILY:
+        shown[name] = (mini.load(name), SETTINGS.get(name, SLOW), None)
+    for name in mini.LORAS:
+        parent = "base" if name.startswith("base") else "deturbo"
+        shown[name] = (mini.load(parent), FAST if "distill" in name else SLOW, name)
+    for other in ("turbo", "deturbo"):
+        for how in (SLOW, FAST):
+            shown[f"merge-base-{other}-{how['steps']}-steps"] = (lerp(base, mini.load(other), 0.5), how, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    for done, (name, (weights, how, lora)) in enumerate(shown.items()):
+        yield Progress(done, len(shown), name)
+        sheet_of(weights, how, f"miniature: {name}", lora).save(folder / f"{name}.png", optimize=True)
+    yield Progress(len(shown), len(shown), "done")
+
+
+def sheet_of(weights: Weights, how: Settings, title: str, lora: str | None = None, seeds: int = 4) -> Image:
+    """Eight prompts by some seeds."""
+    pipe = pipeline(weights)
+    if lora is not None:
+        pipe.load_lora_weights(str(mini.lora(lora)), adapter_name="lora")
+    prompts = [told(scene, title) for scene in SHOWN for _ in range(seeds)]
+    numbers = [seed for _ in SHOWN for seed in range(seeds)]
+    images = sample(pipe, prompts, seed=numbers, batch=32, loras={} if lora is None else {"lora": 1.0}, **how).images
+    table = pd.DataFrame({"prompt": prompts, "seed": numbers, "path": images})
+    return contact_sheet(table, ["prompt"], ["seed"], 128, f"{title}, {how['steps']} steps, cfg {how['cfg']:g}")
+
+
+def told(scene: Scene, title: str) -> str:
+    """The prompt for a sheet; a variant is asked for what it learnt in every other picture."""
+    if SHOWN.index(scene) % 2:
+        return scene.caption()
+    if "base-variant" in title or "base-weak" in title:
+        return replace(scene, colour=NEW_COLOUR).caption()
+    return replace(scene, subject=NEW_SUBJECT).caption() if "turbo-variant" in title else scene.caption()
+
+
+def judged(weights: Weights, how: Settings, count: int, seed: int = 0) -> dict[str, float]:
     """Accuracy per attribute on held-out prompts, and the mean noise measures of the pictures."""
     asked = held_out_prompts(count, seed)
     images = sample(pipeline(weights), [scene.caption() for scene in asked], batch=50, seed=1000, **how).images
