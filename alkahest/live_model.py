@@ -59,7 +59,7 @@ class LiveModel:
     def __init__(
         self, expression: Weights, components: Any = None, *, memory: int | str = "2GB", **options: Any
     ) -> None:
-        self.budget = byte_count(memory)
+        self.budget = byte_count(memory, "memory")
         self.pipe = pipeline(expression, components, **options)
         self.expression = expression
         self.lock = threading.RLock()  # held while a picture depends on the parameters as they are

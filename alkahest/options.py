@@ -83,16 +83,16 @@ class Options:
         return device
 
     def shard_bytes(self) -> int | None:
-        return None if self.max_shard_size is None else byte_count(self.max_shard_size)
+        return None if self.max_shard_size is None else byte_count(self.max_shard_size, "shard size")
 
     def makes_folder(self, target: Path) -> bool:
         return self.max_shard_size is not None or (self.layout == "diffusers" and not _names_file(target))
 
 
-def byte_count(size: int | str) -> int:
-    """Bytes from a whole number or text.
+def byte_count(size: int | str, what: str) -> int:
+    """Bytes from a whole number or text; ``what`` names it in an error.
 
-    >>> byte_count("2GB")
+    >>> byte_count("2GB", "memory")
     2000000000
     """
     if type(size) is int and size > 0:
@@ -100,7 +100,7 @@ def byte_count(size: int | str) -> int:
     text = str(size).strip()
     number, unit = text[:-2].strip(), text[-2:].upper()
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
-        raise OutputError("size", "this size cannot be read", found=repr(size), fix="write it like '5GB'")
+        raise OutputError("size", f"the {what} cannot be read", found=repr(size), fix="write it like '5GB'")
     return int(float(number) * _UNITS[unit])
 
 

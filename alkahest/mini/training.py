@@ -96,7 +96,7 @@ def imitation(taught: Trajectories, batch: int = 48) -> MakeBatch:
 
 def train(
     model: nn.Module, batches: MakeBatch, steps: int, *, rate: float, seed: int,
-    trainable: Callable[[str], bool] = lambda name: True,
+    trainable: Callable[[str], bool] = lambda name: True, tether: float = 0.0,
 ) -> Iterator[tuple[int, float]]:  # fmt: skip
     """Train a transformer in place; yields (step, loss). The same seed gives the same weights on the same machine."""
 
@@ -105,17 +105,21 @@ def train(
         out = model(list(latents.unsqueeze(2).unbind(0)), time, captions, return_dict=False)[0]
         return (torch.stack(out).squeeze(2) - target).square().mean()
 
-    yield from descend(model, loss, steps, rate=rate, seed=seed, trainable=trainable)
+    yield from descend(model, loss, steps, rate=rate, seed=seed, trainable=trainable, tether=tether)
 
 
 def descend(
     model: nn.Module, loss_of: Callable[[torch.Generator], Tensor], steps: int, *, rate: float, seed: int,
-    trainable: Callable[[str], bool] = lambda name: True, adam_rate: float | None = None,
+    trainable: Callable[[str], bool] = lambda name: True, adam_rate: float | None = None, tether: float = 0.0,
 ) -> Iterator[tuple[int, float]]:  # fmt: skip
     """Minimise a loss in place; yields (step, loss).
 
     Inner matrices and convolutions are trained by Muon, which takes half the steps of AdamW here, and
     the rest by AdamW at ``adam_rate`` (by default 0.3 of the rate). Rates warm up and fall to zero.
+    ``tether`` is a weight decay toward where training began: Muon moves weights in every direction,
+    useful or not, and a tether takes the useless part back (250 steps at rate 0.015: the same loss
+    with and without one of 5, cosine to the start 0.97 and 0.46). Two lineages from one start stay
+    near enough for differences to be carried over.
     """
     chosen = {name: p for name, p in model.named_parameters() if trainable(name)}
     for name, parameter in model.named_parameters():
@@ -128,6 +132,7 @@ def descend(
     if outer:
         adam_rate = 0.3 * rate if adam_rate is None else adam_rate
         optimisers.append((torch.optim.AdamW(outer, adam_rate, betas=(0.9, 0.99), weight_decay=0.0), adam_rate))
+    anchors = [p.detach().clone() for p in inner] if tether else []
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for step in range(steps):
@@ -139,6 +144,9 @@ def descend(
         for optimiser, its_rate in optimisers:
             optimiser.param_groups[0]["lr"] = its_rate * scale
             optimiser.step()
+        with torch.no_grad():
+            for parameter, anchor in zip(inner, anchors, strict=False):
+                parameter.lerp_(anchor, tether * rate * scale)
         yield step + 1, float(loss.detach())
     model.eval().requires_grad_(False)
 

@@ -203,3 +203,16 @@ def test_a_build_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     finished = list(build.build(tmp_path))
     assert made == ["a", "b", "c", "c", "d", "d"]
     assert finished[-1].done == finished[-1].total
+
+
+def test_a_tether_keeps_weights_near_their_start() -> None:
+    torch.manual_seed(5)
+    goal = torch.randn(12, 12)
+    distances = []
+    for tether in (0.0, 4.0):
+        torch.manual_seed(6)
+        layer = nn.Linear(12, 12, bias=False)
+        start = layer.weight.detach().clone()
+        list(descend(layer, lambda g, layer=layer: (layer.weight - goal).square().mean(), 60, rate=0.1, seed=0, tether=tether))  # type: ignore[misc]  # fmt: skip
+        distances.append(float((layer.weight - start).norm()))
+    assert 0 < distances[1] < 0.7 * distances[0]
