@@ -203,6 +203,12 @@ def whole_file(target: Path, size: int) -> Iterator[Writer]:
         partial.unlink(missing_ok=True)
 
 
+def write_file(target: Path, data: bytes) -> None:
+    """Write a small file by `whole_file`: all of it or nothing."""
+    with whole_file(target, len(data)) as writer:
+        writer.write(data, 0)
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, size: int) -> Iterator[Path]:
     """Fill a new folder beside ``target`` and rename it to ``target`` at the end.

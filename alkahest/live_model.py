@@ -90,9 +90,10 @@ class LiveModel:
         given = {name: number(value, "set") for name, value in {**(values or {}), **named}.items()}
         with self.lock:
             loras = self._loras()
+            known = {**self.expression.params, **loras}
             for name in given:
-                if name not in self.params:
-                    raise UnknownNameError("set", "no such named scalar or LoRA", found=repr(name), fix=nearest(name, self.params))  # fmt: skip
+                if name not in known:
+                    raise UnknownNameError("set", "no such named scalar or LoRA", found=repr(name), fix=nearest(name, known))  # fmt: skip
             started = time.perf_counter()
             wanted = self.expression.bind(**{name: value for name, value in given.items() if name not in loras})
             change = self._rewrite(wanted)

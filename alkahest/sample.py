@@ -23,7 +23,8 @@ SHIFT = 3.0  # the article's; Z-Image's own configuration says 6, Turbo's 3
 SCHEDULES = ("diffusers", "simple")
 _REMEMBERED = 1024  # prompts; a Z-Image embedding is 5 kB a token in bf16
 _Embeddings = dict[str, Tensor]
-_embedded: WeakKeyDictionary[Any, _Embeddings] = WeakKeyDictionary()
+_embedded: WeakKeyDictionary[Any, _Embeddings] = WeakKeyDictionary()  # by text encoder
+_colours: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # by VAE
 
 
 @dataclass(frozen=True)
@@ -275,9 +276,7 @@ def latent_colours(pipe: Any) -> Tensor:
 
     Fitted by least squares to what this VAE makes of random latents, once per VAE.
     """
-    key = "latent colours"
-    known = _embedded.setdefault(pipe.vae, {})
-    if key not in known:
+    if pipe.vae not in _colours:
         config = pipe.vae.config
         generator = torch.Generator().manual_seed(0)
         # Each picture a few flat patches: the map should hold for surfaces, not for edges.
@@ -289,8 +288,8 @@ def latent_colours(pipe: Any) -> Tensor:
         pixels = torch.nn.functional.adaptive_avg_pool2d(made.clamp(0, 1), 8)
         points = latents.permute(0, 2, 3, 1).reshape(-1, config.latent_channels)
         points = torch.cat([points, torch.ones(len(points), 1)], dim=1)
-        known[key] = torch.linalg.lstsq(points, pixels.permute(0, 2, 3, 1).reshape(-1, 3)).solution
-    return known[key]
+        _colours[pipe.vae] = torch.linalg.lstsq(points, pixels.permute(0, 2, 3, 1).reshape(-1, 3)).solution
+    return _colours[pipe.vae]
 
 
 def set_lora_strengths(pipe: Any, loras: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
-from alkahest.files import whole_file
+from alkahest.files import write_file
 from alkahest.hashes import blake3_of, cache_folder
 from alkahest.live_model import LiveModel
 from alkahest.measures import picture_measures
@@ -185,14 +185,9 @@ def _kept(cells: Sequence[Cell], drawn: Sequence[tuple[bytes, dict[str, Any]]]) 
     for cell, (png, record) in zip(cells, drawn, strict=True):
         if png:  # a failure is not kept: it is tried again next time
             cell.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(cell.path, png)
-            _write(cell.path.with_suffix(".json"), json.dumps(record).encode())
+            write_file(cell.path, png)
+            write_file(cell.path.with_suffix(".json"), json.dumps(record).encode())
         yield cell, {**record, "path": str(cell.path) if png else None}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with whole_file(path, len(data)) as writer:
-        writer.write(data, 0)
 
 
 def _remembered(path: Path) -> dict[str, Any] | None:

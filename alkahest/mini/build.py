@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +13,13 @@ from typing import Any
 import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alkahest import layouts, mini
 from alkahest.checkpoint import open as open_checkpoint
+from alkahest.files import Reader, write_file
+from alkahest.hashes import blake3_of
 from alkahest.mini import models, parts
 from alkahest.mini.judge import Judge
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, scenes
@@ -87,12 +88,7 @@ class Workshop:
         """A member as built here, in float32; None is the common random start."""
         model = models.transformer(_START)
         if name is not None:
-            state = load_file(self.folder / f"{name}.safetensors")
-            canonical: dict[str, Tensor] = {}
-            for stored, value in state.items():
-                keys = layouts.canonical(stored)
-                canonical |= dict(zip(keys, value.float().chunk(len(keys)), strict=True))
-            model.load_state_dict(canonical)
+            open_checkpoint(self.folder / f"{name}.safetensors").load_into(model)
         self.pipe.transformer = model.eval()
         return model
 
@@ -113,7 +109,7 @@ class Workshop:
 def build(folder: Path, only: str | None = None) -> Iterator[Event]:
     """Make every stage that ``folder`` does not hold yet; a generator of events.
 
-    A stage that is done and unchanged (by BLAKE2 in manifest.json) is not made again, so a build that
+    A stage that is done and unchanged (by BLAKE3 in manifest.json) is not made again, so a build that
     was stopped goes on with the stage it was in.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,10 +151,8 @@ def _is_done(folder: Path, stage: Stage) -> bool:
 
 def _record(folder: Path, stage: Stage, seconds: float, loss: float) -> None:
     record = {"hash": _hash(folder, stage.name), "how": stage.how, "seed": stage.seed, "steps": stage.steps, "seconds": seconds, "loss": round(loss, 5)}  # fmt: skip
-    path = folder / "manifest.json"
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps({**_manifest(folder), stage.name: record}, indent=1) + "\n")
-    scratch.replace(path)
+    text = json.dumps({**_manifest(folder), stage.name: record}, indent=1) + "\n"
+    write_file(folder / "manifest.json", text.encode())
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -168,13 +162,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _hash(folder: Path, name: str) -> str:
-    """Of a file, or of the files of a component folder in order."""
+    """BLAKE3 of a file, or of each file of a component folder in order; empty if there is none."""
     path = folder / f"{name}.safetensors"
     files = [path] if path.is_file() else sorted(p for p in (folder / name).rglob("*") if p.is_file())
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else ""
+    return " ".join(blake3_of([Reader(file) for file in files]))
 
 
 # --- stages --------------------------------------------------------------------------------------
@@ -214,14 +205,20 @@ def _lineage(name: str, style: str, seed: int, steps: int) -> Callable[[Workshop
     return make
 
 
+def _gathered(parts: Iterator[Trajectories]) -> Generator[tuple[int, float], None, Trajectories]:
+    """All trajectories as one, with a sign of life for each batch drawn."""
+    found = []
+    for number, part in enumerate(parts):
+        found.append(part)
+        yield number, float("nan")
+    return joined(found)
+
+
 def _turbo(shop: Workshop) -> Progress:
     shop.model("intermediate/turbo-undistilled")
-    taught = []
-    for number, part in enumerate(shop.taught(1152, 31, "anime", steps=24, every=3, cfg=3.0)):
-        taught.append(part)
-        yield number, float("nan")
+    taught = yield from _gathered(shop.taught(1152, 31, "anime", steps=24, every=3, cfg=3.0))
     model = shop.model("intermediate/turbo-undistilled")
-    yield from train(model, imitation(joined(taught)), 600, rate=0.006, seed=32)
+    yield from train(model, imitation(taught), 600, rate=0.006, seed=32)
     shop.save(model, "turbo")
 
 
@@ -267,11 +264,7 @@ def _lora(name: str, parent: str, style: str, seed: int, steps: int, distill: bo
     def make(shop: Workshop) -> Progress:
         model = shop.model(parent)
         if distill:
-            taught = []
-            for number, part in enumerate(shop.taught(384, seed, style, steps=24, every=3, cfg=3.0)):
-                taught.append(part)
-                yield number, float("nan")
-            batches = imitation(joined(taught))
+            batches = imitation((yield from _gathered(shop.taught(384, seed, style, steps=24, every=3, cfg=3.0))))
         else:
             batches = flow_matching(shop.pairs(_lesson(style, seed, {"style": NEW_STYLE})))
         model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=_LORA_TARGETS))

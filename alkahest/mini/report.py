@@ -29,7 +29,7 @@ Settings = Mapping[str, Any]
 SLOW: Settings = {"steps": 24, "cfg": 3.0}
 FAST: Settings = {"steps": 8, "cfg": 1.0}
 SETTINGS = {"turbo": FAST}  # of members that want something else than SLOW
-PARTS = {"noise_refiner": "noise_refiner", "context_refiner": "context_refiner", "layers": "layers", "embedders": "embedders", "final": "final"}  # fmt: skip
+PARTS = ("noise_refiner", "context_refiner", "layers", "embedders", "final")
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def cosines() -> pd.DataFrame:
     rows = []
     for one, two in [("base", "turbo"), ("base", "deturbo"), ("turbo", "deturbo"), ("base", "base-variant"), ("deturbo", "turbo-variant"), ("base", "base-weak"), ("base", "base-refiner-trained")]:  # fmt: skip
         row: dict[str, Any] = {"pair": f"{one}, {two}"}
-        for part, pattern in PARTS.items():
-            keys = list(mini.load(one).part(pattern))
+        for part in PARTS:
+            keys = list(mini.load(one).part(part))
             a, b = (torch.cat([states[name][key].flatten() for key in keys]) for name in (one, two))
             row[part] = float(a @ b / (a.norm() * b.norm()))
         rows.append(row)
