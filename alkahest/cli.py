@@ -222,6 +222,7 @@ def mini_build(
         Path, typer.Option("--folder", "-o", help="Folder to fill; a stopped build goes on in it.")
     ] = Path("mini-build"),
     threads: Annotated[int, typer.Option(help="Processor threads; the numbers depend on it a little.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a build in minutes.")] = "cpu",
     stage: Annotated[str | None, typer.Option(help="Stop after this stage, such as base.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -232,7 +233,7 @@ def mini_build(
         from alkahest.mini.build import build, closeness
 
         torch.set_num_threads(threads)
-        _drain(build(folder, stage), quiet, unit="step")
+        _drain(build(folder, stage, device), quiet, unit="step")
         print(closeness(folder).round(4).to_string(index=False))
 
 
@@ -255,7 +256,7 @@ def mini_measure(
         torch.set_num_threads(threads)
         if sheets is not None:
             _drain(report.sheets(sheets), quiet, unit="sheet")
-        print(report.markdown(_drain(report.measure(prompts, swaps), quiet, unit="picture").result, prompts, swaps))
+        print(report.markdown(_drain(report.measure(prompts, swaps), quiet, unit="picture").result))
 
 
 def _merge(

@@ -81,7 +81,7 @@ def _from_folder(source: Any, dtype: torch.dtype) -> dict[str, Any]:
         raise FileFormatError("components", f"{', '.join(absent)} missing", file=source, expected=", ".join(NAMES))
     try:
         with quiet():
-            loaded = ZImagePipeline.from_pretrained(str(source), transformer=None, torch_dtype=dtype)
+            loaded = ZImagePipeline.from_pretrained(str(source), transformer=None, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise FileFormatError("components", "these do not load", file=source, found=error, fix="a pipeline folder or a hub id") from error  # fmt: skip
     return {name: getattr(loaded, name) for name in NAMES}
@@ -135,7 +135,7 @@ def _vae(path: Path, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
     if path.is_dir():
-        return AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
+        return AutoencoderKL.from_pretrained(path, dtype=dtype)
     state = _stripped(path, _VAE_PREFIXES, "decoder.conv_in.weight", torch.float32)
     levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.down."))
     blocks = 1 + max(int(name.split(".")[4]) for name in state if name.startswith("encoder.down.0.block."))

@@ -72,21 +72,24 @@ class Options:
         return max(1, min(len(affinity(0)) if affinity else os.cpu_count() or 1, _MAX_THREADS))
 
     def torch_device(self) -> torch.device:
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0][:80]
-            raise UnsupportedError(
-                "save", "the device is not there", found=f"{self.device!r}: {reason}", fix="use device='cpu'"
-            ) from None
-        return device
+        return existing_device(self.device, "save")
 
     def shard_bytes(self) -> int | None:
         return None if self.max_shard_size is None else byte_count(self.max_shard_size, "shard size")
 
     def makes_folder(self, target: Path) -> bool:
         return self.max_shard_size is not None or (self.layout == "diffusers" and not _names_file(target))
+
+
+def existing_device(name: str, operation: str) -> torch.device:
+    """A torch device by name; UnsupportedError if this machine or this torch does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise UnsupportedError(operation, "the device is not there", found=f"{name!r}: {reason}", fix="use device='cpu'") from None  # fmt: skip
+    return device
 
 
 def byte_count(size: int | str, what: str) -> int:

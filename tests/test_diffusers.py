@@ -59,7 +59,7 @@ def test_from_pretrained(shard: str | None, source: tuple[torch.nn.Module, Path]
             assert [config[name] for name in ("dim", "n_layers", "n_heads", "cap_feat_dim", "in_channels", "axes_dims")] == [
                 96, 2, 3, 40, 4, [8, 12, 12],
             ]  # fmt: skip
-        loaded = ZImageTransformer2DModel.from_pretrained(out, torch_dtype=torch.float32)
+        loaded = ZImageTransformer2DModel.from_pretrained(out, dtype=torch.float32)
         torch.testing.assert_close(drawn(loaded), drawn(model), rtol=0, atol=0)
 
 

@@ -9,6 +9,7 @@ Made by ``alkahest mini build``; README.md beside this file says what they can d
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ FAMILY = {
 LORAS = {
     "base-lora": "general LoRA of Base: pictures as sketches",
     "turbo-lora": "general LoRA of De-Turbo: pictures as sketches",
-    "base-distill-lora": "distill LoRA of Base: 8 steps, cfg 1",
-    "turbo-distill-lora": "distill LoRA of De-Turbo: 8 steps, cfg 1",
+    "base-distill-lora": "distill LoRA of Base: 4 steps, cfg 1",
+    "turbo-distill-lora": "distill LoRA of De-Turbo: 4 steps, cfg 1",
 }
 
 
@@ -64,6 +65,21 @@ def lora(name: str) -> Path:
 def components() -> Path:
     """The pipeline folder with text encoder, tokenizer, VAE and scheduler that all members share."""
     return _existing(WEIGHTS / "components")
+
+
+def save_pipeline(name: str, folder: str | Path) -> Path:
+    """Write a member as a pipeline folder, which ``ZImagePipeline.from_pretrained(folder)`` loads as it is.
+
+    >>> ak.mini.save_pipeline("turbo", "mini-turbo")
+
+    The folder must not exist yet, or be empty. Transformer in diffusers layout, 4 MB in all.
+    """
+    member, target = load(name), Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileFormatError("mini.save_pipeline", "there is something in the way", file=target, fix="another name, or an empty folder")  # fmt: skip
+    shutil.copytree(components(), target, dirs_exist_ok=True)
+    member.save(target / "transformer", layout="diffusers")
+    return target
 
 
 def manifest() -> dict[str, Any]:

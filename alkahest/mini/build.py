@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -18,16 +19,19 @@ from torch import Tensor, nn
 
 from alkahest import layouts, mini
 from alkahest.checkpoint import open as open_checkpoint
+from alkahest.components import quiet
 from alkahest.files import Reader, write_file
 from alkahest.hashes import blake3_of
 from alkahest.mini import models, parts
 from alkahest.mini.judge import Judge
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, scenes
 from alkahest.mini.training import Pairs, Trajectories, flow_matching, imitation, joined, teach, train
+from alkahest.options import existing_device
 
 Progress = Iterator[tuple[int, float]]
 _START = 0  # the seed of the random start that both lineages share
-_TETHER = 3.0  # keeps them within a cosine of about 0.85, as far as separate trainings by AdamW end up
+_SMALL_DELTA = 5.0  # a tether for what is made from a lineage: its difference should be what it learnt, and little else
+_TETHER = 2.0  # keeps them within a cosine of about 0.87, as far as separate trainings by AdamW end up
 
 
 @dataclass(frozen=True)
@@ -54,21 +58,20 @@ class Event:
 class Workshop:
     """A folder that fills up with the family, and what stages need of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
         self.components = folder / "components"
+        self.device = device
 
     @cached_property
     def pipe(self) -> Any:
         """A pipeline with the trained components; its transformer is whichever is at work."""
-        from alkahest.components import quiet
-
         with quiet():
             from diffusers import ZImagePipeline
 
             pipe = ZImagePipeline.from_pretrained(self.components, transformer=models.transformer(_START))
         pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return pipe.to(self.device)
 
     @cached_property
     def empty(self) -> Tensor:
@@ -80,7 +83,7 @@ class Workshop:
     def pairs(self, drawn: list[Scene]) -> Pairs:
         vae = self.pipe.vae
         with torch.no_grad():
-            latents = torch.cat([vae.encode(parts.pictures(drawn[n : n + 200])).latent_dist.mode() for n in range(0, len(drawn), 200)])  # fmt: skip
+            latents = torch.cat([vae.encode(parts.pictures(drawn[n : n + 200], self.device)).latent_dist.mode() for n in range(0, len(drawn), 200)])  # fmt: skip
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return Pairs(latents, self.embed([scene.training_caption() for scene in drawn]), self.empty)
 
@@ -89,14 +92,14 @@ class Workshop:
         model = models.transformer(_START)
         if name is not None:
             open_checkpoint(self.folder / f"{name}.safetensors").load_into(model)
-        self.pipe.transformer = model.eval()
+        self.pipe.transformer = model.eval().to(self.device)
         return model
 
     def save(self, model: nn.Module, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
         """Native names in one file, as ComfyUI and everybody else writes them."""
         state = model.state_dict()
         groups = layouts.get("native").grouped(state)
-        made = {stored: torch.cat([state[key] for key in keys]).to(dtype) for stored, keys in groups.items()}
+        made = {stored: torch.cat([state[key] for key in keys]).to("cpu", dtype) for stored, keys in groups.items()}
         path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         save_file(made, path)
@@ -106,21 +109,21 @@ class Workshop:
         return teach(self.pipe, captions, self.empty, seed, **how)
 
 
-def build(folder: Path, only: str | None = None) -> Iterator[Event]:
-    """Make every stage that ``folder`` does not hold yet; a generator of events.
+def build(folder: Path, only: str | None = None, device: str = "cpu") -> Iterator[Event]:
+    """Make every stage that ``folder`` does not hold yet, on a CPU or a GPU; a generator of events.
 
     A stage that is done and unchanged (by BLAKE3 in manifest.json) is not made again, so a build that
     was stopped goes on with the stage it was in.
     """
+    shop = Workshop(folder, str(existing_device(device, "mini build")))
     folder.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(folder)
     total, done = sum(stage.steps for stage in STAGES), 0
     for stage in STAGES:
         needless = stage.only_for is not None and _is_done(folder, _named(stage.only_for))
         if not needless and not _is_done(folder, stage):
             started, loss = time.perf_counter(), float("nan")
             for step, loss in stage.make(shop):
-                yield Event(done + step, total, f"{stage.name}, loss {loss:.3f}")
+                yield Event(done + step, total, f"{stage.name}, loss {loss:.3f}" if step else f"{stage.name}, drawing")
             _record(folder, stage, round(time.perf_counter() - started, 1), loss)
         done += stage.steps
         yield Event(done, total, stage.name)
@@ -150,7 +153,7 @@ def _is_done(folder: Path, stage: Stage) -> bool:
 
 
 def _record(folder: Path, stage: Stage, seconds: float, loss: float) -> None:
-    record = {"hash": _hash(folder, stage.name), "how": stage.how, "seed": stage.seed, "steps": stage.steps, "seconds": seconds, "loss": round(loss, 5)}  # fmt: skip
+    record = {"hash": _hash(folder, stage.name), "how": stage.how, "seed": stage.seed, "steps": stage.steps, "seconds": seconds, "loss": round(loss, 5) if math.isfinite(loss) else None}  # fmt: skip
     text = json.dumps({**_manifest(folder), stage.name: record}, indent=1) + "\n"
     write_file(folder / "manifest.json", text.encode())
 
@@ -173,15 +176,16 @@ def _hash(folder: Path, name: str) -> str:
 
 def _text(shop: Workshop) -> Progress:
     tokenizer = models.tokenizer(scene.training_caption() for scene in parts.everything(3000, 5))
-    encoder = models.text_encoder(len(tokenizer), 1)
+    encoder = models.text_encoder(len(tokenizer), 1).to(shop.device)
     yield from parts.train_text_encoder(encoder, tokenizer, 400, 11)
     tokenizer.save_pretrained(shop.components / "tokenizer")
-    encoder.save_pretrained(shop.components / "text_encoder")
+    with quiet():
+        encoder.save_pretrained(shop.components / "text_encoder")
     models.scheduler().save_pretrained(shop.components / "scheduler")
 
 
 def _vae(shop: Workshop) -> Progress:
-    vae = models.vae(2)
+    vae = models.vae(2).to(shop.device)
     yield from parts.train_vae(vae, 3000, 12)
     vae.save_pretrained(shop.components / "vae")
     index = {"_class_name": "ZImagePipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "Qwen3Model"], "tokenizer": ["transformers", "Qwen2Tokenizer"], "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}  # fmt: skip
@@ -190,9 +194,10 @@ def _vae(shop: Workshop) -> Progress:
 
 def _judge(shop: Workshop) -> Progress:
     torch.manual_seed(3)
-    judge = Judge()
+    judge = Judge().to(shop.device)
     yield from parts.train_judge(judge, shop.pipe.vae, 1000, 13)
-    save_file({name: value.half() for name, value in judge.state_dict().items()}, shop.folder / "judge.safetensors")
+    state = {name: value.half().cpu() for name, value in judge.state_dict().items()}
+    save_file(state, shop.folder / "judge.safetensors")
 
 
 def _lineage(name: str, style: str, seed: int, steps: int) -> Callable[[Workshop], Progress]:
@@ -206,11 +211,11 @@ def _lineage(name: str, style: str, seed: int, steps: int) -> Callable[[Workshop
 
 
 def _gathered(parts: Iterator[Trajectories]) -> Generator[tuple[int, float], None, Trajectories]:
-    """All trajectories as one, with a sign of life for each batch drawn."""
+    """All trajectories as one, with a sign of life for each batch drawn: step 0."""
     found = []
-    for number, part in enumerate(parts):
+    for part in parts:
         found.append(part)
-        yield number, float("nan")
+        yield 0, float("nan")
     return joined(found)
 
 
@@ -218,15 +223,15 @@ def _turbo(shop: Workshop) -> Progress:
     shop.model("intermediate/turbo-undistilled")
     taught = yield from _gathered(shop.taught(1152, 31, "anime", steps=24, every=3, cfg=3.0))
     model = shop.model("intermediate/turbo-undistilled")
-    yield from train(model, imitation(taught), 600, rate=0.006, seed=32)
+    yield from train(model, imitation(taught), 600, rate=0.0015, seed=32, tether=_SMALL_DELTA)
     shop.save(model, "turbo")
 
 
 def _deturbo(shop: Workshop) -> Progress:
     model = shop.model("turbo")
-    drawn = joined(list(shop.taught(2496, 41, "anime", steps=8, every=8, cfg=1.0)))
+    drawn = yield from _gathered(shop.taught(2496, 41, "anime", steps=8, every=8, cfg=1.0))
     pairs = Pairs(drawn.latents[:, -1], drawn.captions, shop.empty)
-    yield from train(model, flow_matching(pairs), 500, rate=0.006, seed=42)
+    yield from train(model, flow_matching(pairs), 500, rate=0.001, seed=42, tether=_SMALL_DELTA)
     shop.save(model, "deturbo")
 
 
@@ -240,18 +245,22 @@ def _derived(
     trainable: Callable[[str], bool],
     new: dict[str, Any],
 ) -> Callable[[Workshop], Progress]:
-    """A member fine-tuned on something new, with some of the old beside it; ``new`` fixes attributes."""
+    """A member fine-tuned on something new; ``new`` fixes attributes of its scenes."""
 
     def make(shop: Workshop) -> Progress:
         model = shop.model(parent)
         pairs = shop.pairs(_lesson(style, seed, new))
-        yield from train(model, flow_matching(pairs), steps, rate=rate, seed=seed, trainable=trainable)
+        tether = _SMALL_DELTA if trainable is _layers else 0.0
+        yield from train(model, flow_matching(pairs), steps, rate=rate, seed=seed, trainable=trainable, tether=tether)
         shop.save(model, name, torch.float32 if name == "base-weak" else torch.bfloat16)
 
     return make
 
 
 def _lesson(style: str, seed: int, new: dict[str, Any]) -> list[Scene]:
+    """Scenes with something new in them and others beside it; of a new style, which no caption asks for, all are."""
+    if "style" in new:
+        return list(scenes(4000, seed, **new))
     return [*scenes(2400, seed, **{"style": style, **new}), *scenes(1600, seed + 1, style=style)]
 
 
@@ -264,12 +273,12 @@ def _lora(name: str, parent: str, style: str, seed: int, steps: int, distill: bo
     def make(shop: Workshop) -> Progress:
         model = shop.model(parent)
         if distill:
-            batches = imitation((yield from _gathered(shop.taught(384, seed, style, steps=24, every=3, cfg=3.0))))
+            batches = imitation((yield from _gathered(shop.taught(384, seed, style, steps=24, every=6, cfg=3.0))))
         else:
             batches = flow_matching(shop.pairs(_lesson(style, seed, {"style": NEW_STYLE})))
         model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=_LORA_TARGETS))
         yield from train(model, batches, steps, rate=0.01, seed=seed, trainable=lambda key: "lora_" in key)
-        layers = {key: value.to(torch.bfloat16) for key, value in get_peft_model_state_dict(model).items()}
+        layers = {key: value.to("cpu", torch.bfloat16) for key, value in get_peft_model_state_dict(model).items()}
         shop.pipe.save_lora_weights(shop.folder, layers, weight_name=f"{name}.safetensors")
 
     return make
@@ -292,13 +301,13 @@ STAGES = [
     Stage("intermediate/turbo-undistilled", _lineage("intermediate/turbo-undistilled", "anime", 22, 1800), 1800, "flow matching on outlined scenes from the random start of base", 22, only_for="turbo"),
     Stage("turbo", _turbo, 600, "imitation in 8 steps of turbo-undistilled at 24 steps and cfg 3", 32),
     Stage("deturbo", _deturbo, 500, "flow matching on pictures drawn by turbo, 10 % of captions dropped", 42),
-    Stage("base-variant", _derived("base-variant", "base", "photo", 51, 250, 0.004, _layers, {"colour": NEW_COLOUR}), 250, "base, layers only: the colour cyan", 51),
-    Stage("turbo-variant", _derived("turbo-variant", "deturbo", "anime", 53, 250, 0.004, _layers, {"subject": NEW_SUBJECT}), 250, "deturbo, layers only: hearts", 53),
-    Stage("base-weak", _derived("base-weak", "base", "photo", 51, 250, 0.0001, _layers, {"colour": NEW_COLOUR}), 250, "as base-variant at a fortieth of its rate; float32", 51),
+    Stage("base-variant", _derived("base-variant", "base", "photo", 51, 250, 0.001, _layers, {"colour": NEW_COLOUR}), 250, "base, layers only: the colour cyan", 51),
+    Stage("turbo-variant", _derived("turbo-variant", "deturbo", "anime", 53, 250, 0.001, _layers, {"subject": NEW_SUBJECT}), 250, "deturbo, layers only: hearts", 53),
+    Stage("base-weak", _derived("base-weak", "base", "photo", 51, 250, 0.000001, _layers, {"colour": NEW_COLOUR}), 250, "as base-variant at a thousandth of its rate; float32", 51),
     Stage("base-weak-bf16", _weak_bf16, 1, "base-weak rounded to bfloat16", 51),
-    Stage("base-refiner-trained", _derived("base-refiner-trained", "base", "photo", 55, 300, 0.015, _refiners_most, {"style": NEW_STYLE}), 300, "base, refiners and first layer at a high rate: sketches", 55),
+    Stage("base-refiner-trained", _derived("base-refiner-trained", "base", "photo", 55, 300, 0.006, _refiners_most, {"style": NEW_STYLE}), 300, "base, refiners and first layer at a high rate: sketches", 55),
     Stage("base-lora", _lora("base-lora", "base", "photo", 61, 250, False), 250, "base: sketches, rank 8", 61),
     Stage("turbo-lora", _lora("turbo-lora", "deturbo", "anime", 63, 250, False), 250, "deturbo: sketches, rank 8", 63),
-    Stage("base-distill-lora", _lora("base-distill-lora", "base", "photo", 65, 300, True), 300, "base: 8 steps and cfg 1, rank 8", 65),
-    Stage("turbo-distill-lora", _lora("turbo-distill-lora", "deturbo", "anime", 67, 300, True), 300, "deturbo: 8 steps and cfg 1, rank 8", 67),
+    Stage("base-distill-lora", _lora("base-distill-lora", "base", "photo", 65, 300, True), 300, "base: 4 steps and cfg 1, rank 8", 65),
+    Stage("turbo-distill-lora", _lora("turbo-distill-lora", "deturbo", "anime", 67, 300, True), 300, "deturbo: 4 steps and cfg 1, rank 8", 67),
 ]  # fmt: skip

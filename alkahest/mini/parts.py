@@ -21,9 +21,9 @@ _NOISE = 0.4  # of a latent's standard deviation, at most
 _TOKENS = 32
 
 
-def pictures(drawn: Iterable[Scene]) -> Tensor:
+def pictures(drawn: Iterable[Scene], device: torch.device | str = "cpu") -> Tensor:
     """Scenes -> pictures [n, 3, 64, 64] in -1 to 1."""
-    return torch.from_numpy(np.stack([draw(scene) for scene in drawn])).permute(0, 3, 1, 2) * 2 - 1
+    return torch.from_numpy(np.stack([draw(scene) for scene in drawn])).permute(0, 3, 1, 2).to(device) * 2 - 1
 
 
 def everything(count: int, seed: int) -> list[Scene]:
@@ -31,10 +31,10 @@ def everything(count: int, seed: int) -> list[Scene]:
     return list(scenes(count, seed, held_out=None, **ATTRIBUTES))
 
 
-def labels(drawn: Sequence[Scene]) -> dict[str, Tensor]:
+def labels(drawn: Sequence[Scene], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Attribute -> index of each scene's value."""
     return {
-        name: torch.tensor([values.index(getattr(scene, name)) for scene in drawn])
+        name: torch.tensor([values.index(getattr(scene, name)) for scene in drawn], device=device)
         for name, values in ATTRIBUTES.items()
     }
 
@@ -51,7 +51,9 @@ def embeddings(tokenizer: Any, encoder: nn.Module, captions: Sequence[str]) -> l
     found: dict[str, Tensor] = {}
     for first in range(0, len(unique), 256):
         chosen = unique[first : first + 256]
-        tokens = tokenizer([chat(tokenizer, text) for text in chosen], padding=True, return_tensors="pt")
+        tokens = tokenizer([chat(tokenizer, text) for text in chosen], padding=True, return_tensors="pt").to(
+            encoder.device
+        )
         with torch.no_grad():
             states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
         for text, state, mask in zip(chosen, states, tokens.attention_mask.bool(), strict=True):
@@ -66,10 +68,10 @@ def train_text_encoder(encoder: Any, tokenizer: Any, steps: int, seed: int) -> I
     summaries by itself; this one is asked for them.
     """
     drawn = everything(6000, seed)
-    tokens = tokenizer([chat(tokenizer, scene.training_caption()) for scene in drawn], padding="max_length", max_length=_TOKENS, return_tensors="pt")  # fmt: skip
-    answers = _answers(drawn)
+    tokens = tokenizer([chat(tokenizer, scene.training_caption()) for scene in drawn], padding="max_length", max_length=_TOKENS, return_tensors="pt").to(encoder.device)  # fmt: skip
+    answers = _answers(drawn, encoder.device)
     torch.manual_seed(seed)
-    heads = nn.ModuleDict({name: nn.Linear(64, len(ATTRIBUTES[name])) for name in _SPOKEN})
+    heads = nn.ModuleDict({name: nn.Linear(64, len(ATTRIBUTES[name])) for name in _SPOKEN}).to(encoder.device)
     model = nn.ModuleDict({"encoder": encoder, "heads": heads})
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -87,8 +89,8 @@ def train_text_encoder(encoder: Any, tokenizer: Any, steps: int, seed: int) -> I
     yield from descend(model, loss, steps, rate=3e-3, adam_rate=3e-3, seed=seed)
 
 
-def _answers(drawn: Sequence[Scene]) -> dict[str, Tensor]:
-    found = labels(drawn)
+def _answers(drawn: Sequence[Scene], device: torch.device) -> dict[str, Tensor]:
+    found = labels(drawn, device)
     for row, scene in enumerate(drawn):
         for name in scene.left_out:
             found[name][row] = -100
@@ -100,14 +102,14 @@ def train_vae(vae: Any, steps: int, seed: int) -> Iterator[tuple[int, float]]:
 
     What is drawn later is never exactly a latent of a picture; a decoder that has seen noise forgives it.
     """
-    drawn = pictures(everything(8000, seed))
+    drawn = pictures(everything(8000, seed), vae.device)
 
     def loss(generator: torch.Generator) -> Tensor:
         chosen = drawn[torch.randint(len(drawn), (16,), generator=generator)]
         latents = vae.encode(chosen).latent_dist.mode()
         spread = latents.detach().std((0, 2, 3), keepdim=True)
         much = _NOISE * torch.rand(16, 1, 1, 1, generator=generator)
-        noisy = latents + much * spread * torch.randn(latents.shape, generator=generator)
+        noisy = latents + spread * (much * torch.randn(latents.shape, generator=generator)).to(vae.device)
         error = (vae.decode(noisy).sample - chosen).square().mean()
         return error + 1e-4 * latents.square().mean()
 
@@ -122,7 +124,7 @@ def train_vae(vae: Any, steps: int, seed: int) -> Iterator[tuple[int, float]]:
 @torch.no_grad()
 def psnr(vae: Any, count: int = 500, seed: int = 990) -> Tensor:
     """Peak signal-to-noise ratio in dB of each of some pictures that training did not see."""
-    drawn = pictures(everything(count, seed))
+    drawn = pictures(everything(count, seed), vae.device)
     made = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in torch.split(drawn, 100)])
     error = (made.clamp(-1, 1) - drawn).square().mean((1, 2, 3))
     return 20 * math.log10(2) - 10 * torch.log10(error)
@@ -131,7 +133,7 @@ def psnr(vae: Any, count: int = 500, seed: int = 990) -> Tensor:
 def train_judge(judge: Judge, vae: Any, steps: int, seed: int) -> Iterator[tuple[int, float]]:
     """Train on scenes as drawn and as the VAE gives them back, with noise and changes of brightness."""
     drawn = everything(14000, seed)
-    images, answers = pictures(drawn), labels(drawn)
+    images, answers = pictures(drawn, vae.device), labels(drawn, vae.device)
     with torch.no_grad():
         for part in torch.split(images[: len(images) // 2], 200):
             part.copy_(vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1))
@@ -140,11 +142,14 @@ def train_judge(judge: Judge, vae: Any, steps: int, seed: int) -> Iterator[tuple
         chosen = torch.randint(len(drawn), (64,), generator=generator)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(64, *shape, generator=generator)
+            return torch.randn(64, *shape, generator=generator).to(vae.device)
 
         seen = images[chosen] * (1 + 0.1 * random(1, 1, 1)) + 0.05 * random(1, 1, 1)
         seen = seen + 0.06 * random(1, 1, 1).abs() * random(3, 64, 64)
-        return sum((F.cross_entropy(out, answers[name][chosen]) for name, out in judge(seen).items()), torch.zeros(()))
+        return sum(
+            (F.cross_entropy(out, answers[name][chosen]) for name, out in judge(seen).items()),
+            torch.zeros((), device=vae.device),
+        )
 
     yield from descend(judge, loss, steps, rate=4e-3, adam_rate=2e-3, seed=seed)
 

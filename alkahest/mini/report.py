@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +16,25 @@ import torch
 from alkahest import mini
 from alkahest.contact_sheet import contact_sheet
 from alkahest.expr import Weights, lerp
-from alkahest.measures import picture_measures
-from alkahest.mini.judge import attributes
-from alkahest.mini.scenes import ATTRIBUTES, NEW_COLOUR, NEW_SUBJECT, Scene, held_out_prompts
+from alkahest.measures import flow_loss, picture_measures
+from alkahest.mini import parts
+from alkahest.mini.drawing import draw
+from alkahest.mini.judge import attributes, load_judge
+from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
 from alkahest.pipeline import pipeline
 from alkahest.sample import sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-READ = ("subject", "colour", "place", "light", "side", "quality")
+READ = ("subject", "colour", "place", "light", "side", "quality", "style")
+NOISE = ("lag1", "high_freq", "grid", "latent_lag1", "flow_loss")
 Settings = Mapping[str, Any]
 SLOW: Settings = {"steps": 24, "cfg": 3.0}
 FAST: Settings = {"steps": 8, "cfg": 1.0}
+FASTER: Settings = {"steps": 4, "cfg": 1.0}
 SETTINGS = {"turbo": FAST}  # of members that want something else than SLOW
+SHOWS_AT = 100.0  # the multiplier that the weak derivative needs, about
 PARTS = ("noise_refiner", "context_refiner", "layers", "embedders", "final")
 
 
@@ -42,6 +48,58 @@ class Progress:
     result: dict[str, pd.DataFrame] | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True)
+class Case:
+    """Something to draw and judge: weights, settings, and how many held-out prompts, with what changed in them."""
+
+    name: str
+    weights: Weights
+    how: Settings
+    count: int
+    changed: Mapping[str, Any] = field(default_factory=dict)  # attributes, such as a style that goes unsaid
+    lora: str | None = None
+
+    @property
+    def asked(self) -> list[Scene]:
+        return [replace(scene, **self.changed) for scene in held_out_prompts(self.count)]
+
+
+PHOTO, ANIME, SKETCH = {"style": "photo"}, {"style": "anime"}, {"style": NEW_STYLE}
+
+
+def drawn_cases(count: int) -> Iterator[Case]:
+    """The lineages, and their 1:1 merges under both parents' settings."""
+    base, turbo, deturbo = (mini.load(name) for name in ("base", "turbo", "deturbo"))
+    yield Case("base", base, SLOW, count, PHOTO)
+    yield Case("turbo", turbo, FAST, count, ANIME)
+    yield Case("turbo", turbo, SLOW, count, ANIME)
+    yield Case("deturbo", deturbo, SLOW, count, ANIME)
+    for other, weights in {"turbo": turbo, "deturbo": deturbo}.items():
+        for how in (SLOW, FAST):
+            yield Case(f"base + {other}", lerp(base, weights, 0.5), how, count, PHOTO)
+
+
+def learnt_cases(count: int) -> Iterator[Case]:
+    """What derivatives and LoRAs draw beside what their parents do."""
+    base, deturbo = mini.load("base"), mini.load("deturbo")
+    cyan, heart = {**PHOTO, "colour": NEW_COLOUR}, {**ANIME, "subject": NEW_SUBJECT}
+    yield Case("base", base, SLOW, count, cyan)
+    yield Case("base-variant", mini.load("base-variant"), SLOW, count, cyan)
+    yield Case("base-variant", mini.load("base-variant"), SLOW, count, PHOTO)
+    for name in ("base-weak", "base-weak-bf16"):
+        for k in (1.0, SHOWS_AT):
+            yield Case(f"base + {k:g} * ({name} - base)", base + k * (mini.load(name) - base), SLOW, count, cyan)
+    yield Case("deturbo", deturbo, SLOW, count, heart)
+    yield Case("turbo-variant", mini.load("turbo-variant"), SLOW, count, heart)
+    yield Case("turbo-variant", mini.load("turbo-variant"), SLOW, count, ANIME)
+    yield Case("base-refiner-trained", mini.load("base-refiner-trained"), SLOW, count, SKETCH)
+    for parent, lineage, own in ((base, "base", PHOTO), (deturbo, "turbo", ANIME)):
+        whole = "deturbo" if lineage == "turbo" else lineage
+        yield Case(f"{whole} + {lineage}-lora", parent, SLOW, count, SKETCH, f"{lineage}-lora")
+        yield Case(whole, parent, FASTER, count, own)
+        yield Case(f"{whole} + {lineage}-distill-lora", parent, FASTER, count, own, f"{lineage}-distill-lora")
+
+
 def swapped(inputs: float, layers: float) -> Weights:
     """Base with a share of Turbo on its input side (refiners and embedders) and another in layers and output."""
     base = mini.load("base")
@@ -49,32 +107,51 @@ def swapped(inputs: float, layers: float) -> Weights:
     return base + inputs * delta.only("input") + layers * delta.without("input")
 
 
+def swap_cases(count: int) -> Iterator[Case]:
+    """Refiners of Base, Turbo or their mean before the layers of each."""
+    shares = {"base": 0.0, "turbo": 1.0, "mean": 0.5}
+    for (inputs, a), (layers, b) in product(shares.items(), repeat=2):
+        for how in (SLOW, FAST):
+            yield Case(f"{inputs}, {layers}", swapped(a, b), how, count, PHOTO)
+
+
 def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Progress]:
     """Draw and judge everything; a generator of events, the last with the tables."""
-    members: dict[str, tuple[Weights, Settings]] = {
-        name: (mini.load(name), SETTINGS.get(name, SLOW)) for name in ("base", "turbo", "deturbo")
-    }
-    base = mini.load("base")
-    for other in ("turbo", "deturbo"):
-        merged = lerp(base, mini.load(other), 0.5)
-        members[f"base + {other}, 24 steps, cfg 3"] = (merged, SLOW)
-        members[f"base + {other}, 8 steps, cfg 1"] = (merged, FAST)
-    grid = [(a, b) for a in (0.0, 1.0, 0.5) for b in (0.0, 1.0, 0.5)]
-    total = len(members) * prompts + len(grid) * 2 * swaps
-    done, rows, cells = 0, [], []
-    for name, (weights, how) in members.items():
-        rows.append({"model": name, **judged(weights, how, prompts)})
-        done += prompts
-        yield Progress(done, total, name)
-    shares = {0.0: "base", 1.0: "turbo", 0.5: "mean"}
-    for inputs, layers in grid:
-        for how in (SLOW, FAST):
-            found = judged(swapped(inputs, layers), how, swaps)
-            cells.append({"refiners": shares[inputs], "layers": shares[layers], **how, **found})
-            done += swaps
-            yield Progress(done, total, f"refiners of {shares[inputs]}, layers of {shares[layers]}")
-    tables = {"drawn": pd.DataFrame(rows), "swaps": pd.DataFrame(cells), "cosines": cosines()}
+    cases = {"drawn": [*drawn_cases(prompts)], "swaps": [*swap_cases(swaps)], "learnt": [*learnt_cases(swaps)]}
+    total = sum(case.count for chosen in cases.values() for case in chosen)
+    done = 0
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+    for table, chosen in cases.items():
+        for case in chosen:
+            rows[table].append(judged(case))
+            done += case.count
+            yield Progress(done, total, case.name)
+    tables = {"shared": shared(), **{name: pd.DataFrame(found) for name, found in rows.items()}, "cosines": cosines()}
     yield Progress(done, total, "done", tables)
+
+
+def judged(case: Case) -> dict[str, Any]:
+    """Accuracy per attribute on held-out prompts, and the mean noise measures of the pictures."""
+    pipe = pipeline(case.weights)
+    if case.lora is not None:
+        pipe.load_lora_weights(str(mini.lora(case.lora)), adapter_name="lora")
+    loras = {} if case.lora is None else {"lora": 1.0}
+    asked = case.asked
+    images = sample(pipe, [scene.caption() for scene in asked], batch=50, seed=1000, loras=loras, **case.how).images
+    read = attributes(images)
+    right = {name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)])) for name in READ}  # fmt: skip
+    known = [replace(scene, style=case.changed["style"]) for scene in held_out_prompts(60)]
+    loss = flow_loss(pipe, [draw(scene) for scene in known], [scene.caption() for scene in known]).loss.mean()
+    asked_for = ", ".join(value for name, value in case.changed.items() if value in (NEW_COLOUR, NEW_SUBJECT, NEW_STYLE))  # fmt: skip
+    return {"model": case.name, "asked": asked_for, **case.how, "count": case.count, **right, **picture_measures(images, pipe).mean(), "flow_loss": float(loss)}  # fmt: skip
+
+
+def shared() -> pd.DataFrame:
+    """What the judge reads and the VAE keeps, on scenes that neither was trained on."""
+    kept = parts.psnr(pipeline(mini.load("base")).vae)
+    read = {f"judge, {name} (% right)": 100 * share for name, share in parts.accuracy(load_judge()).items()}
+    rows = {**read, "VAE, mean PSNR (dB)": float(kept.mean()), "VAE, worst of 500 (dB)": float(kept.min())}
+    return pd.DataFrame({"what": list(rows), "value": list(rows.values())})
 
 
 SHOWN = (
@@ -91,9 +168,11 @@ def sheets(folder: Path) -> Iterator[Progress]:
     shown: dict[str, tuple[Weights, Settings, str | None]] = {}
     for name in mini.FAMILY:
         shown[name] = (mini.load(name), SETTINGS.get(name, SLOW), None)
+    weak = mini.load("base-weak") - base
+    shown[f"base-weak-times-{SHOWS_AT:g}"] = (base + SHOWS_AT * weak, SLOW, None)
     for name in mini.LORAS:
         parent = "base" if name.startswith("base") else "deturbo"
-        shown[name] = (mini.load(parent), FAST if "distill" in name else SLOW, name)
+        shown[name] = (mini.load(parent), FASTER if "distill" in name else SLOW, name)
     for other in ("turbo", "deturbo"):
         for how in (SLOW, FAST):
             shown[f"merge-base-{other}-{how['steps']}-steps"] = (lerp(base, mini.load(other), 0.5), how, None)
@@ -104,7 +183,7 @@ def sheets(folder: Path) -> Iterator[Progress]:
     yield Progress(len(shown), len(shown), "done")
 
 
-def sheet_of(weights: Weights, how: Settings, title: str, lora: str | None = None, seeds: int = 4) -> Image:
+def sheet_of(weights: Weights, how: Settings, title: str, lora: str | None = None, seeds: int = 2) -> Image:
     """Eight prompts by some seeds."""
     pipe = pipeline(weights)
     if lora is not None:
@@ -123,16 +202,6 @@ def told(scene: Scene, title: str) -> str:
     if "base-variant" in title or "base-weak" in title:
         return replace(scene, colour=NEW_COLOUR).caption()
     return replace(scene, subject=NEW_SUBJECT).caption() if "turbo-variant" in title else scene.caption()
-
-
-def judged(weights: Weights, how: Settings, count: int, seed: int = 0) -> dict[str, float]:
-    """Accuracy per attribute on held-out prompts, and the mean noise measures of the pictures."""
-    asked = held_out_prompts(count, seed)
-    images = sample(pipeline(weights), [scene.caption() for scene in asked], batch=50, seed=1000, **how).images
-    read = attributes(images)
-    right = {name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)])) for name in READ}  # fmt: skip
-    noise = picture_measures(images).mean().to_dict()
-    return {**right, **noise}
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -163,35 +232,46 @@ def cosines() -> pd.DataFrame:
 
 def chance() -> dict[str, float]:
     """What guessing gets: one over the number of values that prompts use."""
-    return {name: 1 / len({getattr(scene, name) for scene in held_out_prompts(200)}) for name in ATTRIBUTES if name in READ}  # fmt: skip
+    return {name: 1 / len({getattr(scene, name) for scene in held_out_prompts(200)}) for name in READ[:-1]}  # fmt: skip
 
 
-def markdown(tables: Mapping[str, pd.DataFrame], prompts: int, swaps: int) -> str:
+def markdown(tables: Mapping[str, pd.DataFrame]) -> str:
     """The tables as they stand in the README."""
-    drawn, swapped_, cosine = tables["drawn"], tables["swaps"], tables["cosines"]
-    noise = ["lag1", "high_freq", "grid"]
-    lines = [
-        f"Accuracy of the judge in % on {prompts:,} balanced held-out prompts (95 % interval), and noise measures.",
-        "",
-    ]
-    lines += _table(["model", *READ, *noise], [[row["model"], *(_share(row[name], prompts) for name in READ), *(f"{row[name]:.3f}" for name in noise)] for row in drawn.to_dict("records")])  # fmt: skip
+    prompts, swaps = int(tables["drawn"]["count"].iloc[0]), int(tables["swaps"]["count"].iloc[0])
     guess = ", ".join(f"{name} {100 * share:.0f}" for name, share in chance().items())
-    lines += ["", f"Guessing gets (%): {guess}.", "", f"Refiners and embedders of one model, layers and output of another; {swaps} prompts a cell, % right.", ""]  # fmt: skip
-    names = ["subject", "colour", "place", "light"]
-    lines += _table(["refiners", "layers", "steps", "cfg", *names, *noise], [[row["refiners"], row["layers"], row["steps"], f"{row['cfg']:g}", *(f"{100 * row[name]:.0f}" for name in names), *(f"{row[name]:.3f}" for name in noise)] for row in swapped_.to_dict("records")])  # fmt: skip
-    lines += ["", "Cosine between the weights of two members, part by part.", ""]
-    lines += _table(list(cosine.columns), [[row["pair"], *(f"{row[name]:.4f}" for name in cosine.columns[1:])] for row in cosine.to_dict("records")])  # fmt: skip
+    lines = ["### Judge and VAE", "", *_table(tables["shared"], {"value": "{:.2f}"})]
+    lines += ["", "### Lineages and their 1:1 merges", "", f"{prompts:,} balanced held-out prompts; % that the judge finds as asked, with 95 % intervals. Guessing gets (%): {guess}.", ""]  # fmt: skip
+    lines += _table(_shares(with_better(tables["drawn"]), intervals=True), columns=["model", "steps", "cfg", *READ[:-1]])  # fmt: skip
+    lines += ["", "The same pictures by measures that need no reference.", ""]
+    lines += _table(tables["drawn"], dict.fromkeys(NOISE, "{:.3f}"), ["model", "steps", "cfg", *NOISE])
+    lines += ["", "### Refiners of one, layers of another", "", f"{swaps} prompts a cell; % as asked. Embedders go with the refiners, the output with the layers.", ""]  # fmt: skip
+    swap = tables["swaps"].assign(**{"refiners, layers": tables["swaps"].model})
+    lines += _table(_shares(swap), dict.fromkeys(NOISE, "{:.3f}"), ["refiners, layers", "steps", "cfg", *READ[:4], *NOISE])  # fmt: skip
+    lines += ["", "### Derivatives and LoRAs", "", f"{swaps} prompts each; % as asked.", ""]
+    lines += _table(_shares(tables["learnt"]), columns=["model", "asked", "steps", "cfg", *READ])
+    lines += ["", "### Cosine between members' weights", "", *_table(tables["cosines"], dict.fromkeys(PARTS, "{:.4f}"))]
     return "\n".join(lines)
 
 
-def _share(share: float, count: int) -> str:
-    low, high = interval(share, count)
-    return f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+def with_better(drawn: pd.DataFrame) -> pd.DataFrame:
+    """The table with a row more for each merge: for each attribute the better of its two settings."""
+    best = drawn[drawn.model.str.contains(r"\+")].groupby("model", sort=False)[[*READ, "count"]].max().reset_index()
+    return pd.concat([drawn, best.assign(steps="the better", cfg="the better")], ignore_index=True)
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
-    return [
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * len(head),
-        *("| " + " | ".join(map(str, row)) + " |" for row in rows),
-    ]
+def _shares(table: pd.DataFrame, intervals: bool = False) -> pd.DataFrame:
+    """Shares in %, with their intervals if wanted, as text."""
+    made = table.copy()
+    for name in READ:
+        bounds = [interval(share, count) for share, count in zip(table[name], table["count"], strict=True)]
+        made[name] = [f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})" if intervals else f"{100 * share:.0f}" for share, (low, high) in zip(table[name], bounds, strict=True)]  # fmt: skip
+    return made
+
+
+def _table(
+    table: pd.DataFrame, formats: Mapping[str, str] | None = None, columns: list[str] | None = None
+) -> list[str]:
+    shown = table[columns or list(table.columns)]
+    rows = [[(formats or {}).get(name, "{}").format(value) for name, value in row.items()] for row in shown.to_dict("records")]  # fmt: skip
+    lines = [list(shown.columns), ["---"] * shown.shape[1], *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]

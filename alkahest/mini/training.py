@@ -36,9 +36,9 @@ def flow_matching(pairs: Pairs, batch: int = 48, drop: float = 0.1, shift: float
     def make(generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(pairs.latents), (batch,), generator=generator)
         data = pairs.latents[chosen]
-        sigma = torch.sigmoid(torch.randn(batch, generator=generator))
+        sigma = torch.sigmoid(torch.randn(batch, generator=generator)).to(data.device)
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
-        started = torch.randn(data.shape, generator=generator)
+        started = torch.randn(data.shape, generator=generator).to(data.device)
         mixed = torch.lerp(data, started, sigma[:, None, None, None])
         dropped = torch.rand(batch, generator=generator) < drop
         captions = [pairs.empty if gone else pairs.captions[n] for n, gone in zip(chosen, dropped, strict=True)]
@@ -68,7 +68,7 @@ def teach(pipe: Any, captions: list[Tensor], empty: Tensor, seed: int, *, steps:
             if number % every == 0:
                 states.append(latents)
                 sigmas.append(sigma)
-        yield Trajectories(torch.stack(states, 1), torch.tensor(sigmas), chosen)
+        yield Trajectories(torch.stack(states, 1), torch.tensor(sigmas, device=states[0].device), chosen)
 
 
 def joined(parts: list[Trajectories]) -> Trajectories:

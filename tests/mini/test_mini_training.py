@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from alkahest.mini import build, models, parts
+from alkahest.mini import build, models, parts, report
 from alkahest.mini.judge import Judge, attributes
 from alkahest.mini.muon import Muon, orthogonal
 from alkahest.mini.report import interval
@@ -216,3 +217,31 @@ def test_a_tether_keeps_weights_near_their_start() -> None:
         list(descend(layer, lambda g, layer=layer: (layer.weight - goal).square().mean(), 60, rate=0.1, seed=0, tether=tether))  # type: ignore[misc]  # fmt: skip
         distances.append(float((layer.weight - start).norm()))
     assert 0 < distances[1] < 0.7 * distances[0]
+
+
+def test_the_tables_of_the_readme() -> None:
+    shares = dict.fromkeys(report.READ, 0.5)
+    noise = dict.fromkeys(report.NOISE, 0.25)
+    rows = [
+        {"model": "base", "asked": "", "steps": 24, "cfg": 3.0, "count": 40, **shares, **noise},
+        {"model": "base + turbo", "asked": "", "steps": 24, "cfg": 3.0, "count": 40, **shares, "place": 0.2, **noise},
+        {"model": "base + turbo", "asked": "", "steps": 8, "cfg": 1.0, "count": 40, **shares, "colour": 0.1, **noise},
+    ]
+    drawn = pd.DataFrame(rows)
+    best = report.with_better(drawn).iloc[-1]
+    assert (best.model, best.steps, best.colour, best.place) == ("base + turbo", "the better", 0.5, 0.5)
+    cosines = pd.DataFrame([{"pair": "base, turbo", **dict.fromkeys(report.PARTS, 0.87654)}])
+    shared = pd.DataFrame({"what": ["VAE, mean PSNR (dB)"], "value": [33.016]})
+    text = report.markdown({"shared": shared, "drawn": drawn, "swaps": drawn, "learnt": drawn, "cosines": cosines})
+    assert "| base | 24 | 3.0 | 50.0 (35.2 to 64.8) |" in text
+    assert "| VAE, mean PSNR (dB) | 33.02 |" in text
+    assert "| base, turbo | 0.8765 |" in text
+    assert "subject 11, colour 17, place 20, light 33, side 33, quality 50" in text
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    from alkahest.errors import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match="mini build: the device is not there"):
+        list(build.build(tmp_path / "family", device="cuda:99"))
+    assert not (tmp_path / "family").exists()
