@@ -116,6 +116,9 @@ class Sampling(Iterator[Step]):
             pass
         return self._images
 
+    def __repr__(self) -> str:
+        return f"Sampling of {len(self.prompts)} pictures"
+
     def _repr_html_(self) -> str:
         pictures = zip(self.images, self.prompts, strict=False)
         return "".join(_html(image, prompt) for image, prompt in pictures)

@@ -73,7 +73,7 @@ def sweep(live: Any, prompts: str | Sequence[str], over: Mapping[str, Sequence[A
     ``cfg``, ``shift``, ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``) to values.
     Options: ``seeds`` (default one, 0); ``executor``, any ``concurrent.futures.Executor``, dask's
     ``client.get_executor()`` among them; ``folder`` for the pictures, by default in the user's cache;
-    and fixed settings, such as ``steps=8``. A cell that was drawn before is not drawn again, so a sweep
+    ``batch``, how many are drawn at once (default 4); and fixed settings, such as ``steps=8``. A cell that was drawn before is not drawn again, so a sweep
     that was stopped goes on. One that fails has its reason in the column ``error``, and the rest goes on.
     Raises UnknownNameError for a name that is neither a scalar nor a setting, before anything is drawn.
     """
@@ -96,16 +96,18 @@ class SweepEvent:
 
 def stream_sweep(
     live: LiveModel, prompts: str | Sequence[str], over: Mapping[str, Sequence[Any]], *, seeds: Sequence[int] = (0,),
-    executor: Executor | None = None, folder: str | Path | None = None, **fixed: Any,
+    executor: Executor | None = None, folder: str | Path | None = None, batch: int = 4, **fixed: Any,
 ) -> Iterator[SweepEvent]:  # fmt: skip
     """`sweep` as a generator of events, one per finished cell."""
+    if batch < 1:
+        raise AlkahestError("sweep", "batch must be at least 1", found=batch)
     place = Path(folder) if folder is not None else cache_folder() / "sweeps"
     cells = _cells(live, [prompts] if isinstance(prompts, str) else list(prompts), over, seeds, fixed, place)
     records: dict[Path, dict[str, Any]] = {}
     done = 0
     before = live.params
     try:
-        for cell, record in _drawn(live, cells, executor):
+        for cell, record in _drawn(live, cells, executor, batch):
             records[cell.path] = record
             done += 1
             yield SweepEvent(done, len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
@@ -138,7 +140,7 @@ def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]
     return cells
 
 
-def _drawn(live: LiveModel, cells: list[Cell], executor: Executor | None) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _drawn(live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
     todo: dict[Path, Cell] = {}
     for cell in cells:
         record = _remembered(cell.path)
@@ -149,12 +151,12 @@ def _drawn(live: LiveModel, cells: list[Cell], executor: Executor | None) -> Ite
     groups: dict[str, list[Cell]] = {}
     for cell in todo.values():
         groups.setdefault(repr((cell.scalars, cell.settings)), []).append(cell)
-    batches = [group[n : n + 4] for group in groups.values() for n in range(0, len(group), 4)]
+    batches = [group[n : n + batch] for group in groups.values() for n in range(0, len(group), batch)]
     if executor is None:
-        for batch in batches:
-            yield from _kept(batch, draw(live, batch))
+        for chosen in batches:
+            yield from _kept(chosen, draw(live, chosen))
         return
-    futures: dict[Future[Any], list[Cell]] = {executor.submit(draw, live, batch): batch for batch in batches}
+    futures: dict[Future[Any], list[Cell]] = {executor.submit(draw, live, chosen): chosen for chosen in batches}
     try:
         for future in as_completed(futures):
             yield from _kept(futures[future], future.result())
@@ -169,7 +171,8 @@ def draw(live: LiveModel, cells: Sequence[Cell]) -> list[tuple[bytes, dict[str, 
         try:
             live.set(cells[0].scalars)
             settings = {"negative_prompt": "", **cells[0].settings}
-            run = sample(live, [cell.prompt for cell in cells], seed=[cell.seed for cell in cells], **settings)
+            seeds = [cell.seed for cell in cells]
+            run = sample(live, [cell.prompt for cell in cells], seed=seeds, batch=len(cells), **settings)
             return [(_png(image), _measures(image)) for image in run.images]
         except (AlkahestError, ValueError, RuntimeError) as error:
             if len(cells) == 1:

@@ -15,7 +15,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 def executed(path: Path, folder: Path) -> NotebookNode:
     """The notebook run from top to bottom in ``folder``, with fresh outputs."""
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # two at a time on two cores, and no fight over them
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=120, store_widget_state=False, resources={"metadata": {"path": str(folder)}},
