@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from alkahest import mini as mini
     from alkahest.checkpoint import Checkpoint as Checkpoint
     from alkahest.checkpoint import open as open
+    from alkahest.delta_table import delta_table as delta_table
+    from alkahest.delta_table import rolled_up as rolled_up
     from alkahest.errors import AlkahestError as AlkahestError
     from alkahest.expr import Delta as Delta
     from alkahest.expr import Weights as Weights
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from alkahest.methods import ties as ties
     from alkahest.pipeline import pipeline as pipeline
     from alkahest.provenance import read_recipe as read_recipe
+    from alkahest.rounding import absorbed as absorbed
     from alkahest.sample import sample as sample
     from alkahest.scalar import param as param
     from alkahest.sweep import sweep as sweep
@@ -45,7 +48,9 @@ _PUBLIC = {
     "Delta": "expr",
     "LiveModel": "live_model",
     "Weights": "expr",
+    "absorbed": "rounding",
     "dare": "methods",
+    "delta_table": "delta_table",
     "flow_loss": "measures",
     "lerp": "expr",
     "made_up": "made_up",
@@ -55,6 +60,7 @@ _PUBLIC = {
     "picture_measures": "measures",
     "pipeline": "pipeline",
     "read_recipe": "provenance",
+    "rolled_up": "delta_table",
     "sample": "sample",
     "slerp": "methods",
     "sweep": "sweep",

@@ -1,4 +1,4 @@
-"""The command line: ``alkahest inspect | merge | convert | recipe | verify | make-checkpoint | mini``."""
+"""The command line: ``alkahest inspect | diff | merge | convert | recipe | verify | make-checkpoint | mini``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,39 @@ def inspect(
         else:
             for key, row in rows.items():
                 print(f"{key:52} {row['shape']!s:16} {row['storage']}")
+
+
+@app.command()
+def diff(
+    variant: Annotated[str, typer.Argument(help="Checkpoint that learned something.")],
+    base: Annotated[str, typer.Argument(help="Checkpoint that it was made from.")],
+    on: Annotated[str | None, typer.Option(help="What the difference is to be added to; default: the base.")] = None,
+    k: Annotated[float, typer.Option(help="Multiplier of the difference.")] = 1.0,
+    by: Annotated[str, typer.Option(help="One row for each part, block, module or tensor.")] = "part",
+    dtype: Annotated[str | None, typer.Option(help="Count rounding in this dtype; default: as stored.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the whole table, a row for each tensor.")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show where two checkpoints differ and how much, and how much of it adding would round away."""
+    from alkahest.delta_table import printed, stream_delta_table
+
+    with _reported():
+        if by not in ("part", "block", "module", "tensor"):
+            raise typer.BadParameter("--by is part, block, module or tensor")
+        opened = alkahest.open(variant) - alkahest.open(base)
+        weights = None if on is None else alkahest.open(on)
+        options = _options(device=device, threads=threads)
+        table = _drain(stream_delta_table(opened, weights, k, dtype, **options), quiet).result
+        if csv is not None:
+            absorbed = alkahest.absorbed(table)["count"]
+            table.drop(columns=["ulps", "ulp_energy"]).assign(absorbed=absorbed).to_csv(csv, index=False)
+        if as_json:
+            print(table.to_json(orient="records", indent=1))
+        else:
+            print(printed(table, by))
 
 
 @app.command(context_settings=_NAMED)

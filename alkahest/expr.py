@@ -601,6 +601,13 @@ class DeltaSum(Delta):
         return _joined(self.left, self.right, names), _SUM
 
 
+def ends(delta: Delta) -> tuple[Weights | None, Weights | None]:
+    """The variant and the base that a delta lies between, under its masks and factors; None for a sum of deltas."""
+    while isinstance(delta, _OfDelta):
+        delta = delta.delta
+    return (delta.variant, delta.base) if isinstance(delta, Difference) else (None, None)
+
+
 def name_leaves(*expressions: Expression) -> dict[Leaf, str]:
     """A distinct identifier for every checkpoint in the expressions, from their own names."""
     names: dict[Leaf, str] = {}

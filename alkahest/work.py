@@ -110,7 +110,7 @@ def half_step(form: Format) -> float:
     return float(2.0 ** (math.floor(math.log2(form.largest)) - form.mantissa - 1))
 
 
-def why_nonfinite(term: Term, key: str) -> NonFiniteError:
+def why_nonfinite(term: Term, key: str, operation: str = "save") -> NonFiniteError:
     """The error for a term with NaN or infinity: the input that holds it, or the arithmetic."""
     for source in sources(term):
         if isinstance(source.leaf, Checkpoint):
@@ -118,11 +118,11 @@ def why_nonfinite(term: Term, key: str) -> NonFiniteError:
             if bad:
                 stored = source.leaf.slices[source.key].stored
                 return NonFiniteError(
-                    "save", "an input holds NaN or infinity", file=stored.reader.path, key=key,
+                    operation, "an input holds NaN or infinity", file=stored.reader.path, key=key,
                     expected="finite numbers", found=f"{bad:,} of them in this tensor",
                     fix="get the file again, or allow_nonfinite=True to keep them",
                 )  # fmt: skip
-    return NonFiniteError("save", "the result overflows float32", key=key, fix="use a smaller multiplier")
+    return NonFiniteError(operation, "the result overflows float32", key=key, fix="use a smaller multiplier")
 
 
 def _overflow(key: str, form: Format, magnitude: float) -> NonFiniteError:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -32,7 +33,7 @@ def named(trio: dict[str, Path]) -> list[object]:
 
 def test_every_command_and_option_has_help() -> None:
     group = typer.main.get_command(app)
-    known = {"inspect", "merge", "convert", "recipe", "verify", "make-checkpoint", "mini"}
+    known = {"inspect", "diff", "merge", "convert", "recipe", "verify", "make-checkpoint", "mini"}
     assert set(group.commands) == known  # type: ignore[attr-defined]
     family = group.commands["mini"].commands  # type: ignore[attr-defined]
     assert set(family) == {"build", "measure"}
@@ -52,6 +53,22 @@ def test_inspect(trio: dict[str, Path]) -> None:
     rows = json.loads(run("inspect", trio["base"], "--keys", "pad_tokens", "--json"))
     assert rows == {name: {"shape": [1, 96], "storage": "bf16"} for name in ("x_pad_token", "cap_pad_token")}
     assert "did you mean 'refiner'" in run("inspect", trio["base"], "--keys", "refinr", code=1)
+
+
+def test_diff(trio: dict[str, Path], tmp_path: Path) -> None:
+    variant, base, table = trio["variant"], trio["base"], tmp_path / "table.csv"
+    lines = run("diff", variant, base, "--csv", table, "-q").splitlines()
+    assert [line.split()[0] for line in lines] == ["part", "embedders", "noise_refiner", "context_refiner", "layers", "final", "all"]  # fmt: skip
+    v, b = (torch.cat([ak.open(path)[key].double().flatten() for key in ak.open(base)]) for path in (variant, base))
+    assert float(lines[-1].split()[2]) == pytest.approx(float((v - b).norm() / b.norm()), rel=0.01)
+    assert len(table.read_text().splitlines()) == 1 + len(ak.open(base))
+    rows = json.loads(run("diff", variant, base, "--json", "-q"))
+    assert [row["tensor"] for row in rows] == list(ak.open(base))
+    assert len(run("diff", variant, base, "--by", "tensor", "-q").splitlines()) == len(rows) + 2
+    assert "layers     1" in run("diff", variant, base, "--by", "block", "--on", trio["bridge"], "--k", 20, "-q")
+    assert run("diff", base, base, "-q") == f"no difference: all {len(rows)} tensors are equal\n"
+    run("diff", variant, base, "--by", "layer", code=2)
+    assert "no such file" in run("diff", variant, tmp_path / "gone.safetensors", code=1)
 
 
 def test_merge_then_recipe_then_merge_again(trio: dict[str, Path], tmp_path: Path) -> None:
