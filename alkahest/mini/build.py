@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alkahest import layouts, mini
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.components import quiet
+from alkahest.errors import UnknownNameError, nearest
 from alkahest.files import Reader, write_file
 from alkahest.hashes import blake3_of
 from alkahest.mini import models, parts
@@ -113,8 +114,11 @@ def build(folder: Path, only: str | None = None, device: str = "cpu") -> Iterato
     """Make every stage that ``folder`` does not hold yet, on a CPU or a GPU; a generator of events.
 
     A stage that is done and unchanged (by BLAKE3 in manifest.json) is not made again, so a build that
-    was stopped goes on with the stage it was in.
+    was stopped goes on with the stage it was in. Ends after the stage ``only``; UnknownNameError if there is none.
     """
+    names = [stage.name for stage in STAGES]
+    if only is not None and only not in names:
+        raise UnknownNameError("mini build", "no such stage", found=repr(only), fix=nearest(only, names))
     shop = Workshop(folder, str(existing_device(device, "mini build")))
     folder.mkdir(parents=True, exist_ok=True)
     total, done = sum(stage.steps for stage in STAGES), 0

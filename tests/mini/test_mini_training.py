@@ -240,8 +240,11 @@ def test_the_tables_of_the_readme() -> None:
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    from alkahest.errors import UnsupportedError
+    from alkahest.errors import UnknownNameError, UnsupportedError
 
     with pytest.raises(UnsupportedError, match="mini build: the device is not there"):
         list(build.build(tmp_path / "family", device="cuda:99"))
+    with pytest.raises(UnknownNameError, match="mini build: no such stage"):
+        list(build.build(tmp_path / "family", "nonsense"))
+    assert not (tmp_path / "family").exists()
     assert not (tmp_path / "family").exists()
