@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from alkahest import mini as mini
     from alkahest.checkpoint import Checkpoint as Checkpoint
     from alkahest.checkpoint import open as open
+    from alkahest.compare import compare as compare
+    from alkahest.compare import comparison_matrix as comparison_matrix
     from alkahest.delta_table import delta_table as delta_table
     from alkahest.delta_table import rolled_up as rolled_up
     from alkahest.errors import AlkahestError as AlkahestError
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
     from alkahest.pipeline import pipeline as pipeline
     from alkahest.provenance import read_recipe as read_recipe
     from alkahest.rounding import absorbed as absorbed
+    from alkahest.rounding import file_noise as file_noise
+    from alkahest.rounding import rounding_curve as rounding_curve
     from alkahest.sample import sample as sample
     from alkahest.scalar import param as param
+    from alkahest.spectrum import delta_spectra as delta_spectra
     from alkahest.sweep import sweep as sweep
 
 # Public name -> the module that holds it; imported on first use, so that `import alkahest` is quick.
@@ -49,8 +54,12 @@ _PUBLIC = {
     "LiveModel": "live_model",
     "Weights": "expr",
     "absorbed": "rounding",
+    "compare": "compare",
+    "comparison_matrix": "compare",
     "dare": "methods",
+    "delta_spectra": "spectrum",
     "delta_table": "delta_table",
+    "file_noise": "rounding",
     "flow_loss": "measures",
     "lerp": "expr",
     "made_up": "made_up",
@@ -61,6 +70,7 @@ _PUBLIC = {
     "pipeline": "pipeline",
     "read_recipe": "provenance",
     "rolled_up": "delta_table",
+    "rounding_curve": "rounding",
     "sample": "sample",
     "slerp": "methods",
     "sweep": "sweep",

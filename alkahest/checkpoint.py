@@ -144,7 +144,7 @@ class Checkpoint(Leaf):
     def __hash__(self) -> int:
         return hash(self._identity)
 
-    @property
+    @cached_property
     def _identity(self) -> tuple[Any, ...]:
         return (self.prefix, *((os.path.realpath(f.path), f.stamp) for f in self.files))
 

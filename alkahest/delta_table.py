@@ -15,13 +15,13 @@ from torch import Tensor
 from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import FORMATS, SCALED, Format, storage_name
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Delta, Weights, ends, require_same
+from alkahest.expr import Delta, Leaf, Weights, ends, require_same
 from alkahest.keys import REFINERS, part_of
 from alkahest.options import Options
-from alkahest.rounding import ULPS, Counts, Energies, absorbed, ulp_counts
+from alkahest.rounding import ULPS, Counts, Energies, absorbed, ulp, ulp_counts
 from alkahest.scalar import Rules
-from alkahest.term import Minus, Source, Term, Workspace, evaluate, sources
-from alkahest.work import Job, Run, blocks, why_nonfinite
+from alkahest.term import Minus, Source, Term, Times, Workspace, evaluate, sources
+from alkahest.work import Event, Job, Run, blocks, finished, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas
@@ -46,25 +46,17 @@ COLUMNS = {
     "largest": "the largest magnitude in d",
     "cosine": "of the angle between v and b",
     "changed": "share of elements where d is not 0",
+    "step": "what d moves by when v or b moves to its neighbour as stored: root mean square of the larger of ulp(v) and "
+    "ulp(b), times the factor in d, over the elements where d is not 0; of large tensors every 31st is counted",
     "ulps": "how many of |d| / ulp(w) fall into each bin of ULPS; zeros are in none. Of more than 4 million elements "
-    "every seventh is counted, seven times, unless exact=True",
+    "every 31st is counted, 31 times, unless exact=True",
     "ulp_energy": "sum of d squared over the elements in each bin, likewise",
 }
 _PRINTED = {"elements": "{:,}", "relative": "{:.2e}", "rms": "{:.2e}", "largest": "{:.2e}", "cosine": "{:.6f}", "changed": "{:.3f}", "absorbed": "{:.3f}"}  # fmt: skip
 _RUN = 4096  # float32 sums this long stay within 1e-7; longer ones are added up in float64
-_SAMPLED = 4 << 20  # elements, above which histograms take one in _STRIDE: 600,000 of them err by 0.1 %
-_STRIDE = 7  # shares no factor with any width, so that all columns take part
+_SAMPLED = 4 << 20  # elements, above which histograms take one in _STRIDE: 500,000 of them err by 0.1 %
+_STRIDE = 31  # shares no factor with any width, so that all columns take part
 _PIECE = 1 << 16  # elements that stay in a processor's cache while their bins are found
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: bytes read and in all, the tensor at hand, and at the end the table."""
-
-    done: int
-    total: int
-    key: str
-    result: pandas.DataFrame | None = field(default=None, repr=False)
 
 
 def delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, **options: Any) -> pandas.DataFrame:  # fmt: skip
@@ -79,11 +71,8 @@ def delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: 
     1e-6. The ends of a sum of deltas are not known: their columns are empty. Options: ``exact`` (count
     every element in ``ulps``), ``threads``, ``device``. Raises MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
-    result = None
-    for event in stream_delta_table(delta, on, k, dtype, **options):
-        result = event.result
-    assert result is not None  # the last event carries the table
-    return result
+    table: pandas.DataFrame = finished(stream_delta_table(delta, on, k, dtype, **options))
+    return table
 
 
 def stream_delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, exact: bool = False, **options: Any) -> Iterator[Event]:  # fmt: skip
@@ -127,6 +116,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     for group, found in table.groupby(names, sort=False):
         norms = {name: math.sqrt(found[name].pow(2).sum(skipna=False)) for name in ("variant_norm", "base_norm", "on_norm", "delta_norm")}  # fmt: skip
         elements = int(found.elements.sum())
+        changed = found.changed * found.elements
         dot = (found.cosine * found.variant_norm * found.base_norm).sum(skipna=False)
         product = norms["variant_norm"] * norms["base_norm"]
         rows.append({
@@ -135,7 +125,8 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
             "relative": norms["delta_norm"] / norms["on_norm"] if norms["on_norm"] > 0 else math.nan,
             "largest": found.largest.max(),
             "cosine": dot / product if product > 0 else math.nan,
-            "changed": (found.changed * found.elements).sum() / elements,
+            "changed": changed.sum() / elements,
+            "step": math.sqrt((found.step**2 * changed).sum() / changed.sum()) if changed.any() else math.nan,
             "ulps": np.sum(list(found.ulps), axis=0), "ulp_energy": np.sum(list(found.ulp_energy), axis=0),
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -168,8 +159,8 @@ class _Task:
     shape: tuple[int, ...]
     terms: dict[str, Term]  # variant, base, on and delta, as far as there are any
     storage: dict[str, str | None]
-    form: Format | None
-    scale: float
+    units: dict[str, tuple[Format, float]]  # format and scale of the same, as far as they are stored
+    factor: float  # in the delta
     stride: int
 
     @property
@@ -199,24 +190,26 @@ class _Task:
         ranges = blocks(list(self.terms.values())[-1], self.elements) if self.terms else ()
         for start, stop in ranges:
             with _values(self.terms, start, stop, workspace) as values:
-                tally.add(values, self.form, self.scale, self.stride)
+                tally.add(values, self.units, self.stride)
             if bad := tally.nonfinite:
                 raise why_nonfinite(self.terms[bad], self.key, "delta_table")
-        return {**self._names(), **tally.columns(self.elements)}
+        return {**self._names(), **tally.columns(self.elements, self.factor)}
 
     def _names(self) -> dict[str, Any]:
-        pieces = self.key.split(".")
-        in_block = pieces[0] in ("layers", *REFINERS)
-        return {
-            "tensor": self.key,
-            "part": part_of(self.key).split(".")[0],
-            "block": int(pieces[1]) if in_block else -1,
-            "module": ".".join(pieces[2:] if in_block else pieces).removesuffix(".weight"),
-            "shape": self.shape,
-            "elements": self.elements,
-            "variant_storage": self.storage["variant"],
-            "base_storage": self.storage["base"],
-        }
+        stored = {f"{name}_storage": self.storage[name] for name in ("variant", "base")}
+        return {**names_of(self.key), "shape": self.shape, "elements": self.elements, **stored}
+
+
+def names_of(key: str) -> dict[str, Any]:
+    """The columns that say which tensor a row is about."""
+    pieces = key.split(".")
+    in_block = pieces[0] in ("layers", *REFINERS)
+    return {
+        "tensor": key,
+        "part": part_of(key).split(".")[0],
+        "block": int(pieces[1]) if in_block else -1,
+        "module": ".".join(pieces[2:] if in_block else pieces).removesuffix(".weight"),
+    }
 
 
 @dataclass
@@ -226,38 +219,50 @@ class _Tally:
     squares: dict[str, float] = field(default_factory=dict)
     largest: float = 0.0
     changed: int = 0
+    steps: float = 0.0  # squares of the ends' ulps where something changed, of as many as were looked at
+    stepped: int = 0
     ulps: Counts = field(default_factory=lambda: np.zeros(len(ULPS), np.int64))
     energy: Energies = field(default_factory=lambda: np.zeros(len(ULPS)))
 
-    def add(self, values: dict[str, Tensor], form: Format | None, scale: float, stride: int) -> None:
+    def add(self, values: dict[str, Tensor], units: dict[str, tuple[Format, float]], stride: int) -> None:
         squares: dict[int, float] = {}
         for name, numbers in values.items():
             if numbers.data_ptr() not in squares:  # base and on are often the same, and so are delta and gap
                 squares[numbers.data_ptr()] = sum_of_squares(numbers)
             self.squares[name] = self.squares.get(name, 0.0) + squares[numbers.data_ptr()]
-        delta, on = values.get("delta"), values.get("on")
+        delta = values.get("delta")
         if delta is None or self.nonfinite:
             return
         low, high = map(float, torch.aminmax(delta))
         self.largest = max(self.largest, -low, high)
-        if self.largest > 0:
-            # NumPy's comparison is ten times as fast as torch.count_nonzero on a CPU.
-            self.changed += int(
-                torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0)
-            )
-            if on is not None and form is not None:
-                for start in range(0, delta.numel(), stride * _PIECE):
-                    piece = slice(start, start + stride * _PIECE, stride)
-                    counts, energy = ulp_counts(delta[piece].contiguous(), on[piece].contiguous(), form, scale)
-                    self.ulps += stride * counts
-                    self.energy += stride * energy
+        if low == high == 0:
+            return
+        # NumPy's comparison is ten times as fast as torch.count_nonzero on a CPU.
+        self.changed += int(torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0))
+        for start in range(0, delta.numel(), stride * _PIECE):
+            piece = slice(start, start + stride * _PIECE, stride)
+            distinct = {numbers.data_ptr(): numbers for numbers in values.values()}
+            sampled = {place: numbers[piece].contiguous() for place, numbers in distinct.items()}
+            self._sample({name: sampled[numbers.data_ptr()] for name, numbers in values.items()}, units, stride)
+
+    def _sample(self, values: dict[str, Tensor], units: dict[str, tuple[Format, float]], stride: int) -> None:
+        delta = values["delta"]
+        if "on" in units:
+            counts, energy = ulp_counts(delta, values["on"], *units["on"])
+            self.ulps += stride * counts
+            self.energy += stride * energy
+        ends = [ulp(values[name], *units[name]) for name in ("variant", "base") if name in units]
+        if ends:
+            steps = (ends[0] if len(ends) == 1 else torch.maximum(*ends)) * (delta != 0)
+            self.steps += sum_of_squares(steps)
+            self.stepped += int((delta != 0).sum())
 
     @property
     def nonfinite(self) -> str | None:
         """The name of the first term that is not finite."""
         return next((name for name, square in self.squares.items() if not math.isfinite(square)), None)
 
-    def columns(self, elements: int) -> dict[str, Any]:
+    def columns(self, elements: int, factor: float) -> dict[str, Any]:
         norms = {name: math.sqrt(square) for name, square in self.squares.items()}
         delta, on = norms.get("delta", 0.0), norms.get("on", math.nan)
         return {
@@ -270,6 +275,7 @@ class _Tally:
             "largest": self.largest,
             "cosine": self._cosine(norms),
             "changed": self.changed / max(1, elements),
+            "step": abs(factor) * math.sqrt(self.steps / self.stepped) if self.stepped else math.nan,
             "ulps": self.ulps,
             "ulp_energy": self.energy,
         }
@@ -285,29 +291,38 @@ class _Tally:
 
 def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, Weights | None], dtype: str | None, exact: bool) -> _Task:  # fmt: skip
     rules = Rules()
-    terms = {name: model.at(key, rules) for name, model in zip(("variant", "base", "on"), models, strict=True) if model is not None}  # fmt: skip
+    terms: dict[str, Term | None] = {name: model.at(key, rules) for name, model in zip(("variant", "base", "on"), models, strict=True) if model is not None}  # fmt: skip
     terms["delta"] = delta.at(key, rules)
     storage = {name: None if model is None else model.leading.storage.get(key) for name, model in zip(("variant", "base"), models, strict=False)}  # fmt: skip
-    form, scale = _units(models[2], key, dtype)
+    units = (
+        {name: unit for name in ("variant", "base") if (unit := _unit(terms[name]))} if models[0] and models[1] else {}
+    )
+    if on := models[2]:
+        unit = _unit(Source(on.leading, key)) if dtype is None else _asked(dtype)
+        units |= {"on": unit} if unit else {}
+    factor, inner = 1.0, terms["delta"]
+    while isinstance(inner, Times):
+        factor, inner = factor * inner.factor, inner.term
     shape = tuple(delta.shapes[key])
     stride = _STRIDE if math.prod(shape) > _SAMPLED and not exact else 1
-    return _Task(key, shape, {n: t for n, t in terms.items() if t is not None}, storage, form, scale, stride)
+    return _Task(key, shape, {n: t for n, t in terms.items() if t is not None}, storage, units, factor, stride)
 
 
-def _units(on: Weights | None, key: str, dtype: str | None) -> tuple[Format | None, float]:
-    """The format whose last place is the unit of ``ulps``, and the scale of its numbers."""
-    if dtype is not None:
-        name = storage_name(dtype)
-        if name in SCALED:
-            raise UnsupportedError("delta_table", "a scaled form has no last place before its scale is known", found=name, fix="dtype='bf16', or a checkpoint stored that way as on=")  # fmt: skip
-        return FORMATS[name], 1.0
-    leaf = None if on is None else on.leading
-    if leaf is None or key not in leaf.storage:
-        return None, 1.0
-    if isinstance(leaf, Checkpoint):
-        stored = leaf.slices[key].stored
+def _asked(dtype: str) -> tuple[Format, float]:
+    name = storage_name(dtype)
+    if name in SCALED:
+        raise UnsupportedError("delta_table", "a scaled form has no last place before its scale is known", found=name, fix="dtype='bf16', or a checkpoint stored that way as on=")  # fmt: skip
+    return FORMATS[name], 1.0
+
+
+def _unit(where: Term | None) -> tuple[Format, float] | None:
+    """The format of a stored tensor, whose last place is a unit, and the scale of its numbers."""
+    if not isinstance(where, Source) or not isinstance(where.leaf, Leaf) or where.key not in where.leaf.storage:
+        return None
+    if isinstance(where.leaf, Checkpoint):
+        stored = where.leaf.slices[where.key].stored
         return stored.form, stored.scale
-    return FORMATS[leaf.storage[key]], 1.0
+    return FORMATS[where.leaf.storage[where.key]], 1.0
 
 
 @contextlib.contextmanager
@@ -333,8 +348,8 @@ def _values(terms: dict[str, Term], start: int, stop: int, workspace: Workspace)
 def sum_of_squares(values: Tensor) -> float:
     """In float32 over short runs and float64 over those: exact to 1e-7, at the speed of memory."""
     whole = values.numel() // _RUN * _RUN
-    runs = values[:whole].view(-1, _RUN)
-    found = float(torch.linalg.vecdot(runs, runs).sum(dtype=torch.float64))
+    norms = torch.linalg.vector_norm(values[:whole].view(-1, _RUN), dim=1)
+    found = float(norms.double().square().sum())
     found += float(values[whole:].double().square().sum())
     # Squares leave float32 above 1e19 and below 1e-19: rare enough to be done again in float64.
     return found if math.isfinite(found) and found > 1e-30 * values.numel() else float(values.double().square().sum())

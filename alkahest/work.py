@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,6 +30,22 @@ class Job:
     nbytes: int
     work: Callable[[Workspace], None]
     place: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of a measurement: work done and in all, the tensor at hand, and at the end the result."""
+
+    done: int
+    total: int
+    key: str
+    result: Any = field(default=None, repr=False)
+
+
+def finished(events: Iterator[Event]) -> Any:
+    """Run a generator of events to its end; its result."""
+    *_, last = events
+    return last.result
 
 
 class Run:
@@ -80,6 +98,16 @@ class Run:
         if self.options.rounding == "stochastic":
             noise = rounding_noise(self.options.seed, key, start, values.numel(), values.device)
         return encode(values, form, noise)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One worker at a time, with every processor, for work on whole tensors: memory is scarce there."""
+        with self.whole_tensor:
+            torch.set_num_threads(self.options.worker_count())
+            try:
+                yield
+            finally:
+                torch.set_num_threads(1)
 
     def _start_worker(self) -> None:
         # One thread per worker: torch's own threads would fight with ours for the processors.

@@ -247,4 +247,3 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path:
     with pytest.raises(UnknownNameError, match="mini build: no such stage"):
         list(build.build(tmp_path / "family", "nonsense"))
     assert not (tmp_path / "family").exists()
-    assert not (tmp_path / "family").exists()
