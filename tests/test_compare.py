@@ -26,7 +26,11 @@ def low_rank(shape: torch.Size, seed: int, rank: int = 3) -> torch.Tensor:
 def test_pairs_by_hand(tmp_path: Path) -> None:
     base = tiny.state(seed=1)
     b = opened(tmp_path, "b", base)
-    one, two = (opened(tmp_path, name, tiny.near(base, 0.02, seed)) for name, seed in (("one", 3), ("two", 4)))
+    learned = {name: tiny.near(base, 0.02, seed) for name, seed in (("one", 3), ("two", 4))}
+    shared = low_rank(base[LAYER].shape, 9, 1)  # and leading directions that are clear of the noise
+    for seed, values in enumerate(learned.values()):
+        values[LAYER] += low_rank(base[LAYER].shape, seed) + shared
+    one, two = (opened(tmp_path, name, values) for name, values in learned.items())
     pairs = ak.compare({"one": one - b, "two": two - b, "one again": 2 * (one - b)}, rank=4)
     assert list(pairs.columns) == ["tensor", "part", "block", "module", "shape", *COMPARISON]
     assert len(pairs) == 3 * len(b)
@@ -39,9 +43,9 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     s = torch.cat([sx[:4], sy[:4]])
     eye = torch.eye(8, dtype=torch.float64)
     meeting = (u.T @ u - eye) @ torch.diag(s) @ (v.T @ v - eye)
-    assert row.left_overlap == pytest.approx(float((ux[:, :4].T @ uy[:, :4]).square().sum() / 4), rel=0.03)
-    assert row.right_overlap == pytest.approx(float((vx[:4] @ vy[:4].T).square().sum() / 4), rel=0.03)
-    assert row.interference == pytest.approx(float(meeting.abs().sum() / s.sum()), rel=0.03)
+    assert row.left_overlap == pytest.approx(float((ux[:, :4].T @ uy[:, :4]).square().sum() / 4), rel=1e-3)
+    assert row.right_overlap == pytest.approx(float((vx[:4] @ vy[:4].T).square().sum() / 4), rel=1e-3)
+    assert row.interference == pytest.approx(float(meeting.abs().sum() / s.sum()), rel=1e-3)
     same = pairs[(pairs["first"] == "one") & (pairs.second == "one again") & (pairs.tensor == LAYER)].iloc[0]
     assert same.cosine == pytest.approx(1)
     assert same.sign_agreement == 1
