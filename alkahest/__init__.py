@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from alkahest import mini as mini
+    from alkahest.cache import cached as cached
+    from alkahest.cache import clear_cache as clear_cache
     from alkahest.checkpoint import Checkpoint as Checkpoint
     from alkahest.checkpoint import open as open
     from alkahest.compare import compare as compare
@@ -54,6 +56,8 @@ _PUBLIC = {
     "LiveModel": "live_model",
     "Weights": "expr",
     "absorbed": "rounding",
+    "cached": "cache",
+    "clear_cache": "cache",
     "compare": "compare",
     "comparison_matrix": "compare",
     "dare": "methods",

@@ -18,6 +18,7 @@ from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, ne
 from alkahest.expr import Delta, Leaf, Weights, ends, require_same
 from alkahest.keys import REFINERS, part_of
 from alkahest.options import Options
+from alkahest.remembered import remembered
 from alkahest.rounding import ULPS, Counts, Energies, absorbed, ulp, ulp_counts
 from alkahest.scalar import Rules
 from alkahest.term import Minus, Source, Term, Times, Workspace, evaluate, sources
@@ -68,7 +69,7 @@ def delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: 
 
     ``on`` is what the delta is to be added to, by default its base: ``relative`` is relative to its
     norm, and ``ulps`` counts in units of its last place, as stored or in ``dtype``. Sums are exact to
-    1e-6. The ends of a sum of deltas are not known: their columns are empty. Options: ``exact`` (count
+    1e-6. A table that was measured before is remembered (`ak.cached`). The ends of a sum of deltas are not known: their columns are empty. Options: ``exact`` (count
     every element in ``ulps``), ``threads``, ``device``. Raises MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
     table: pandas.DataFrame = finished(stream_delta_table(delta, on, k, dtype, **options))
@@ -80,12 +81,17 @@ def stream_delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, 
     run = Run(Options.checked(options))
     if not isinstance(delta, Delta):
         raise AlgebraError("delta_table", "a delta is needed", found=type(delta).__name__, fix="variant - base")
-    variant, base = ends(delta)
-    on = base if on is None else on
+    on = ends(delta)[1] if on is None else on
     if on is not None:
         require_same("delta_table", on, delta)
     scaled = k * delta
-    tasks = [_task(key, scaled, (variant, base, on), dtype, exact) for key in delta.shapes]
+    settings = [None if dtype is None else _asked(dtype)[0].name, exact, COLUMNS]
+    yield from remembered("delta_table", [scaled, on], settings, lambda: _measured(scaled, on, dtype, exact, run))
+
+
+def _measured(delta: Delta, on: Weights | None, dtype: str | None, exact: bool, run: Run) -> Iterator[Event]:
+    variant, base = ends(delta)
+    tasks = [_task(key, delta, (variant, base, on), dtype, exact) for key in delta.shapes]
     rows: dict[str, dict[str, Any]] = {task.key: {} for task in tasks}
     jobs = [Job(task.key, task.nbytes, _filling(rows, task), task.place) for task in tasks]
     total, done = sum(job.nbytes for job in jobs), 0

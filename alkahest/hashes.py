@@ -9,15 +9,16 @@ import mmap
 import os
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from alkahest import cache
 from alkahest.errors import AlkahestError
 from alkahest.files import Reader
 
 _RACY_SECONDS = 2.0
 _HASH_CHUNK = 4 << 20
+_QUICKLY_HASHED = 256 << 20  # bytes: a quarter of a second
 
 
 def blake3_of(readers: Sequence[Reader], cancelled: threading.Event | None = None) -> list[str]:
@@ -49,7 +50,7 @@ def blake3_of(readers: Sequence[Reader], cancelled: threading.Event | None = Non
 def known_paths(digest: str) -> list[Path]:
     """Paths at which a file with this BLAKE3 was seen before and still stands unchanged."""
     found = []
-    for entry in (cache_folder() / "blake3").glob("*.json"):
+    for entry in (cache.cache_folder() / "blake3").glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AlkahestError):
             known = json.loads(entry.read_text())
             if known["blake3"] == digest and list(Reader(known["path"]).stamp) == known["stamp"]:
@@ -57,23 +58,23 @@ def known_paths(digest: str) -> list[Path]:
     return sorted(found)
 
 
-def cache_folder() -> Path:
-    """Where things that can be recomputed are kept: ``$ALKAHEST_CACHE`` or the system's cache folder."""
-    if override := os.environ.get("ALKAHEST_CACHE"):
-        return Path(override)
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "alkahest"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alkahest"
+def identity(reader: Reader) -> str | None:
+    """What stands for a file's content: its BLAKE3 where known or quick to find, else its path, size and time.
+
+    None for a file so young that it could still change without changing its time.
+    """
+    if reader.size <= _QUICKLY_HASHED or _remembered(reader):
+        return blake3_of([reader])[0]
+    return None if _is_young(reader) else f"{reader.path.resolve()} {reader.stamp}"
 
 
-def _hash_entry(reader: Reader) -> Path:
-    name = hashlib.blake2b(os.fsencode(reader.path.resolve()), digest_size=16).hexdigest()
-    return cache_folder() / "blake3" / f"{name}.json"
+def _entry(reader: Reader) -> str:
+    return hashlib.blake2b(os.fsencode(reader.path.resolve()), digest_size=16).hexdigest()
 
 
 def _remembered(reader: Reader) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(_hash_entry(reader).read_text())
+    with contextlib.suppress(KeyError, TypeError):
+        known = cache.load("blake3", _entry(reader))
         if known["stamp"] == list(reader.stamp):
             return str(known["blake3"])
     return ""
@@ -81,13 +82,11 @@ def _remembered(reader: Reader) -> str:
 
 def _remember(reader: Reader, digest: str) -> None:
     reader.check_unchanged()
-    # A file younger than the clock's grain could still change without changing its time.
-    if time.time() - reader.stamp[1] / 1e9 < _RACY_SECONDS:
-        return
-    value = {"path": str(reader.path.resolve()), "stamp": list(reader.stamp), "blake3": digest}
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        entry = _hash_entry(reader)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        scratch = entry.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        scratch.write_text(json.dumps(value))
-        os.replace(scratch, entry)
+    if not _is_young(reader):
+        value = {"path": str(reader.path.resolve()), "stamp": list(reader.stamp), "blake3": digest}
+        cache.store("blake3", _entry(reader), value)
+
+
+def _is_young(reader: Reader) -> bool:
+    """Whether the file is younger than the clock's grain: it could still change without changing its time."""
+    return time.time() - reader.stamp[1] / 1e9 < _RACY_SECONDS

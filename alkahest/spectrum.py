@@ -16,6 +16,7 @@ from alkahest.delta_table import names_of, sum_of_squares
 from alkahest.errors import AlgebraError
 from alkahest.expr import Delta, Weights, ends, require_same
 from alkahest.options import Options
+from alkahest.remembered import remembered
 from alkahest.scalar import Rules
 from alkahest.term import Term, Workspace, evaluate, sources
 from alkahest.work import Event, Job, Run, finished, why_nonfinite
@@ -68,6 +69,13 @@ def stream_delta_spectra(delta: Delta, on: Weights | None = None, values: int = 
     on = ends(delta)[1] if on is None else on
     if on is not None:
         require_same("delta_spectra", on, delta)
+    settings = [values, seed, exact, SPECTRUM]
+    yield from remembered(
+        "delta_spectra", [delta, on], settings, lambda: _decomposed(delta, on, values, seed, exact, run)
+    )
+
+
+def _decomposed(delta: Delta, on: Weights | None, values: int, seed: int, exact: bool, run: Run) -> Iterator[Event]:
     rules, jobs = Rules(), []
     rows: dict[str, dict[str, Any]] = {}
     for key, shape in delta.shapes.items():

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from alkahest.cache import cache_folder
 from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
 from alkahest.files import write_file
-from alkahest.hashes import blake3_of, cache_folder
+from alkahest.hashes import blake3_of
 from alkahest.live_model import LiveModel
 from alkahest.measures import picture_measures
 from alkahest.sample import sample
