@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from alkahest import mini as mini
     from alkahest.cache import cached as cached
     from alkahest.cache import clear_cache as clear_cache
+    from alkahest.check import nearest_base as nearest_base
+    from alkahest.check import refiner_check as refiner_check
     from alkahest.checkpoint import Checkpoint as Checkpoint
     from alkahest.checkpoint import open as open
     from alkahest.compare import compare as compare
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from alkahest.methods import method as method
     from alkahest.methods import slerp as slerp
     from alkahest.methods import ties as ties
+    from alkahest.multiplier import Multiplier as Multiplier
+    from alkahest.multiplier import needed_multiplier as needed_multiplier
     from alkahest.pipeline import pipeline as pipeline
     from alkahest.provenance import read_recipe as read_recipe
     from alkahest.rounding import absorbed as absorbed
@@ -54,6 +58,7 @@ _PUBLIC = {
     "Checkpoint": "checkpoint",
     "Delta": "expr",
     "LiveModel": "live_model",
+    "Multiplier": "multiplier",
     "Weights": "expr",
     "absorbed": "rounding",
     "cached": "cache",
@@ -68,11 +73,14 @@ _PUBLIC = {
     "lerp": "expr",
     "made_up": "made_up",
     "method": "methods",
+    "nearest_base": "check",
+    "needed_multiplier": "multiplier",
     "open": "checkpoint",
     "param": "scalar",
     "picture_measures": "measures",
     "pipeline": "pipeline",
     "read_recipe": "provenance",
+    "refiner_check": "check",
     "rolled_up": "delta_table",
     "rounding_curve": "rounding",
     "sample": "sample",

@@ -179,7 +179,9 @@ def require_same_tensors(
     depths = (_count(left, "layers"), _count(right, "layers"))
     if depths[0] != depths[1]:
         found = "; ".join(f"{name}: {depth} layers" for name, depth in zip(names, depths, strict=True))
-        raise MismatchError(operation, "the models have different depths", found=found, fix=fix)
+        alone = sorted(set(left) ^ set(right))
+        key = f"{alone[0]}, ... ({len(alone)} tensors on one side only)" if alone else None
+        raise MismatchError(operation, "the models have different depths", key=key, found=found, fix=fix)
     for key in {**left, **right}:
         if key in left and key in right and left[key] != right[key]:
             found = f"{names[0]}: {left[key]}; {names[1]}: {right[key]}"

@@ -41,14 +41,18 @@ COLUMNS = {
     "variant_norm": "|v|",
     "base_norm": "|b|",
     "on_norm": "|w|",
+    "distance": "|w - b|",
     "delta_norm": "|d|",
     "rms": "|d| / sqrt(elements), the size of a typical change",
     "relative": "|d| / |w|",
     "largest": "the largest magnitude in d",
     "cosine": "of the angle between v and b",
     "changed": "share of elements where d is not 0",
-    "step": "what d moves by when v or b moves to its neighbour as stored: root mean square of the larger of ulp(v) and "
-    "ulp(b), times the factor in d, over the elements where d is not 0; of large tensors every 31st is counted",
+    "step": "what d moves by when v moves to its neighbour as stored: root mean square of ulp(v), times the factor in d, "
+    "over the elements where d is not 0; of large tensors every 31st is counted",
+    "base_step": "the same of b",
+    "hidden": "the |d| that rounding of v may have hidden where d is 0: ulp(v) squared / 12 for each such element, times "
+    "the factor in d; likewise. 0 where the whole tensor is untouched",
     "ulps": "how many of |d| / ulp(w) fall into each bin of ULPS; zeros are in none. Of more than 4 million elements "
     "every 31st is counted, 31 times, unless exact=True",
     "ulp_energy": "sum of d squared over the elements in each bin, likewise",
@@ -120,7 +124,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
             raise UnknownNameError("rolled_up", "no such grouping", found=repr(name), fix=nearest(name, ("part", "block", "module")))  # fmt: skip
     rows = []
     for group, found in table.groupby(names, sort=False):
-        norms = {name: math.sqrt(found[name].pow(2).sum(skipna=False)) for name in ("variant_norm", "base_norm", "on_norm", "delta_norm")}  # fmt: skip
+        norms = {name: math.sqrt(found[name].pow(2).sum(skipna=False)) for name in ("variant_norm", "base_norm", "on_norm", "distance", "delta_norm", "hidden")}  # fmt: skip
         elements = int(found.elements.sum())
         changed = found.changed * found.elements
         dot = (found.cosine * found.variant_norm * found.base_norm).sum(skipna=False)
@@ -132,7 +136,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
             "largest": found.largest.max(),
             "cosine": dot / product if product > 0 else math.nan,
             "changed": changed.sum() / elements,
-            "step": math.sqrt((found.step**2 * changed).sum() / changed.sum()) if changed.any() else math.nan,
+            **{name: math.sqrt((found[name] ** 2 * changed).sum() / changed.sum()) if changed.any() else math.nan for name in ("step", "base_step")},
             "ulps": np.sum(list(found.ulps), axis=0), "ulp_energy": np.sum(list(found.ulp_energy), axis=0),
         })  # fmt: skip
     return pd.DataFrame(rows)
@@ -225,8 +229,9 @@ class _Tally:
     squares: dict[str, float] = field(default_factory=dict)
     largest: float = 0.0
     changed: int = 0
-    steps: float = 0.0  # squares of the ends' ulps where something changed, of as many as were looked at
-    stepped: int = 0
+    stepped: int = 0  # elements that changed, of those looked at, and the squares of the ends' ulps there
+    steps: dict[str, float] = field(default_factory=dict)
+    hidden: float = 0.0
     ulps: Counts = field(default_factory=lambda: np.zeros(len(ULPS), np.int64))
     energy: Energies = field(default_factory=lambda: np.zeros(len(ULPS)))
 
@@ -241,10 +246,11 @@ class _Tally:
             return
         low, high = map(float, torch.aminmax(delta))
         self.largest = max(self.largest, -low, high)
-        if low == high == 0:
-            return
-        # NumPy's comparison is ten times as fast as torch.count_nonzero on a CPU.
-        self.changed += int(torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0))
+        if low < high or high != 0:
+            # NumPy's comparison is ten times as fast as torch.count_nonzero on a CPU.
+            self.changed += int(
+                torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0)
+            )
         for start in range(0, delta.numel(), stride * _PIECE):
             piece = slice(start, start + stride * _PIECE, stride)
             distinct = {numbers.data_ptr(): numbers for numbers in values.values()}
@@ -253,15 +259,19 @@ class _Tally:
 
     def _sample(self, values: dict[str, Tensor], units: dict[str, tuple[Format, float]], stride: int) -> None:
         delta = values["delta"]
-        if "on" in units:
+        changed = delta != 0
+        if "on" in units and changed.any():
             counts, energy = ulp_counts(delta, values["on"], *units["on"])
             self.ulps += stride * counts
             self.energy += stride * energy
-        ends = [ulp(values[name], *units[name]) for name in ("variant", "base") if name in units]
-        if ends:
-            steps = (ends[0] if len(ends) == 1 else torch.maximum(*ends)) * (delta != 0)
-            self.steps += sum_of_squares(steps)
-            self.stepped += int((delta != 0).sum())
+        self.stepped += int(changed.sum())
+        for name in ("variant", "base"):
+            if name in units:
+                steps = ulp(values[name], *units[name])
+                squares = sum_of_squares(steps * changed)
+                self.steps[name] = self.steps.get(name, 0.0) + squares
+                if name == "variant":
+                    self.hidden += stride * (sum_of_squares(steps) - squares) / 12
 
     @property
     def nonfinite(self) -> str | None:
@@ -275,13 +285,20 @@ class _Tally:
             "variant_norm": norms.get("variant", math.nan),
             "base_norm": norms.get("base", math.nan),
             "on_norm": on,
+            "distance": norms.get("distance", math.nan),
             "delta_norm": delta,
             "rms": delta / math.sqrt(max(1, elements)),
             "relative": delta / on if on > 0 else math.nan,
             "largest": self.largest,
             "cosine": self._cosine(norms),
             "changed": self.changed / max(1, elements),
-            "step": abs(factor) * math.sqrt(self.steps / self.stepped) if self.stepped else math.nan,
+            **{
+                column: abs(factor) * math.sqrt(self.steps[name] / self.stepped)
+                if self.stepped and name in self.steps
+                else math.nan
+                for column, name in (("step", "variant"), ("base_step", "base"))
+            },
+            "hidden": abs(factor) * math.sqrt(self.hidden) if self.stepped else 0.0,
             "ulps": self.ulps,
             "ulp_energy": self.energy,
         }
@@ -333,13 +350,15 @@ def _unit(where: Term | None) -> tuple[Format, float] | None:
 
 @contextlib.contextmanager
 def _values(terms: dict[str, Term], start: int, stop: int, workspace: Workspace) -> Iterator[dict[str, Tensor]]:
-    """A block's numbers by name, each computed once; ``gap`` is variant minus base, whatever the delta is."""
+    """A block's numbers by name, each computed once; ``gap`` is variant minus base and ``distance`` on minus base."""
     found: dict[str, Tensor] = {}
     known: dict[Term, Tensor] = {}
     with contextlib.ExitStack() as stack:
         wanted = dict(terms)
         if "variant" in terms and "base" in terms:
             wanted["gap"] = Minus(terms["variant"], terms["base"])
+        if "on" in terms and "base" in terms and terms["on"] != terms["base"]:
+            wanted["distance"] = Minus(terms["on"], terms["base"])
         for name, term in wanted.items():
             if term not in known:
                 known[term] = stack.enter_context(workspace.block(stop - start))

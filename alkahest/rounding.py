@@ -142,16 +142,22 @@ def file_noise(table: pandas.DataFrame) -> pandas.DataFrame:
     >>> ak.file_noise(ak.delta_table(variant - base))[["tensor", "least", "most"]]
 
     ``least`` is the noise if the variant was fine-tuned from the base as stored: every changed element is
-    off by ulp squared / 12. ``most`` is the noise if both ends were rounded from finer weights that
-    changed alike all over a tensor, of which a share p shows: p (1 - p) ulp squared, at most 1/4. The
-    numbers cannot tell these apart; `delta_spectra` can, for noise has no leading directions. Weights
-    that were trained in their stored dtype have no noise at all. NaN where nothing was changed.
+    off by ulp squared / 12 of the variant's file. ``most`` is the noise if the base was rounded from finer
+    weights too. In files of one dtype, with a change alike all over a tensor, of which a share p shows,
+    that is p (1 - p) ulp squared, at most 1/4; a base in a coarser dtype adds its own ulp squared / 12,
+    unless the delta is too small for that to be so. The numbers cannot tell these apart; `delta_spectra`
+    can, for noise has no leading directions. Weights that were trained in their stored dtype have no
+    noise at all. NaN where nothing was changed.
     """
-    share, squares = table.changed, (table.step**2 * table.elements)
-    energy = (table.delta_norm**2).where(table.delta_norm > 0)
-    most = (share * (1 - share)).where(share < 0.5, 0.25)
+    share, energy = table.changed, (table.delta_norm**2).where(table.delta_norm > 0)
+    least = share * table.elements * table.step**2 / 12 / energy
+    alike = table.elements * table.step**2 * (share * (1 - share)).where(share < 0.5, 0.25) / energy
+    coarser = least + share * table.elements * table.base_step**2 / 12 / energy
+    most = least.where(table.step > 2 * table.base_step, alike)
+    is_coarser = table.base_step > 2 * table.step
+    most = most.where(~is_coarser, coarser.where(coarser < 1.5, least))
     labels = [name for name in ("tensor", "part", "block", "module") if name in table]
-    return table[labels].assign(least=(share * squares / 12 / energy).clip(upper=1), most=(most * squares / energy).clip(upper=1))  # fmt: skip
+    return table[labels].assign(least=least.clip(upper=1), most=most.clip(upper=1))
 
 
 def _exponents(weights: Tensor, form: Format) -> Tensor:

@@ -163,3 +163,27 @@ def test_bins_are_quarter_octaves() -> None:
     assert len(ULPS) == 128
     assert (np.diff(ULPS) > 0).all()
     assert ULPS[64:69].tolist() == [1, 1.25, 1.5, 1.75, 2]
+
+
+def test_distances_steps_and_what_rounding_may_hide(tmp_path: Path) -> None:
+    base = {key: value.to(torch.bfloat16).float() for key, value in tiny.state(seed=1).items()}
+    variant = dict(base)
+    variant[LAYER] = base[LAYER].clone()
+    variant[LAYER][5:9] *= 1.5
+    bridge = tiny.state(seed=2)
+    v, b, w = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state))) for name, state in (("v", variant), ("b", base), ("w", bridge)))  # fmt: skip
+    assert ak.delta_table(v - b).distance.isna().all()  # the base itself
+    table = ak.delta_table(-3 * (v - b), on=w.protect("refiner"), k=2).set_index("tensor")
+    for key in b:
+        assert table.loc[key, "distance"] == pytest.approx(float((w[key].double() - b[key].double()).norm()), rel=1e-6)
+        if key != LAYER:
+            assert table.loc[key, "hidden"] == 0
+            assert np.isnan(table.loc[key, "step"])
+    units = [torch.ldexp(torch.ones_like(x), torch.frexp(x)[1] - 8).square() for x in (v[LAYER].double(), b[LAYER].double())]  # fmt: skip
+    changed = v[LAYER] != b[LAYER]
+    for column, unit in zip(("step", "base_step"), units, strict=True):
+        assert table.loc[LAYER, column] == pytest.approx(6 * float(unit[changed].mean().sqrt()), rel=1e-6)
+    assert table.loc[LAYER, "hidden"] == pytest.approx(6 * float(units[0][~changed].sum().div(12).sqrt()), rel=1e-6)
+    parts = ak.rolled_up(table.reset_index()).set_index("part")
+    assert parts.loc["layers", "hidden"] == pytest.approx(table.loc[LAYER, "hidden"])
+    assert parts.loc["layers", "step"] == pytest.approx(table.loc[LAYER, "step"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -174,3 +175,25 @@ def test_file_noise_of_dense_and_of_rare_changes(tmp_path: Path) -> None:
                 assert share_of_noise == pytest.approx(most, rel=0.1)
     scaled = ak.file_noise(ak.delta_table(7 * (v - b), k=3))
     assert scaled["least"].to_numpy() == pytest.approx(ak.file_noise(ak.delta_table(v - b))["least"].to_numpy())
+
+
+def test_file_noise_of_ends_in_different_dtypes(tmp_path: Path) -> None:
+    fine = tiny.state(seed=1)
+    small = tiny.near(fine, 0.0005, seed=3)
+
+    def bounds(v: tuple[tiny.State, torch.dtype], b: tuple[tiny.State, torch.dtype]) -> pd.Series:
+        made = [ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state), dtype)) for name, (state, dtype) in (("v", v), ("b", b))]  # fmt: skip
+        whole = ak.delta_table(made[0] - made[1])
+        whole = whole[whole.elements > 5000].assign(part="all")
+        return ak.file_noise(ak.rolled_up(whole)).iloc[0]
+
+    # A base that was only rounded makes a delta of nothing but noise, in either direction.
+    only = bounds((fine, torch.float32), (fine, torch.bfloat16))
+    assert only.least < 1e-6
+    assert only.most == pytest.approx(1, abs=0.02)
+    quantised = bounds((fine, torch.float8_e4m3fn), (fine, torch.bfloat16))
+    assert quantised.least == pytest.approx(1, abs=0.06)
+    # A small change in float32 files has none, though the base lies on a coarse grid.
+    stored = {key: value.to(torch.bfloat16).float() for key, value in fine.items()}
+    clean = bounds(({key: stored[key] + small[key] - fine[key] for key in fine}, torch.float32), (stored, torch.bfloat16))  # fmt: skip
+    assert clean.most < 1e-5
