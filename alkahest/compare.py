@@ -15,6 +15,7 @@ from alkahest.delta_table import names_of, sum_of_squares
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
 from alkahest.expr import Delta, require_same
 from alkahest.options import Options
+from alkahest.remembered import title_of
 from alkahest.scalar import Rules
 from alkahest.spectrum import matrix_of, randomised_svd
 from alkahest.term import Term, Workspace
@@ -74,6 +75,7 @@ def stream_compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, *
 
     columns = ["tensor", "part", "block", "module", "shape", *COMPARISON]
     found = pd.DataFrame([row for some in rows.values() for row in some], columns=columns)
+    found.attrs["of"] = title_of(*deltas.values())
     yield Event(len(jobs), len(jobs), "done", found)
 
 
@@ -90,6 +92,7 @@ def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pan
     names = list(dict.fromkeys([*pairs["first"], *pairs["second"]]))
     itself = 1.0 if statistic != "interference" else math.nan
     square = pd.DataFrame(math.nan, index=names, columns=names)
+    square.attrs |= pairs.attrs
     for name in names:
         square.loc[name, name] = itself
     for (first, second), found in pairs.groupby(["first", "second"], sort=False):

@@ -139,7 +139,9 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
             **{name: math.sqrt((found[name] ** 2 * changed).sum() / changed.sum()) if changed.any() else math.nan for name in ("step", "base_step")},
             "ulps": np.sum(list(found.ulps), axis=0), "ulp_energy": np.sum(list(found.ulp_energy), axis=0),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    result = pd.DataFrame(rows)
+    result.attrs |= table.attrs
+    return result
 
 
 def printed(table: pandas.DataFrame, by: str = "part") -> str:

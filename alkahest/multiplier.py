@@ -265,7 +265,9 @@ def _per_part(matrices: pandas.DataFrame, k: float, target: float | None) -> pan
         size, weights = _norm(found.delta_norm), _norm(found.on_norm)
         own = {} if target is None else {"k": target * weights / size if size > 0 else math.nan}
         rows.append({"part": part, "matrices": len(found), "delta_norm": size, "on_norm": weights, "relative_at_k": k * size / weights if weights > 0 else math.nan, **own})  # fmt: skip
-    return pd.DataFrame(rows)
+    parts = pd.DataFrame(rows)
+    parts.attrs |= matrices.attrs
+    return parts
 
 
 def _warnings(table: pandas.DataFrame, matrices: pandas.DataFrame, k: float, between: tuple[float, float]) -> Iterator[str]:  # fmt: skip

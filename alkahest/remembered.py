@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,23 +20,38 @@ from alkahest.work import Event
 if TYPE_CHECKING:
     import pandas
 
+_MINIATURES = Path(__file__).resolve().parent / "mini" / "weights"
+
 
 def remembered(what: str, expressions: Sequence[Expression | None], settings: Sequence[Any], measure: Callable[[], Iterator[Event]]) -> Iterator[Event]:  # fmt: skip
     """The events of ``measure``, or one event with the table that it gave before for the same files and settings.
 
     Files are the same if their BLAKE3 is, where that is known or quickly found (below 256 MB), else if
-    path, size and time are. Expressions that read anything but files are measured every time.
+    path, size and time are. Expressions that read anything but files are measured every time. The table's
+    ``attrs["of"]`` says what was measured, for titles.
     """
+    of = title_of(*expressions[:1])
     key = _key(what, expressions, settings)
     table = None if key is None else _decoded(cache.load("tables", key))
     if table is not None:
+        table.attrs["of"] = of
         yield Event(1, 1, "remembered", table)
         return
     for event in measure():
+        if event.result is not None:
+            event.result.attrs["of"] = of
         # The files are as they were at the start, or the measurement would have failed.
         if event.result is not None and key is not None and key == _key(what, expressions, settings):
             cache.store("tables", key, _encoded(what, event.result))
         yield event
+
+
+def title_of(*expressions: Expression | None) -> str:
+    """What a table is about, in words: the expressions, and whether they are of the miniature family."""
+    given = [one for one in expressions if one is not None]
+    names = name_leaves(*given)
+    small = any(isinstance(leaf, Checkpoint) and leaf.path.resolve().is_relative_to(_MINIATURES) for leaf in names)
+    return ", ".join(one.text(names) for one in given) + (" (miniatures)" if small else "")
 
 
 def _key(what: str, expressions: Sequence[Expression | None], settings: Sequence[Any]) -> str | None:

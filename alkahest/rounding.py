@@ -133,7 +133,9 @@ def rounding_curve(table: pandas.DataFrame, ks: Sequence[float] | None = None) -
             "stochastic_error": math.sqrt(per["stochastic_error"]),
             "noise_least": abs(k) * least / on if on else math.nan, "noise_most": abs(k) * most / on if on else math.nan,
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    curve = pd.DataFrame(rows)
+    curve.attrs |= table.attrs
+    return curve
 
 
 def file_noise(table: pandas.DataFrame) -> pandas.DataFrame:

@@ -1,0 +1,1 @@
+"""Plots and widgets for notebooks: ``from alkahest.lab import plots, panels``."""

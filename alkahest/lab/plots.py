@@ -1,0 +1,378 @@
+"""Plots of measured tables: a DataFrame in, Axes and alt text out.
+
+>>> plots.delta_magnitudes(ak.delta_table(variant - base))          # shows itself in a notebook
+>>> plots.delta_magnitudes(table, statistic="rms", ax=axes).alt     # or draws into Axes of yours
+
+Zeros have a strip of their own at the bottom of a log axis. Colours are `okabe_ito`, never hue alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alkahest.errors import AlkahestError, UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    import pandas
+
+COLOURS = [mpl.color_sequences["okabe_ito"][number] for number in (5, 6, 3, 1, 7, 2, 0)]
+MARKERS = "osD^vPX"
+MARKED = {1.0: "1x", 10.0: "10x, ComfyUI's cap", 20.0: "20x, practical limit"}
+# Statistic -> what an axis says about it.
+STATISTICS = {
+    "relative": "norm of delta / norm of weights, unitless",
+    "rms": "root mean square of delta, in units of the weights",
+    "delta_norm": "Frobenius norm of delta, in units of the weights",
+    "largest": "largest |delta|, in units of the weights",
+    "changed": "share of elements that differ, unitless",
+    "angle": "1 - cosine of variant and base, unitless",
+}
+_PARTS = ("embedders", "noise_refiner", "context_refiner", "siglip_refiner", "layers", "final", "other")
+_SHORT = {"noise_refiner": "noise\nref.", "context_refiner": "context\nref.", "siglip_refiner": "siglip\nref.", "embedders": "emb.", "final": "fin.", "other": "other"}  # fmt: skip
+_KINDS = ("attention", "feed_forward", "adaLN", "norm", "other")
+
+
+@dataclass(frozen=True, repr=False)
+class Plot:
+    """Axes that were drawn into, and what they show in words. Shows itself in a notebook."""
+
+    axes: Axes
+    alt: str
+
+    def __repr__(self) -> str:
+        return self.alt
+
+    def png(self, dpi: int = 100) -> bytes:
+        """The whole figure as a PNG file."""
+        return png(self.axes.figure, dpi)  # type: ignore[arg-type]
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"image/png": self.png(), "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
+
+
+def png(figure: Figure, dpi: int = 100) -> bytes:
+    """A figure as a PNG file, on white even where the page is dark."""
+    figure.set_facecolor("white")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+    """Every tensor's change by part and depth, one marker each, on a log axis with a strip for zeros."""
+    values = _statistic(table, statistic)
+    ax = _axes(ax, (10, 4.2))
+    places = _Places(table)
+    x = np.array([places.of[row] for row in zip(table.part, table.block, strict=True)], float)
+    kinds = [_kind(module) for module in table.module]
+    zero = _log_axis(ax, values)
+    for number, kind in enumerate(kind for kind in _KINDS if kind in kinds):
+        mine = np.array([one == kind for one in kinds])
+        shift = x[mine] + 0.12 * (number - 2)
+        some = values[mine] > 0
+        colour, marker = COLOURS[number], MARKERS[number]
+        ax.plot(shift[some], values[mine][some], marker, color=colour, ms=4.5, alpha=0.75, label=kind.replace("_", " "))
+        ax.plot(shift[~some], np.full((~some).sum(), zero), marker, mfc="none", mec=colour, ms=4.5)
+    places.draw(ax)
+    ax.set_ylabel(f"{STATISTICS[statistic]}\n(log scale)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.set_title(title or _titled(table, "Where it differs"))
+    untouched = int((values == 0).sum())
+    by_part = _by_part(table, values)
+    largest = max(by_part, key=lambda name: by_part[name])
+    words = ", ".join(f"{name} {_number(value)}" for name, value in by_part.items())
+    return Plot(ax, f"{ax.get_title()}: {statistic} of each of {len(table)} tensors by part and depth. Median by part: {words}; largest in {largest}. {untouched} tensors are untouched.")  # fmt: skip
+
+
+def magnitude_heatmap(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+    """Module by depth: the logarithm of a statistic as colour; untouched tensors crossed, absent ones white."""
+    values = _statistic(table, statistic)
+    places = _Places(table[table.block >= 0])
+    inside = table.block.to_numpy() >= 0
+    modules = list(dict.fromkeys(table.module[inside]))
+    grid = np.full((len(modules), len(places.of)), np.nan)
+    for part, block, module, value in zip(table.part[inside], table.block[inside], table.module[inside], values[inside], strict=True):  # fmt: skip
+        grid[modules.index(module), places.of[part, block]] = value
+    ax = _axes(ax, (10, 0.25 * len(modules) + 1.6))
+    positive = grid[grid > 0]
+    low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+    norm = mpl.colors.LogNorm(low, max(high, low * 1.001))
+    image = ax.imshow(np.ma.masked_invalid(np.where(grid == 0, np.nan, grid)), norm=norm, cmap="cividis", aspect="auto", interpolation="nearest")  # fmt: skip
+    rows, columns = np.nonzero(grid == 0)
+    ax.plot(columns, rows, "x", color="0.6", ms=4)
+    ax.set_yticks(range(len(modules)), modules, fontsize=8)
+    places.draw(ax, bands=False)
+    if rows.size:
+        ax.set_xlabel(f"{ax.get_xlabel()};  x: untouched, exactly 0", labelpad=26)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
+    bar.set_label(f"{STATISTICS[statistic]}\n(log scale)", fontsize=8)
+    ax.set_title(title or _titled(table, "Module by depth"))
+    words = "nothing differs"
+    if positive.size:
+        row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
+        part, block = places.keys[column]
+        words = f"from {_number(low)} to {_number(high)}, most in {part}.{block}.{modules[row]}"
+    return Plot(ax, f"{ax.get_title()}: {statistic} of {len(modules)} modules over {len(places.of)} blocks, {words}; {rows.size} untouched.")  # fmt: skip
+
+
+def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+    """Several deltas by depth, one line each: how far a model is from either of its parents, block by block.
+
+    >>> plots.lineage_comparison({"from Base": ak.delta_table(bridge - base), "from Turbo": ak.delta_table(bridge - turbo)})
+    """
+    ax = _axes(ax, (10, 4.2))
+    places = _Places(next(iter(tables.values())))
+    lines = {}
+    for name, table in tables.items():
+        values = _statistic(table, statistic)
+        found: dict[tuple[str, int], list[float]] = {}
+        for part, block, value in zip(table.part, table.block, values, strict=True):
+            found.setdefault((part, block), []).append(value)
+        lines[name] = np.array([np.median(found.get(key, [np.nan])) for key in places.keys])
+    zero = _log_axis(ax, np.concatenate(list(lines.values())))
+    for number, (name, line) in enumerate(lines.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        for first, last in places.spans.values():
+            some = line[first : last + 1]
+            x = np.arange(first, last + 1)
+            ax.plot(x, np.where(some > 0, some, np.nan), "-", color=colour, marker=marker, ms=5, label=name if first == 0 else None)  # fmt: skip
+            ax.plot(x[some == 0], np.full((some == 0).sum(), zero), marker, mfc="none", mec=colour, ms=5)
+    places.draw(ax)
+    ax.set_ylabel(f"{STATISTICS[statistic]}\n(median over a block's tensors, log scale)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    small = " (miniatures)" if any("(miniatures)" in one.attrs.get("of", "") for one in tables.values()) else ""
+    ax.set_title(title or f"By depth{small}")
+    words = "; ".join(f"{name}: layers {_number(_median(lines[name], places, 'layers'))}, noise refiner {_number(_median(lines[name], places, 'noise_refiner'))}" for name in lines)  # fmt: skip
+    return Plot(ax, f"{ax.get_title()}: median {statistic} of each block, for {len(lines)} deltas. {words}.")
+
+
+def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | None = None, most: int = 6) -> Plot:
+    """Singular values of the ``most`` largest matrices of `alkahest.delta_spectra`, each over its noise edge."""
+    ax = _axes(ax, (8, 4.2))
+    chosen = spectra.nlargest(most, "delta_norm")
+    for number, row in enumerate(chosen.itertuples()):
+        index = np.arange(1, len(row.singular_values) + 1)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        ax.plot(index, row.singular_values / row.noise_edge, "-", color=colour, marker=marker, ms=4, label=row.tensor)
+    ax.axhline(1.0, color="0.4", ls="--", lw=1)
+    ax.annotate("noise edge", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right", color="0.3", fontsize=8)  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("number of the singular value (log scale)")
+    ax.set_ylabel("singular value / noise edge, unitless (log scale)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    ax.set_title(title or _titled(spectra, "Spectrum"))
+    ranks = chosen.stable_rank
+    above = (
+        f"the first is {_number(chosen.above_edge.min())} to {_number(chosen.above_edge.max())} times the noise edge"
+    )
+    return Plot(ax, f"{ax.get_title()}: leading singular values of {len(chosen)} matrices; {above}, stable ranks {_number(ranks.min())} to {_number(ranks.max())}.")  # fmt: skip
+
+
+def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
+    """What is left of a delta after adding and rounding, over k, with 1x, 10x and 20x marked."""
+    ax = _axes(ax, (8, 4.2))
+    lines = {
+        "elements that change": 1 - curve.absorbed_count, "energy that survives": 1 - curve.absorbed_energy,
+        "kept along the delta (1 = no bias)": curve.nearest_kept,
+    }  # fmt: skip
+    for number, (name, values) in enumerate(lines.items()):
+        ax.plot(curve.k, values, color=COLOURS[number], ls=("-", "--", "-.")[number], lw=2, label=name)
+    ax.axhline(1.0, color="0.7", lw=0.8)
+    ax.set_ylim(-0.02, max(1.1, 1.05 * float(np.nanmax(curve.nearest_kept))))
+    ax.set_ylabel("share of the delta, unitless\n(added, rounded to nearest)")
+    _mark_multipliers(ax, curve.k)
+    ax.set_title(title or _titled(curve, "What adding leaves of the delta"))
+    words = ", ".join(f"{_number(1 - _at(curve, 'absorbed_energy', k))} at {k:g}x" for k in _inside(curve.k))
+    return Plot(ax, f"{ax.get_title()}: share of the delta's energy that survives rounding, over the multiplier: {words}.")  # fmt: skip
+
+
+def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
+    """What multiplying costs: the delta's size and the noise in it, relative to the weights, over k."""
+    ax = _axes(ax, (8, 4.2))
+    ax.plot(curve.k, curve["size"], color=COLOURS[0], lw=2, label="k |delta|")
+    ax.plot(curve.k, curve["size"] * curve.nearest_error, color=COLOURS[1], ls="--", label="error of nearest rounding")
+    ax.plot(curve.k, curve["size"] * curve.stochastic_error, color=COLOURS[2], ls="-.", label="error of stochastic rounding")  # fmt: skip
+    if curve.noise_most.max() > 0:
+        low = curve.noise_least.clip(lower=float(curve["size"].min()) * 1e-4)
+        ax.fill_between(curve.k, low, curve.noise_most, color=COLOURS[3], alpha=0.35, label="the file's own rounding, times k", hatch="//", edgecolor=COLOURS[3], lw=0)  # fmt: skip
+    ax.set_yscale("log")
+    ax.set_ylabel("norm / norm of the weights,\nunitless (log scale)")
+    _mark_multipliers(ax, curve.k)
+    ax.set_title(title or _titled(curve, "What multiplying costs"))
+    words = ", ".join(f"{_number(_at(curve, 'noise_least', k))} to {_number(_at(curve, 'noise_most', k))} at {k:g}x" for k in _inside(curve.k))  # fmt: skip
+    return Plot(ax, f"{ax.get_title()}: norms relative to the weights over the multiplier; the file's own rounding makes {words}.")  # fmt: skip
+
+
+def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | None = None) -> Plot:
+    """The k that each part would need by itself, beside the one for all, with 1x, 10x and 20x marked."""
+    parts = multiplier.per_part
+    own = "k" in parts
+    values = (parts.k if own else parts.relative_at_k).to_numpy(float)
+    ax = _axes(ax, (8, 0.45 * len(parts) + 1.8))
+    some = np.isfinite(values) & (values > 0)
+    y = np.arange(len(parts))
+    ax.plot(values[some], y[some], "o", color=COLOURS[0], ms=8)
+    ax.set_ylim(-0.6, len(parts) - 0.4)
+    ax.set_yticks(y, parts.part)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    for place in y[~some]:
+        ax.annotate("untouched" if own else "0", (0, place), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center", color="0.4")  # fmt: skip
+    for place, value in zip(y[some], values[some], strict=True):
+        ax.annotate(_number(value), (value, place), xytext=(0, 6), textcoords="offset points", ha="center")
+    if own:
+        ax.axvline(float(multiplier), color=COLOURS[1], lw=2, label=f"all together: {float(multiplier):.4g}")
+        _mark_multipliers(ax, values[some], axis_label="multiplier k that brings the part to its share (log scale)")
+    else:
+        ax.set_xlabel("k |delta| / |weights| at the multiplier, unitless (log scale)")
+    ax.margins(x=0.15)
+    ax.grid(axis="y", color="0.9")
+    ax.set_title(title or _titled(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
+    words = ", ".join(f"{part} {_number(value) if good else 'untouched'}" for part, value, good in zip(parts.part, values, some, strict=True))  # fmt: skip
+    return Plot(ax, f"{ax.get_title()}: {words}.")
+
+
+def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+    """Delta against delta, from `alkahest.comparison_matrix`: colours are symmetric about zero where signs matter."""
+    ax = _axes(ax, (1.1 * len(square) + 2.4, 0.8 * len(square) + 1.6))
+    values = square.to_numpy(float)
+    signed = statistic == "cosine"
+    top = 1.0 if statistic != "interference" else max(float(np.nanmax(values, initial=0.0)), 1e-9)
+    low = -1.0 if signed else 0.0
+    image = ax.imshow(np.ma.masked_invalid(values), vmin=low, vmax=top, cmap="RdBu_r" if signed else "cividis")
+    ax.set_xticks(range(len(square)), square.columns, rotation=30, ha="right")
+    ax.set_yticks(range(len(square)), square.index)
+    for row, column in np.ndindex(values.shape):
+        value = values[row, column]
+        if math.isfinite(value):
+            shade = (value - low) / (top - low)
+            dark = abs(shade - 0.5) > 0.3 if signed else shade < 0.5
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+    ax.figure.colorbar(image, ax=ax, label=f"{statistic.replace('_', ' ')}, unitless")
+    small = " (miniatures)" if "(miniatures)" in square.attrs.get("of", "") else ""
+    ax.set_title(title or f"Delta against delta: {statistic.replace('_', ' ')}{small}")
+    pairs = [f"{a} and {b} {values[i, j]:.2f}" for i, a in enumerate(square.index) for j, b in enumerate(square.columns) if i < j]  # fmt: skip
+    return Plot(ax, f"{ax.get_title()}: {', '.join(pairs)}.")
+
+
+class _Places:
+    """Where parts and blocks stand on the x axis: embedders, refiners, layers, final layer."""
+
+    def __init__(self, table: pandas.DataFrame) -> None:
+        known = sorted(set(zip(table.part, table.block, strict=True)), key=lambda key: (_PARTS.index(key[0]), key[1]))
+        self.keys = known
+        self.of = {key: place for place, key in enumerate(known)}
+        self.spans: dict[str, tuple[int, int]] = {}
+        for part, _ in known:
+            mine = [place for (one, _), place in self.of.items() if one == part]
+            self.spans[part] = (mine[0], mine[-1])
+
+    def draw(self, ax: Axes, bands: bool = True) -> None:
+        ticks, labels = [], []
+        for number, (part, (first, last)) in enumerate(self.spans.items()):
+            if bands and number % 2 == 0:
+                ax.axvspan(first - 0.5, last + 0.5, color="0.93", zorder=0, lw=0)
+            elif not bands and first:
+                ax.axvline(first - 0.5, color="white", lw=2)
+            step = 1 if last - first < 12 else 5
+            for place in range(first, last + 1, step):
+                block = self.keys[place][1]
+                ticks.append(place)
+                labels.append("" if block < 0 else str(block))
+            short = f"layers (0-{last - first})" if part == "layers" else _SHORT[part]
+            ax.annotate(short, ((first + last) / 2, 0), xycoords=("data", "axes fraction"), xytext=(0, -18), textcoords="offset points", ha="center", va="top", fontsize=8)  # fmt: skip
+        ax.set_xticks(ticks, labels, fontsize=8)
+        ax.set_xlim(-0.7, len(self.keys) - 0.3)
+        ax.set_xlabel("part and block, in the order of the data flow", labelpad=26)
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    if ax is not None:
+        return ax
+    # No pyplot: its state is not for worker threads, and a plot shows itself.
+    return Figure(figsize=size, layout="constrained", facecolor="white").subplots()
+
+
+def _statistic(table: pandas.DataFrame, name: str) -> np.ndarray[Any, Any]:
+    if name not in STATISTICS:
+        raise UnknownNameError("plot", "no such statistic", found=repr(name), fix=nearest(name, STATISTICS))
+    if len(table) == 0:
+        raise AlkahestError("plot", "the table has no rows", fix="measure something first: ak.delta_table(variant - base)")  # fmt: skip
+    if name != "angle":
+        values: np.ndarray[Any, Any] = table[name].fillna(0.0).to_numpy(float)
+        return values
+    # From lengths, for a cosine next to 1 has no digits left: |v - b|^2 = |v|^2 + |b|^2 - 2 |v| |b| cos.
+    angle = (table.delta_norm**2 - (table.variant_norm - table.base_norm) ** 2) / (2 * table.variant_norm * table.base_norm)  # fmt: skip
+    values = angle.fillna(0.0).clip(lower=0.0).to_numpy(float)
+    return values
+
+
+def _log_axis(ax: Axes, values: np.ndarray[Any, Any]) -> float:
+    """A log y axis round the values that are not zero; returns where the strip for zeros lies."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+    ax.set_yscale("log")
+    if positive.size == values.size:
+        ax.set_ylim(low / 2, high * 2)
+        return float(low)
+    span = max(math.log10(high / low), 1.0)
+    zero = low / 10 ** (0.12 * span + 0.15)
+    ax.set_ylim(zero / 10 ** (0.05 * span), high * 10 ** (0.06 * span))
+    ax.axhspan(ax.get_ylim()[0], zero * 10 ** (0.05 * span), color="0.85", zorder=0.5, lw=0)
+    ax.annotate("0 (untouched)", (1, zero), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    return float(zero)
+
+
+def _mark_multipliers(ax: Axes, ks: Any, axis_label: str = "multiplier k (log scale)") -> None:
+    ax.set_xscale("log")
+    ax.set_xlabel(axis_label)
+    low, high = (float(np.min(ks)), float(np.max(ks))) if len(ks) else (1.0, 1.0)
+    for (k, name), style in zip(MARKED.items(), (":", "-.", "--"), strict=True):
+        if low / 10 <= k <= high * 10:
+            ax.axvline(k, color="0.35", ls=style, lw=1, label=name)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+
+
+def _inside(ks: Any) -> Iterator[float]:
+    yield from (k for k in MARKED if np.min(ks) <= k <= np.max(ks))
+
+
+def _at(curve: pandas.DataFrame, column: str, k: float) -> float:
+    return float(np.interp(math.log(k), np.log(curve.k), curve[column]))
+
+
+def _kind(module: str) -> str:
+    lowered = module.lower()
+    if "norm" in lowered:
+        return "norm"
+    return next((kind for kind in _KINDS if kind.lower() in lowered), "other")
+
+
+def _by_part(table: pandas.DataFrame, values: np.ndarray[Any, Any]) -> dict[str, float]:
+    return {str(part): float(np.median(values[(table.part == part).to_numpy()])) for part in dict.fromkeys(table.part)}
+
+
+def _median(line: np.ndarray[Any, Any], places: _Places, part: str) -> float:
+    first, last = places.spans.get(part, (0, 0))
+    return float(np.nanmedian(line[first : last + 1]))
+
+
+def _titled(table: pandas.DataFrame, what: str) -> str:
+    of = str(table.attrs.get("of", ""))
+    if len(of) > 90:
+        of = f"{of[:60]} ... {of[-25:]}"
+    return f"{what}{': ' if len(what + of) < 75 else chr(10)}{of}" if of else what
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
