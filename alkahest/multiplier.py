@@ -119,11 +119,7 @@ def stream_needed_multiplier(
     reference: Delta | None = None, dtype: str | None = None, **options: Any,
 ) -> Iterator[Event]:  # fmt: skip
     """`needed_multiplier` as a generator of events."""
-    if basis not in BASES:
-        raise UnknownNameError("needed_multiplier", "no such basis", found=repr(basis), fix=nearest(str(basis), BASES))
-    target = BASES[basis][0] if target is None else float(target)
-    if not (math.isfinite(target) and target > 0) or (basis == "survival" and target >= 1):
-        raise AlgebraError("needed_multiplier", "the target is out of range", expected=BASES[basis][1] + (", below 1" if basis == "survival" else ""), found=target)  # fmt: skip
+    target = _target(basis, target)
     if basis == "reference" and reference is None:
         raise AlgebraError("needed_multiplier", "this basis compares with a delta that is known to work", fix="reference=other - its_base")  # fmt: skip
     _require_delta(delta)
@@ -139,13 +135,13 @@ def stream_needed_multiplier(
                 yield event
             else:
                 tables.append(event.result)
-    added = _added_to(delta, on)
+    added = not_protected(delta, on)
     yield Event(1, 1, "done", multiplier_of(tables[0], basis, target, tables[1] if reference is not None else None, added))  # fmt: skip
 
 
 def multiplier_of(table: pandas.DataFrame, basis: str = "relative", target: float | None = None, reference: pandas.DataFrame | None = None, added: frozenset[str] | None = None) -> Multiplier:  # fmt: skip
     """`needed_multiplier` from delta tables (with k = 1); ``added`` names the tensors that are not protected."""
-    target = BASES[basis][0] if target is None else target
+    target = _target(basis, target)
     matrices = _matrices(table, added)
     size, weights, distance = (_norm(matrices[name]) for name in ("delta_norm", "on_norm", "distance"))
     if size == 0:
@@ -215,7 +211,17 @@ def _require_delta(delta: object) -> None:
         raise AlgebraError("needed_multiplier", "a delta is needed", found=type(delta).__name__, fix=hint)
 
 
-def _added_to(delta: Delta, on: Weights | None) -> frozenset[str] | None:
+def _target(basis: str, target: float | None) -> float:
+    if basis not in BASES:
+        raise UnknownNameError("needed_multiplier", "no such basis", found=repr(basis), fix=nearest(str(basis), BASES))
+    default, meaning = BASES[basis]
+    target = default if target is None else float(target)
+    if not (math.isfinite(target) and target > 0) or (basis == "survival" and target >= 1):
+        raise AlgebraError("needed_multiplier", "the target is out of range", expected=meaning + (", below 1" if basis == "survival" else ""), found=target)  # fmt: skip
+    return target
+
+
+def not_protected(delta: Delta, on: Weights | None) -> frozenset[str] | None:
     """The tensors that are not protected from the delta."""
     if on is None:
         return None

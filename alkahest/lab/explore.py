@@ -1,0 +1,147 @@
+"""A plot with controls, from a draw function's own signature."""
+
+from __future__ import annotations
+
+import base64
+import html
+import inspect
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+from matplotlib.figure import Figure
+
+from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.lab.plots import png
+
+_WAIT = 0.15  # seconds without a change before drawing: a drag of a slider draws once or twice
+_DRAWING = threading.Lock()  # callbacks come from several threads, and matplotlib's caches are shared
+_WIDE = widgets.Layout(width="auto", min_width="16em")
+_STYLE = {"description_width": "initial"}
+
+
+class Explorer(widgets.VBox):  # type: ignore[misc]
+    """A picture and the controls that redraw it; see `explore`."""
+
+    def __init__(self, draw: Callable[..., str], size: tuple[float, float], controls: dict[str, Any]) -> None:
+        self._draw = draw
+        self._size = size
+        self._timer: threading.Timer | None = None
+        self._ranges: dict[str, tuple[float, float]] = {}
+        self._png = b""
+        self.alt = ""
+        self.controls: dict[str, Any] = {}
+        rows = [self._row(name, default, controls.get(name)) for name, default in _defaults(draw, controls).items()]
+        self.picture = widgets.HTML()
+        self.status = widgets.HTML()
+        super().__init__([widgets.HBox(rows, layout=widgets.Layout(flex_flow="row wrap")), self.picture, self.status])
+        for control in self.controls.values():
+            control.observe(lambda _: self._later(), names="value")
+        self.redraw()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What every control is set to."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def redraw(self) -> None:
+        """Draw now, in this thread; what goes wrong is said in the status line."""
+        with _DRAWING:
+            values = self.values
+            figure = Figure(figsize=self._size, layout="constrained", facecolor="white")
+            try:
+                self.alt = str(self._draw(figure, **values))
+                self._png = png(figure)
+            except Exception as error:
+                self.status.value = f"<pre role='alert'>{html.escape(_reason(error))}</pre>"
+                return
+            encoded = base64.b64encode(self._png).decode()
+            self.picture.value = f'<img role="img" style="max-width:100%" alt="{html.escape(self.alt)}" src="data:image/png;base64,{encoded}">'  # fmt: skip
+            self.status.value = "<br>".join(html.escape(line, quote=False) for line in self._outside(values))
+
+    def _row(self, name: str, default: Any, given: Any) -> Any:
+        control, slider, bounds = _control(name, default, given)
+        self.controls[name] = control
+        if bounds is not None:
+            self._ranges[name] = bounds
+        return control if slider is None else widgets.VBox([control, slider])
+
+    def _later(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(_WAIT, self.redraw)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _outside(self, values: dict[str, Any]) -> list[str]:
+        found = [(name, values[name], *bounds) for name, bounds in self._ranges.items()]
+        return [f"{name} = {value:g} lies outside the slider's {low:g} to {high:g}; it is used as it stands" for name, value, low, high in found if not low <= value <= high]  # fmt: skip
+
+    def _repr_mimebundle_(self, **given: Any) -> Any:
+        # The picture goes with the notebook, so that it reads without a kernel.
+        bundle = super()._repr_mimebundle_(**given)
+        return {**(bundle or {}), "image/png": base64.b64encode(self._png).decode(), "text/plain": self.alt}
+
+
+def explore(draw: Callable[..., str], *, size: tuple[float, float] = (9, 4.5), **controls: Any) -> Explorer:
+    """Controls for the keyword arguments of ``draw(figure, *, k=1.0, statistic="rms")``, which returns alt text.
+
+    >>> explore(lambda fig, *, k=1.0: plots.survival(table, ax=fig.subplots()).alt, k=(0.1, 1000, "log"))
+
+    A control follows from the default: a number box, a text box, a checkbox. ``name=[...]`` gives a menu,
+    ``name=(low, high)`` or ``(low, high, "log")`` a slider that writes into the number box. The box is the
+    truth: it takes any number, and the status line says when that lies outside the slider's range. Drawing
+    waits until the controls rest, runs in a thread of its own, and shows its errors instead of raising.
+    """
+    return Explorer(draw, size, controls)
+
+
+def _defaults(draw: Callable[..., str], controls: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for parameter in list(inspect.signature(draw).parameters.values())[1:]:
+        if parameter.default is inspect.Parameter.empty:
+            raise AlkahestError("explore", "every argument of draw but the figure needs a default", found=parameter.name, fix=f"{parameter.name}=1.0")  # fmt: skip
+        found[parameter.name] = parameter.default
+    for name in controls:
+        if name not in found:
+            raise UnknownNameError("explore", "draw has no such argument", found=repr(name), fix=nearest(name, found))
+    return found
+
+
+def _control(name: str, default: Any, given: Any) -> tuple[Any, Any, tuple[float, float] | None]:
+    """A control for one argument; a slider that writes into it and its range, if one was asked for."""
+    label = {"description": name.replace("_", " "), "style": _STYLE, "layout": _WIDE}
+    if isinstance(given, tuple):
+        return _number_with_slider(name, default, given, label)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        options = list(given)
+        if default not in options:
+            raise AlkahestError("explore", f"the default of {name} is not in its menu", expected=options, found=default)
+        return widgets.Dropdown(options=options, value=default, **label), None, None
+    for kind, control in ((bool, widgets.Checkbox), (int, widgets.IntText), (float, widgets.FloatText), (str, widgets.Text)):  # fmt: skip
+        if isinstance(default, kind):
+            return control(value=default, **label), None, None
+    raise AlkahestError("explore", f"no control is known for the default of {name}", expected="a number, text, a truth value or a menu", found=type(default).__name__)  # fmt: skip
+
+
+def _number_with_slider(name: str, default: Any, given: tuple[Any, ...], label: dict[str, Any]) -> tuple[Any, Any, tuple[float, float]]:  # fmt: skip
+    low, high, *kind = given
+    log = kind == ["log"]
+    if not low < high or (log and low <= 0) or (kind and not log):
+        raise AlkahestError("explore", f"the range of {name} cannot be a slider", expected="(low, high) or (low, high, 'log')", found=given)  # fmt: skip
+    box = widgets.FloatText(value=float(default), **label)
+    # readout=False: the box shows the number, and the slider's own is rounded to its step.
+    common = {"description": f"{label['description']} (slider)", "readout": False, "style": _STYLE}
+    inside = min(max(float(default), low), high)
+    if log:
+        slider = widgets.FloatLogSlider(value=inside, min=math.log10(low), max=math.log10(high), step=0.01, **common)
+    else:
+        slider = widgets.FloatSlider(value=inside, min=low, max=high, step=(high - low) / 200, **common)
+    slider.observe(lambda change: setattr(box, "value", float(f"{change['new']:.4g}")), names="value")
+    return box, slider, (float(low), float(high))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, AlkahestError) else f"{type(error).__name__}: {error}"

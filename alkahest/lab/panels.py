@@ -1,0 +1,136 @@
+"""The workbench's panels: a delta browser and a multiplier panel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+from matplotlib.figure import Figure
+
+from alkahest.delta_table import stream_delta_table
+from alkahest.errors import AlgebraError, AlkahestError
+from alkahest.expr import Delta, Weights, ends
+from alkahest.lab import plots
+from alkahest.lab.explore import Explorer, explore
+from alkahest.lab.jobs import Job
+from alkahest.multiplier import BASES, Multiplier, multiplier_of, not_protected
+from alkahest.rounding import rounding_curve
+
+_VIEWS = ("tensors", "heatmap", "modules")
+
+
+def delta_browser(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
+    """Look at a delta by statistic, part and view. A delta is measured first, behind a bar with Cancel.
+
+    >>> panels.delta_browser(ak.delta_table(variant - base))
+    """
+
+    def browse(table: pd.DataFrame) -> Explorer:
+        def draw(figure: Figure, *, statistic: str = "relative", part: str = "all", view: str = "tensors") -> str:
+            chosen = table if part == "all" else table[table.part == part]
+            if view == "modules":
+                return plots.lineage_comparison(_by_module(chosen), statistic, ax=figure.subplots()).alt
+            plot = plots.delta_magnitudes if view == "tensors" else plots.magnitude_heatmap
+            return plot(chosen, statistic, ax=figure.subplots()).alt
+
+        parts = ["all", *dict.fromkeys(table.part)]
+        return explore(draw, size=(10, 5), statistic=list(plots.STATISTICS), part=parts, view=list(_VIEWS))
+
+    return _measured(what, on, browse)
+
+
+def multiplier_panel(what: Delta, on: Weights | None = None) -> Any:
+    """Choose a basis and a k, and see what is left of the delta and what it costs; ``.multiplier`` is the computed one.
+
+    >>> panels.multiplier_panel(variant - base, on=bridge)
+
+    A new basis or target computes k anew; the number box then takes any other.
+    """
+    if not isinstance(what, Delta):
+        raise AlgebraError("multiplier_panel", "a delta is needed", found=type(what).__name__, fix="variant - base")
+    added = not_protected(what, ends(what)[1] if on is None else on)
+
+    def choose(table: pd.DataFrame) -> MultiplierPanel:
+        return MultiplierPanel(table, added)
+
+    return _measured(what, on, choose)
+
+
+class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
+    """A multiplier in words beside the curves that speak for and against it; see `multiplier_panel`."""
+
+    def __init__(self, table: pd.DataFrame, added: frozenset[str] | None) -> None:
+        self._table = table
+        self._added = added
+        self._curve = rounding_curve(table)
+        self._known: dict[tuple[str, float], Multiplier] = {}
+        self.words = widgets.HTML()
+        start = BASES["relative"][0]
+
+        def draw(figure: Figure, *, basis: str = "relative", target: float = start, k: float = float(self._multiplier("relative", start))) -> str:  # fmt: skip
+            return self._draw(figure, self._multiplier(basis, target), k)
+
+        self.explorer = explore(draw, size=(10, 8), basis=self._bases(), k=(0.1, 1000, "log"))
+        controls = self.explorer.controls
+        controls["basis"].observe(lambda change: setattr(controls["target"], "value", BASES[change["new"]][0]), "value")
+        for name in ("basis", "target"):
+            controls[name].observe(lambda _: self._compute(), "value")
+        super().__init__([self.words, self.explorer])
+
+    @property
+    def multiplier(self) -> Multiplier:
+        """The computed multiplier, at the basis and target that the controls are set to."""
+        values = self.explorer.values
+        return self._multiplier(values["basis"], values["target"])
+
+    def _compute(self) -> None:
+        # A target out of range is said by the picture, which computes it too.
+        with contextlib.suppress(AlkahestError):
+            self.explorer.controls["k"].value = float(self.multiplier)
+
+    def _draw(self, figure: Figure, found: Multiplier, k: float) -> str:
+        self.words.value = found._repr_html_()
+        upper, middle, lower = figure.subplots(3, 1, height_ratios=(3, 3, 2))
+        said = [plots.survival(self._curve, ax=upper).alt, plots.noise(self._curve, ax=middle).alt, plots.multiplier_by_part(found, ax=lower).alt]  # fmt: skip
+        for axes in (upper, middle):
+            axes.axvline(k, color=plots.COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        at = rounding_curve(self._table, [k]).iloc[0]
+        return f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its energy survives rounding. " + " ".join(said)  # fmt: skip
+
+    def _multiplier(self, basis: str, target: float) -> Multiplier:
+        key = (basis, target)
+        if key not in self._known:
+            self._known[key] = multiplier_of(self._table, basis, target, added=self._added)
+        return self._known[key]
+
+    def _bases(self) -> list[str]:
+        """The bases that this table can speak about."""
+        known = multiplier_of(self._table, added=self._added).bases
+        return [name for name in BASES if known[name] == known[name]]
+
+    def _repr_mimebundle_(self, **given: Any) -> Any:
+        still = self.explorer._repr_mimebundle_()
+        bundle = super()._repr_mimebundle_(**given)
+        return {**(bundle or {}), "image/png": still["image/png"], "text/plain": still["text/plain"]}
+
+
+def _by_module(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The modules that differ most, a table each."""
+    largest = table[table.block >= 0].groupby("module").relative.median().nlargest(len(plots.COLOURS))
+    return {module: table[table.module == module] for module in largest.index}
+
+
+def _measured(what: Delta | pd.DataFrame, on: Weights | None, build: Callable[[pd.DataFrame], Any]) -> Any:
+    """What ``build`` makes of a table, measured first if it is a delta still."""
+    if isinstance(what, pd.DataFrame):
+        return build(what)
+    if not isinstance(what, Delta):
+        raise AlgebraError("delta_browser", "a delta or its table is needed", found=type(what).__name__, fix="variant - base")  # fmt: skip
+    box = widgets.VBox()
+    job = Job(lambda: stream_delta_table(what, on), on_result=lambda table: setattr(box, "children", [build(table)]), unit="B", title="Measure")  # fmt: skip
+    box.children = [job]
+    return box
