@@ -33,7 +33,19 @@ def named(trio: dict[str, Path]) -> list[object]:
 
 def test_every_command_and_option_has_help() -> None:
     group = typer.main.get_command(app)
-    known = {"inspect", "diff", "merge", "convert", "recipe", "verify", "make-checkpoint", "mini"}
+    known = {
+        "inspect",
+        "diff",
+        "multiplier",
+        "check",
+        "cache",
+        "merge",
+        "convert",
+        "recipe",
+        "verify",
+        "make-checkpoint",
+        "mini",
+    }
     assert set(group.commands) == known  # type: ignore[attr-defined]
     family = group.commands["mini"].commands  # type: ignore[attr-defined]
     assert set(family) == {"build", "measure"}
@@ -71,6 +83,74 @@ def test_diff(trio: dict[str, Path], tmp_path: Path) -> None:
     assert "no such file" in run("diff", variant, tmp_path / "gone.safetensors", code=1)
 
 
+def test_multiplier(trio: dict[str, Path], tmp_path: Path) -> None:
+    variant, base, bridge = trio["variant"], trio["base"], trio["bridge"]
+    k = ak.needed_multiplier(ak.open(variant) - ak.open(base), on=ak.open(bridge).protect("refiner"))
+    common = (variant, base, "--on", bridge, "--protect", "refiner", "-q")
+    assert run("multiplier", *common) == f"{k!r}\n"
+    found = json.loads(run("multiplier", *common, "--json"))
+    assert found["value"] == k
+    assert found["bases"]["reference"] is None
+    assert {row["part"] for row in found["per_part"]} == {"embedders", "layers", "final"}
+    other = json.loads(
+        run("multiplier", *common, "--json", "--basis", "reference", "--target", 2, "--reference", variant)
+    )
+    assert other["value"] == pytest.approx(2)
+    apart = json.loads(run("multiplier", *common, "--json", "--basis", "reference", "--reference", bridge, "--reference-base", variant))  # fmt: skip
+    assert apart["value"] > 10
+    assert "the delta is exactly zero" in run("multiplier", base, base, "-q", code=1)
+    assert "did you mean 'relative'" in run("multiplier", *common, "--basis", "relativ", code=1)
+
+
+def test_check(trio: dict[str, Path]) -> None:
+    model = {name: ak.mini.WEIGHTS / f"{name}.safetensors" for name in ak.mini.family()}
+    output = run("check", model["base-variant"], model["turbo"], model["base"], "--bridge", model["deturbo"], "-q")
+    assert output.splitlines()[0] == "nearest: base"
+    assert "importable" in output.splitlines()
+    assert "the bridge's refiner is" in output
+    found = json.loads(run("check", model["base-refiner-trained"], model["base"], "--json", "-q", code=1))
+    assert found["verdict"] == "not importable"
+    assert found["candidates"][0]["candidate"] == "base"
+
+
+def test_pictures_reports_and_tables(trio: dict[str, Path], tmp_path: Path) -> None:
+    variant, base = trio["variant"], trio["base"]
+    for command in ("diff", "multiplier", "check"):
+        names = [tmp_path / f"{command}.{end}" for end in ("png", "html", "csv")]
+        run(command, variant, base, "--plot", names[0], "--html", names[1], "--csv", names[2], "-q")
+        assert names[0].read_bytes().startswith(b"\x89PNG")
+        assert "variant - base" in names[1].read_text()
+        assert ("The multiplier" in names[1].read_text()) == (command == "multiplier")
+        assert len(names[2].read_text().splitlines()) == 1 + len(ak.open(base))
+    before = sorted(os.listdir(tmp_path))
+    assert "pictures are PNG files" in run("diff", variant, base, "--plot", tmp_path / "a.pdf", "-q", code=1)
+    assert "folder does not exist" in run("diff", variant, base, "--html", tmp_path / "gone" / "a.html", code=1)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_cache(trio: dict[str, Path]) -> None:
+    run("diff", trio["variant"], trio["base"], "-q")
+    found = json.loads(run("cache", "--json"))
+    assert found["tables"]["entries"] == 1
+    assert "measured deltas" in run("cache")
+    assert "did you mean 'tables'" in run("cache", "--clear", "--kind", "table", code=1)
+    assert json.loads(run("cache", "--clear", "--kind", "tables", "--json"))["freed"] == found["tables"]["bytes"]
+    assert json.loads(run("cache", "--json"))["tables"]["entries"] == 0
+
+
+def test_an_automatic_multiplier(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    text = "bridge.protect('refiner') + k * (variant - base)"
+    output = run("merge", text, *named(trio), "--k", "auto", "-o", out, "-q")
+    k = ak.needed_multiplier(ak.open(trio["variant"]) - ak.open(trio["base"]), on=ak.open(trio["bridge"]).protect("refiner"))  # fmt: skip
+    assert f"k: {k!r}" in output
+    assert f"param('k', {k.value!r})" in run("recipe", out)
+    by_hand = tmp_path / "by_hand.safetensors"
+    run("merge", text, *named(trio), f"--k={k.value!r}", "-o", by_hand, "-q")
+    assert by_hand.read_bytes() == out.read_bytes()
+    assert "every byte the same" in run("verify", out, "--recompute", *named(trio))
+
+
 def test_merge_then_recipe_then_merge_again(trio: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     report = run("merge", MAIN_JOB, *named(trio), "-o", out, "--dtype", "fp16", "--quiet")
@@ -95,7 +175,7 @@ def test_numbers_for_names(trio: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_an_interrupt_that_an_import_swallowed_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import alkahest.cli
+    from alkahest.cli import shared
 
     def swallowing(*arguments: object, **options: object) -> object:
         with contextlib.suppress(KeyboardInterrupt):
@@ -104,7 +184,7 @@ def test_an_interrupt_that_an_import_swallowed_still_counts(tmp_path: Path, monk
         return made_up(layers=1, width=32)
 
     made_up = ak.made_up
-    monkeypatch.setattr(alkahest.cli.alkahest, "made_up", swallowing)
+    monkeypatch.setattr(shared.alkahest, "made_up", swallowing)
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
     assert "interrupted" in run("make-checkpoint", "-o", tmp_path / "x.safetensors", code=130)
     assert os.listdir(tmp_path) == []
@@ -113,7 +193,7 @@ def test_an_interrupt_that_an_import_swallowed_still_counts(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bridge + k * (variant - base)", "--k", "auto"], "reserved"),
+        (["lerp(bridge, variant, k)", "--k", "auto"], "'k' must multiply one delta that is added to a model"),
         (["bridge + k * (variant - base)"], "nothing is given for 'k'"),
         (["bridge + (variant - base)", "--varient", "x"], "did you mean 'variant'"),
         (["bridge + (variant - base)", "--dtyp", "bf16"], "did you mean 'dtype'"),

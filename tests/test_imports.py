@@ -20,7 +20,7 @@ ORDER = [
     "locate", "checkpoint", "made_up", "options", "output", "work", "write", "stream", "live", "provenance", "rounding", "remembered",
     "delta_table", "spectrum", "compare", "check", "multiplier",
     "mini", "components", "pipeline", "sample", "live_model", "measures", "contact_sheet", "sweep", "mini.scenes", "mini.drawing",
-    "mini.models", "mini.muon", "mini.training", "mini.judge", "mini.parts", "mini.build", "mini.report", "lab", "lab.plots", "lab.explore", "lab.jobs", "lab.panels", "cli",
+    "mini.models", "mini.muon", "mini.training", "mini.judge", "mini.parts", "mini.build", "mini.report", "lab", "lab.plots", "lab.explore", "lab.jobs", "lab.panels", "lab.report", "cli.shared", "cli.checkpoints", "cli.measure", "cli.mini", "cli",
     "__main__",
 ]  # fmt: skip
 # The late imports that the design allows: an expression saves itself.

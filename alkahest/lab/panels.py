@@ -94,12 +94,14 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
     def _draw(self, figure: Figure, found: Multiplier, k: float) -> str:
         self.words.value = found._repr_html_()
         upper, middle, lower = figure.subplots(3, 1, height_ratios=(3, 3, 2))
-        said = [plots.survival(self._curve, ax=upper).alt, plots.noise(self._curve, ax=middle).alt, plots.multiplier_by_part(found, ax=lower).alt]  # fmt: skip
-        for axes in (upper, middle):
-            axes.axvline(k, color=plots.COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        drawn = [
+            plots.survival(self._curve, upper),
+            plots.noise(self._curve, middle),
+            plots.multiplier_by_part(found, lower),
+        ]
+        plots.mark(drawn[:2], k)
         at = rounding_curve(self._table, [k]).iloc[0]
-        return f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its energy survives rounding. " + " ".join(said)  # fmt: skip
+        return f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its energy survives rounding. " + " ".join(one.alt for one in drawn)  # fmt: skip
 
     def _multiplier(self, basis: str, target: float) -> Multiplier:
         key = (basis, target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -263,6 +263,13 @@ def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: A
     ax.set_title(title or f"Delta against delta: {statistic.replace('_', ' ')}{small}")
     pairs = [f"{a} and {b} {values[i, j]:.2f}" for i, a in enumerate(square.index) for j, b in enumerate(square.columns) if i < j]  # fmt: skip
     return Plot(ax, f"{ax.get_title()}: {', '.join(pairs)}.")
+
+
+def mark(drawn: Sequence[Plot], k: float) -> None:
+    """Draw a line at k into plots over k."""
+    for one in drawn:
+        one.axes.axvline(k, color=COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
+        one.axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
 
 
 class _Places:

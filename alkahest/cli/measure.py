@@ -1,0 +1,217 @@
+"""Commands that measure: diff, multiplier, check, cache."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import alkahest
+from alkahest.cli.shared import AsJson, Device, Quiet, Threads, app, drain, options_of, reported
+from alkahest.errors import OutputError, UnsupportedError
+
+if TYPE_CHECKING:
+    import pandas
+
+Variant = Annotated[str, typer.Argument(help="Checkpoint that learned something.")]
+Base = Annotated[str, typer.Argument(help="Checkpoint that it was made from.")]
+On = Annotated[str | None, typer.Option(help="What the difference is to be added to; default: the base.")]
+RoundingIn = Annotated[str | None, typer.Option("--dtype", help="Count rounding in this dtype; default: as stored.")]
+Csv = Annotated[Path | None, typer.Option(help="Also write the whole table, a row for each tensor.")]
+Picture = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture into this PNG file.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Also write a report: one HTML file with everything in it.")]
+
+
+@app.command()
+def diff(
+    variant: Variant,
+    base: Base,
+    on: On = None,
+    k: Annotated[float, typer.Option(help="Multiplier of the difference.")] = 1.0,
+    by: Annotated[str, typer.Option(help="One row for each part, block, module or tensor.")] = "part",
+    dtype: RoundingIn = None,
+    csv: Csv = None,
+    plot: Picture = None,
+    html: Html = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show where two checkpoints differ and how much, and how much of it adding would round away."""
+    from alkahest.delta_table import printed, stream_delta_table
+
+    with reported():
+        if by not in ("part", "block", "module", "tensor"):
+            raise typer.BadParameter("--by is part, block, module or tensor")
+        _require_outputs(csv, plot, html)
+        delta = alkahest.open(variant) - alkahest.open(base)
+        weights = None if on is None else alkahest.open(on)
+        table = drain(stream_delta_table(delta, weights, k, dtype, **options_of(device=device, threads=threads)), quiet).result  # fmt: skip
+        _write(table, csv, html)
+        if plot is not None:
+            from alkahest.lab import plots
+
+            _draw(plots.delta_magnitudes(table), plot)
+        print(table.to_json(orient="records", indent=1) if as_json else printed(table, by))
+
+
+@app.command()
+def multiplier(
+    variant: Variant,
+    base: Base,
+    on: On = None,
+    protect: Annotated[str | None, typer.Option(help="What stays as it is in --on, such as refiner.")] = None,
+    basis: Annotated[str, typer.Option(help="relative, reference, survival or bridge.")] = "relative",
+    target: Annotated[float | None, typer.Option(help="What the basis aims at; default: its own.")] = None,
+    reference: Annotated[str | None, typer.Option(help="For --basis reference: a variant known to work.")] = None,
+    reference_base: Annotated[str | None, typer.Option(help="The base of --reference; default: BASE.")] = None,
+    dtype: RoundingIn = None,
+    csv: Csv = None,
+    plot: Picture = None,
+    html: Html = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compute the multiplier that a difference needs to take effect, and say on what basis."""
+    from alkahest.delta_table import stream_delta_table
+    from alkahest.multiplier import stream_needed_multiplier
+
+    with reported():
+        _require_outputs(csv, plot, html)
+        opened = alkahest.open(base)
+        delta = alkahest.open(variant) - opened
+        weights: alkahest.Weights = opened if on is None else alkahest.open(on)
+        weights = weights if protect is None else weights.protect(protect)
+        other = None
+        if reference is not None:
+            other = alkahest.open(reference) - (opened if reference_base is None else alkahest.open(reference_base))
+        options = options_of(device=device, threads=threads)
+        found = drain(stream_needed_multiplier(delta, weights, basis, target, other, dtype, **options), quiet).result
+        if csv is not None or plot is not None or html is not None:
+            table = drain(stream_delta_table(delta, weights, 1.0, dtype, **options), quiet).result  # remembered
+            _write(table, csv, html, found)
+            if plot is not None:
+                from alkahest.lab.report import multiplier_picture
+
+                _draw(multiplier_picture(table, found), plot)
+        print(json.dumps(_as_record(found), indent=2) if as_json else repr(found))
+
+
+@app.command()
+def check(
+    variant: Variant,
+    bases: Annotated[list[str], typer.Argument(metavar="BASE...", help="Its base; of several the nearest is taken.")],
+    bridge: Annotated[str | None, typer.Option(help="Also say how far this bridge's refiner is.")] = None,
+    csv: Csv = None,
+    plot: Picture = None,
+    html: Html = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which base a variant was made from, and whether its refiner lets it be imported.
+
+    Exit code 1 if it is not importable.
+    """
+    from alkahest.check import checked, nearest_base
+    from alkahest.delta_table import stream_delta_table
+
+    with reported():
+        _require_outputs(csv, plot, html)
+        options = options_of(device=device, threads=threads)
+        opened, candidates = alkahest.open(variant), [alkahest.open(base) for base in bases]
+        for candidate in candidates:  # behind the bar; nearest_base then finds them remembered
+            drain(stream_delta_table(opened - candidate, **options), quiet)
+        nearest = nearest_base(opened, candidates, **options)
+        on = None if bridge is None else alkahest.open(bridge)
+        table = drain(stream_delta_table(opened - nearest.base, on, **options), quiet).result
+        found = checked(table, on is not None)
+        _write(table, csv, html)
+        if plot is not None:
+            from alkahest.lab import plots
+
+            _draw(plots.delta_magnitudes(table), plot)
+        if as_json:
+            record = {"nearest_base": nearest.name, "candidates": nearest.table.to_dict("records"), "verdict": found.verdict, "refiner": found.refiner, "layers": found.layers, "reasons": found.reasons}  # fmt: skip
+            print(json.dumps(record, indent=2))
+        else:
+            print(*([nearest] if len(candidates) > 1 else []), found, sep="\n")
+        if found.verdict == "not importable":
+            raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False,
+    kind: Annotated[str | None, typer.Option(help="Only blake3, tables or sweeps.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is remembered between runs (hashes, measured tables, pictures of sweeps), or delete it."""
+    from alkahest.cache import KINDS, cache_folder
+    from alkahest.files import size_text
+
+    with reported():
+        if clear:
+            freed = alkahest.clear_cache(kind)
+            print(json.dumps({"freed": freed}) if as_json else f"{size_text(freed)} freed in {cache_folder()}")
+            return
+        found = alkahest.cached()
+        sizes = {name: found[found.kind == name].bytes for name in KINDS if kind in (None, name)}
+        if as_json:
+            print(json.dumps({"folder": str(cache_folder()), **{name: {"entries": len(one), "bytes": int(one.sum())} for name, one in sizes.items()}}, indent=2))  # fmt: skip
+            return
+        print(cache_folder())
+        for name, one in sizes.items():
+            print(f"  {name:8} {len(one):6,} entries  {size_text(int(one.sum())):>10}  {KINDS[name]}")
+
+
+def _require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> None:
+    """Refuse before anything is measured what could not be written after it."""
+    for path in (csv, plot, html):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise OutputError("save", "the output folder does not exist", file=path.parent, fix="create it first")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UnsupportedError("plot", "pictures are PNG files", file=plot, fix="name it like delta.png")
+    if plot is not None or html is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UnsupportedError("plot", "matplotlib is not installed", fix='pip install "alkahest[lab]"') from None
+
+
+def _write(table: pandas.DataFrame, csv: Path | None, html: Path | None, found: Any = None) -> None:
+    if csv is not None:
+        from alkahest.files import write_file
+
+        absorbed = alkahest.absorbed(table)["count"]
+        text = table.drop(columns=["ulps", "ulp_energy"]).assign(absorbed=absorbed).to_csv(index=False)
+        write_file(csv, text.encode())
+    if html is not None:
+        from alkahest.lab.report import write_report
+
+        write_report(html, table, found)
+
+
+def _draw(plot: Any, path: Path) -> None:
+    from alkahest.files import write_file
+
+    write_file(path, plot.png())
+
+
+def _as_record(found: Any) -> dict[str, Any]:
+    def plain(number: float) -> float | None:
+        return number if math.isfinite(number) else None
+
+    return {
+        "value": found.value, "subtract": found.factors.subtract, "add": found.factors.add, "basis": found.basis,
+        "target": found.target, "formula": found.formula, "range": [plain(one) for one in found.range],
+        "bases": {name: plain(k) for name, k in found.bases.items()}, "warnings": list(found.warnings),
+        "per_part": json.loads(found.per_part.to_json(orient="records")),
+    }  # fmt: skip

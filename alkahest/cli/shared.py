@@ -1,0 +1,136 @@
+"""What the commands share: options, progress, errors, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import alkahest
+from alkahest.errors import AlkahestError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Merge, measure and study Z-Image checkpoints.",
+    epilog="Exit codes: 0 done, 1 refused or failed (stderr says why), 2 wrong usage, 130 interrupted.",
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors), or a new folder.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="fp32, fp16, bf16, fp8_e4m3fn, fp8_e5m2, comfy_quant or scaled_fp8; default: as the leading input."
+    ),
+]
+Layout = Annotated[str | None, typer.Option(help="native (ComfyUI), diffusers or all-in-one.")]
+Rounding = Annotated[str, typer.Option(help="nearest (to even) or stochastic.")]
+Seed = Annotated[int, typer.Option(help="Seed of stochastic rounding.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps, for the arithmetic.")]
+Shards = Annotated[str | None, typer.Option(help="Write shards of at most this size, such as 5GB, into a new folder.")]
+Threads = Annotated[int | None, typer.Option(help="Workers; the output does not depend on it.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Keep NaN, infinity and overflow; count them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+NAMED = {"ignore_unknown_options": True}  # --bridge and the like are ours to read
+
+
+@app.callback(invoke_without_command=True)
+def _about(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(alkahest.__version__)
+        raise typer.Exit
+
+
+def drain(events: Iterator[Any], quiet: bool, unit: str = "B") -> Any:
+    """Run a generator of events to its end behind a progress bar; its last item."""
+    from tqdm import tqdm
+
+    event = None
+    _raise_if_stopped()
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(unit=unit, unit_scale=unit == "B", disable=True if quiet else None) as bar, contextlib.closing(events):  # type: ignore[type-var]
+        for event in events:
+            _raise_if_stopped()
+            if hasattr(event, "total"):
+                bar.total = event.total
+                bar.set_postfix_str(event.key[:32], refresh=False)
+                bar.update(event.done - bar.n)
+    return event
+
+
+def named(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """The one argument without a name, and the ``--name value`` pairs: paths, or numbers."""
+    alone: str | None = None
+    given: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") and alone is None:
+            alone = argument
+            continue
+        if not argument.startswith("--") or not name.isidentifier():
+            raise typer.BadParameter(f"unexpected argument {argument!r}")
+        if not equals:
+            value = next(rest, "")
+        if not value:
+            raise typer.BadParameter(f"--{name} needs a path or a number")
+        with contextlib.suppress(ValueError):
+            given[name] = float(value)
+            continue
+        given[name] = value
+    return alone, given
+
+
+def options_of(**options: Any) -> dict[str, Any]:
+    from alkahest.options import Options
+
+    defaults = Options()
+    return {name: value for name, value in options.items() if value != getattr(defaults, name)}
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Print our own errors without a traceback, and leave with the documented exit code."""
+
+    # A shell tells background jobs to ignore SIGINT; that stays so.
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _stop) for number in heard}
+    try:
+        yield
+    except AlkahestError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        _stopped.clear()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_stopped: list[int] = []
+
+
+def _stop(number: int, frame: object) -> None:
+    _stopped.append(number)
+    _raise_if_stopped()
+
+
+def _raise_if_stopped() -> None:
+    # Importing torch swallows an exception raised by a signal, so the signal is remembered.
+    if _stopped and _stopped[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    if _stopped:
+        raise SystemExit(128 + _stopped[0])

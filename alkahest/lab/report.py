@@ -1,0 +1,96 @@
+"""What was measured as one HTML file that needs nothing else, and as a picture."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from alkahest import __version__
+from alkahest.check import checked
+from alkahest.delta_table import rolled_up
+from alkahest.files import write_file
+from alkahest.lab import plots
+from alkahest.multiplier import Multiplier
+from alkahest.rounding import absorbed, rounding_curve
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
+img { max-width: 100%; background: white; border-radius: 4px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #8884; }
+td:first-child, th:first-child { text-align: left; }
+code { overflow-wrap: anywhere; } figcaption { font-size: 85%; opacity: .8; } details { margin: 1em 0; }
+"""
+_COLUMNS = ["tensors", "elements", "relative", "rms", "largest", "cosine", "changed"]
+
+
+def write_report(path: str | Path, table: pd.DataFrame, multiplier: Multiplier | None = None) -> None:
+    """Write a delta table as HTML: by part, plots, rounding, refiner check, and every tensor.
+
+    >>> write_report("delta.html", ak.delta_table(variant - base), ak.needed_multiplier(variant - base))
+
+    OutputError if the file cannot be written; an older one is then left as it was.
+    """
+    write_file(Path(path), report(table, multiplier).encode())
+
+
+def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
+    """The text of `write_report`."""
+    of = str(table.attrs.get("of", "a delta"))
+    parts = [f"<h1>{_text(of)}</h1>", f"<p>{len(table):,} tensors, {int(table.elements.sum()):,} elements. Alkahest {__version__}.</p>"]  # fmt: skip
+    if not (table.delta_norm > 0).any():
+        return _page(of, [*parts, "<p><b>No difference: all tensors are equal.</b></p>"])
+    parts += ["<h2>By part</h2>", _table(_with_absorbed(rolled_up(table, "part")), ["part", *_COLUMNS, "absorbed"])]
+    if not table.base_norm.isna().any():
+        parts += ["<h2>Can it be imported?</h2>", checked(table)._repr_html_()]
+    if multiplier is not None:
+        parts += ["<h2>The multiplier</h2>", multiplier._repr_html_(), _figure(plots.multiplier_by_part(multiplier))]
+    parts += ["<h2>Where it differs</h2>", _figure(plots.delta_magnitudes(table)), _figure(plots.magnitude_heatmap(table))]  # fmt: skip
+    curve = rounding_curve(table)
+    parts += ["<h2>Rounding</h2>", _figure(plots.survival(curve)), _figure(plots.noise(curve))]
+    parts += ["<h2>Every tensor</h2><details><summary>show</summary>", _table(_with_absorbed(table), ["tensor", "variant_storage", "base_storage", *_COLUMNS[1:], "absorbed"]), "</details>"]  # fmt: skip
+    return _page(of, parts)
+
+
+def multiplier_picture(table: pd.DataFrame, multiplier: Multiplier) -> plots.Plot:
+    """What is left of the delta over k, what it costs, and the multiplier by part, one above the other."""
+    upper, middle, lower = Figure(figsize=(10, 9), layout="constrained").subplots(3, 1, height_ratios=(3, 3, 2))
+    curve = rounding_curve(table)
+    drawn = [plots.survival(curve, upper), plots.noise(curve, middle), plots.multiplier_by_part(multiplier, lower)]
+    plots.mark(drawn[:2], float(multiplier))
+    return plots.Plot(upper, f"Multiplier {float(multiplier):.4g}. " + " ".join(one.alt for one in drawn))
+
+
+def _with_absorbed(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(absorbed=absorbed(table)["count"])
+
+
+def _figure(plot: plots.Plot) -> str:
+    encoded = base64.b64encode(plot.png()).decode()
+    return f'<figure><img alt="{html.escape(plot.alt)}" src="data:image/png;base64,{encoded}"><figcaption>{_text(plot.alt)}</figcaption></figure>'  # fmt: skip
+
+
+def _table(table: pd.DataFrame, columns: list[str]) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.6f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"  # fmt: skip
+        return f"{value:,}" if isinstance(value, int) else _text(str(value))
+
+    head = "".join(f"<th>{_text(name)}</th>" for name in columns)
+    rows = ["<tr>" + "".join(f"<td>{shown(value)}</td>" for value in row) + "</tr>" for row in table[columns].astype(object).itertuples(index=False)]  # fmt: skip
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _page(title: str, parts: list[str]) -> str:
+    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{chr(10).join(parts)}</body></html>\n'
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=False)
