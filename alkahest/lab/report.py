@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def _figure(plot: plots.Plot) -> str:
 
 def _table(table: pd.DataFrame, columns: list[str]) -> str:
     def shown(value: Any) -> str:
+        if isinstance(value, float) and math.isnan(value):
+            return "-"
         if isinstance(value, float):
             return f"{value:.6f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"  # fmt: skip
         return f"{value:,}" if isinstance(value, int) else _text(str(value))
