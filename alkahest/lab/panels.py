@@ -42,16 +42,17 @@ def delta_browser(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
     return _measured(what, on, browse)
 
 
-def multiplier_panel(what: Delta, on: Weights | None = None) -> Any:
+def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
     """Choose a basis and a k, and see what is left of the delta and what it costs; ``.multiplier`` is the computed one.
 
     >>> panels.multiplier_panel(variant - base, on=bridge)
 
     A new basis or target computes k anew; the number box then takes any other.
     """
-    if not isinstance(what, Delta):
-        raise AlgebraError("multiplier_panel", "a delta is needed", found=type(what).__name__, fix="variant - base")
-    added = not_protected(what, ends(what)[1] if on is None else on)
+    if not isinstance(what, (Delta, pd.DataFrame)):
+        raise AlgebraError("multiplier_panel", "a delta or its table is needed", found=type(what).__name__, fix="variant - base")  # fmt: skip
+    # A table does not say what is protected: there every matrix counts.
+    added = not_protected(what, ends(what)[1] if on is None else on) if isinstance(what, Delta) else None
 
     def choose(table: pd.DataFrame) -> MultiplierPanel:
         return MultiplierPanel(table, added)

@@ -75,13 +75,15 @@ def test_the_multiplier_panel_computes_k_and_takes_any_other(three: tuple[Any, A
     controls["target"].value = -1.0
     assert until(lambda: "the target is out of range" in panel.explorer.status.value)
     assert panel._repr_mimebundle_()["text/plain"] == panel.explorer.alt
+    at_once = panels.multiplier_panel(ak.delta_table(v - b))
+    assert at_once.multiplier == ak.needed_multiplier(v - b)
 
 
 def test_bad_input(three: tuple[Any, Any, Any]) -> None:
     v, b, _ = three
     with pytest.raises(AlgebraError, match="a delta or its table is needed"):
         panels.delta_browser(v)
-    with pytest.raises(AlgebraError, match="a delta is needed"):
+    with pytest.raises(AlgebraError, match="a delta or its table is needed"):
         panels.multiplier_panel(v)
     box = panels.multiplier_panel(b - b)
     (job,) = box.children
