@@ -5,15 +5,15 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alkahest.delta_table import delta_table, rolled_up, stream_delta_table
+from alkahest.delta_table import rolled_up, stream_delta_table
 from alkahest.errors import AlgebraError
 from alkahest.expr import Weights, name_leaves
 from alkahest.keys import REFINERS
 from alkahest.rounding import file_noise
-from alkahest.work import Event, finished
+from alkahest.work import Event, concluded, finished
 
 if TYPE_CHECKING:
     import pandas
@@ -25,43 +25,39 @@ IMPORTABLE, NOT_IMPORTABLE = 0.02, 0.10
 _UNRELATED = 0.3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RefinerCheck:
     """Whether a variant can be imported with the bridge's refiner in place of its own."""
 
     verdict: str  # importable, doubtful or not importable
     refiner: float  # |variant - base| / |base| over the refiners, less what rounding of the files explains
     layers: float  # the same over the main stack
-    parts: pandas.DataFrame = field(repr=False)  # the same and more by part
+    parts: pandas.DataFrame  # the same and more by part
     reasons: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return "\n".join([self.verdict, *(f"  {reason}" for reason in self.reasons)])
-
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return listed(self.verdict, self.reasons)
 
     def _repr_html_(self) -> str:
-        reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
-        return f"<div><b>{self.verdict}</b><ul>{reasons}</ul></div>"
+        return listed_html(f"<b>{self.verdict}</b>", self.reasons)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NearestBase:
     """Which of some candidates a variant was fine-tuned from."""
 
     name: str
-    base: Weights = field(repr=False)
-    table: pandas.DataFrame = field(repr=False)  # a row for each candidate: distance, layers, refiner, cosine
+    base: Weights
+    table: pandas.DataFrame  # a row for each candidate: distance, layers, refiner, cosine
+    delta: pandas.DataFrame  # the delta table of the variant less this base
     reasons: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return "\n".join([f"nearest: {self.name}", *(f"  {reason}" for reason in self.reasons)])
-
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return listed(f"nearest: {self.name}", self.reasons)
 
     def _repr_html_(self) -> str:
-        reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
-        return f"<div>nearest: <b>{html.escape(self.name)}</b><ul>{reasons}</ul></div>{self.table.to_html(index=False)}"
+        table: str = self.table.to_html(index=False)
+        return listed_html(f"nearest: <b>{html.escape(self.name)}</b>", self.reasons) + table
 
 
 def refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None, **options: Any) -> RefinerCheck:
@@ -83,11 +79,8 @@ def refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None
 
 def stream_refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
     """`refiner_check` as a generator of events."""
-    for event in stream_delta_table(_models("refiner_check", variant, base), bridge, **options):
-        if event.result is None:
-            yield event
-        else:
-            yield Event(event.done, event.total, event.key, checked(event.result, bridge is not None))
+    measuring = stream_delta_table(_models("refiner_check", variant, base), bridge, **options)
+    yield from concluded([measuring], lambda table: checked(table, bridge is not None))
 
 
 def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
@@ -95,9 +88,9 @@ def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
     parts = parts_moved(table)
     moved = parts.moved.to_dict()
     refiner, layers = moved["refiner"], moved["layers"]
-    reasons = [f"refiner moved by {refiner:.2%} of its norm, layers by {layers:.2%}".replace("%", " %")]
+    reasons = [f"refiner moved by {percent(refiner, 2)} of its norm, layers by {percent(layers, 2)}"]
     for name in ("noise_refiner", "context_refiner"):
-        reasons.append(f"{name} by {moved[name]:.2%}, cosine {parts.cosine[name]:.6f}".replace("%", " %"))
+        reasons.append(f"{name} by {percent(moved[name], 2)}, cosine {parts.cosine[name]:.6f}")
     if refiner <= IMPORTABLE:
         verdict = "importable"
     elif refiner <= NOT_IMPORTABLE:
@@ -112,8 +105,23 @@ def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
         reasons.append("nothing differs there: the two hold the same weights")
     if with_bridge:
         distance = parts.distance / parts.base_norm
-        reasons.append(f"the bridge's refiner is {distance['refiner']:.2%} of its norm from this base's, its layers {distance['layers']:.2%}".replace("%", " %"))  # fmt: skip
+        reasons.append(f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers {percent(distance['layers'], 2)}")  # fmt: skip
     return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons))
+
+
+def listed(title: str, lines: Sequence[str]) -> str:
+    """A title and lines under it, as text."""
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def listed_html(title: str, lines: Sequence[str]) -> str:
+    """The same in a notebook; ``title`` is HTML already."""
+    return f"<div>{title}<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul></div>"
+
+
+def percent(share: float, digits: int) -> str:
+    """A share as people read it: ``8.35 %``."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def parts_moved(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -141,11 +149,14 @@ def nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[
     Taking the difference from the wrong base was an error of the article itself: the delta then holds the
     difference of two lineages. One pass over each pair of files; tables are remembered.
     """
-    import pandas as pd
+    found: NearestBase = finished(stream_nearest_base(variant, candidates, **options))
+    return found
 
+
+def stream_nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[Weights], **options: Any) -> Iterator[Event]:  # fmt: skip
+    """`nearest_base` as a generator of events."""
     given = list(candidates.values() if isinstance(candidates, Mapping) else candidates)
-    for one in given:
-        _models("nearest_base", variant, one)
+    deltas = [_models("nearest_base", variant, one) for one in given]
     if isinstance(candidates, Mapping):
         named = dict(candidates)
     else:
@@ -153,9 +164,16 @@ def nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[
         named = {names[one.leading]: one for one in given}
     if not named:
         raise AlgebraError("nearest_base", "no candidates", fix="ak.nearest_base(variant, [base, turbo])")
+    streams = (stream_delta_table(delta, **options) for delta in deltas)
+    yield from concluded(streams, lambda *tables: _nearest(named, dict(zip(named, tables, strict=True))))
+
+
+def _nearest(named: Mapping[str, Weights], deltas: Mapping[str, pandas.DataFrame]) -> NearestBase:
+    import pandas as pd
+
     rows = []
-    for name, candidate in named.items():
-        parts = parts_moved(delta_table(_models("nearest_base", variant, candidate), **options))
+    for name, delta in deltas.items():
+        parts = parts_moved(delta)
         matrices = parts.loc[["layers", "refiner"]]
         distance = math.sqrt((matrices.moved**2 * matrices.base_norm**2).sum() / (matrices.base_norm**2).sum())
         rows.append({"candidate": name, "distance": distance, "layers": parts.moved["layers"], "refiner": parts.moved["refiner"], "cosine": parts.cosine["layers"]})  # fmt: skip
@@ -169,7 +187,8 @@ def nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[
         reasons.append("this is as far as two lineages are apart: its base may be none of these")
     if first.distance == 0:
         reasons.append("it holds the same weights")
-    return NearestBase(str(first.candidate), named[str(first.candidate)], table, tuple(reasons))
+    name = str(first.candidate)
+    return NearestBase(name, named[name], table, deltas[name], tuple(reasons))
 
 
 def _models(operation: str, variant: Weights, base: Weights) -> Any:

@@ -69,14 +69,16 @@ def stream_compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, *
         rows[key] = []
         task = _Task(key, shape, {name: delta.at(key, rules) for name, delta in deltas.items()}, rank, seed)
         jobs.append(Job(key, 1, lambda workspace, task=task: rows[task.key].extend(_rows(task, run, workspace)), (0, len(jobs))))  # type: ignore[misc]  # fmt: skip
-    for done, job in enumerate(run.perform(jobs), 1):
-        yield Event(done, len(jobs), job.key)
+    yield from run.measured(jobs, lambda: _table(rows, title_of(*deltas.values())))
+
+
+def _table(rows: dict[str, list[dict[str, Any]]], of: str) -> pandas.DataFrame:
     import pandas as pd
 
     columns = ["tensor", "part", "block", "module", "shape", *COMPARISON]
-    found = pd.DataFrame([row for some in rows.values() for row in some], columns=columns)
-    found.attrs["of"] = title_of(*deltas.values())
-    yield Event(len(jobs), len(jobs), "done", found)
+    table = pd.DataFrame([row for some in rows.values() for row in some], columns=columns)
+    table.attrs["of"] = of
+    return table
 
 
 def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pandas.DataFrame:

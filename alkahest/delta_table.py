@@ -22,7 +22,7 @@ from alkahest.remembered import remembered
 from alkahest.rounding import ULPS, Counts, Energies, absorbed, ulp, ulp_counts
 from alkahest.scalar import Rules
 from alkahest.term import Minus, Source, Term, Times, Workspace, evaluate, sources
-from alkahest.work import Event, Job, Run, blocks, finished, why_nonfinite
+from alkahest.work import Event, Job, Run, blocks, finished, place_of, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas
@@ -97,16 +97,10 @@ def _measured(delta: Delta, on: Weights | None, dtype: str | None, exact: bool, 
     variant, base = ends(delta)
     tasks = [_task(key, delta, (variant, base, on), dtype, exact) for key in delta.shapes]
     rows: dict[str, dict[str, Any]] = {task.key: {} for task in tasks}
-    jobs = [Job(task.key, task.nbytes, _filling(rows, task), task.place) for task in tasks]
-    total, done = sum(job.nbytes for job in jobs), 0
-    for job in run.perform(jobs):
-        done += job.nbytes
-        yield Event(done, total, job.key)
-    for reader in {reader for leaf in delta.leaves() for reader in getattr(leaf, "files", ())}:
-        reader.check_unchanged()
+    jobs = [Job(task.key, task.nbytes, _filling(rows, task), place_of(task.terms.get("delta"))) for task in tasks]
     import pandas as pd
 
-    yield Event(total, total, "done", pd.DataFrame(list(rows.values()), columns=list(COLUMNS)))
+    yield from run.measured(jobs, lambda: pd.DataFrame(list(rows.values()), columns=list(COLUMNS)))
 
 
 def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pandas.DataFrame:
@@ -180,22 +174,11 @@ class _Task:
         return math.prod(self.shape)
 
     @property
-    def _reads(self) -> list[Source]:
-        return list(dict.fromkeys(source for term in self.terms.values() for source in sources(term)))
-
-    @property
-    def _places(self) -> list[tuple[int, int]]:
-        """(position in the file, bytes) of everything that is read."""
-        pieces = [s.leaf.slices[s.key] for s in self._reads if isinstance(s.leaf, Checkpoint)]
-        return [(piece.offset, piece.elements * piece.stored.form.itemsize) for piece in pieces]
-
-    @property
     def nbytes(self) -> int:
-        return sum(size for _, size in self._places)
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return (0, min((offset for offset, _ in self._places), default=0))
+        """Of everything that is read."""
+        reads = dict.fromkeys(source for term in self.terms.values() for source in sources(term))
+        pieces = [source.leaf.slices[source.key] for source in reads if isinstance(source.leaf, Checkpoint)]
+        return sum(piece.elements * piece.stored.form.itemsize for piece in pieces)
 
     def row(self, workspace: Workspace) -> dict[str, Any]:
         tally = _Tally()
@@ -253,9 +236,9 @@ class _Tally:
             self.changed += int(
                 torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0)
             )
+        distinct = {numbers.data_ptr(): numbers for numbers in values.values()}
         for start in range(0, delta.numel(), stride * _PIECE):
             piece = slice(start, start + stride * _PIECE, stride)
-            distinct = {numbers.data_ptr(): numbers for numbers in values.values()}
             sampled = {place: numbers[piece].contiguous() for place, numbers in distinct.items()}
             self._sample({name: sampled[numbers.data_ptr()] for name, numbers in values.items()}, units, stride)
 

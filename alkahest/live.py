@@ -13,9 +13,8 @@ from alkahest.errors import MismatchError
 from alkahest.expr import Weights
 from alkahest.options import Options
 from alkahest.scalar import Rules
-from alkahest.stream import Event
 from alkahest.term import Term, Workspace, evaluate
-from alkahest.work import Job, Run, blocks
+from alkahest.work import Event, Job, Run, blocks
 
 _FORMAT_OF = {form.torch: form for form in FORMATS.values()}
 
@@ -49,10 +48,7 @@ def fill(terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options
     for key, term in terms.items():
         target = targets[key]
         jobs.append(Job(key, target.nbytes, _fill(run, key, term, target, _FORMAT_OF[target.dtype])))
-    done, total = 0, sum(job.nbytes for job in jobs)
-    for job in run.perform(jobs):
-        done += job.nbytes
-        yield Event(done, total, job.key)
+    yield from run.progress(jobs)
 
 
 def _fill(run: Run, key: str, term: Term, target: torch.Tensor, form: Format) -> Callable[[Workspace], None]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from alkahest.check import checked
+from alkahest.check import checked, listed, listed_html, percent
 from alkahest.delta_table import stream_delta_table
 from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
 from alkahest.expr import Delta, DeltaSum, Expression, Sum, Weights, ends
 from alkahest.rounding import ULPS, file_noise, rounding_curve, share_below
 from alkahest.scalar import Rules
-from alkahest.work import Event, finished
+from alkahest.work import Event, concluded, finished
 
 if TYPE_CHECKING:
     import pandas
@@ -43,7 +43,8 @@ class Multiplier(float):
 
     ``value``, ``basis``, ``target``, ``formula``, ``factors`` (for ComfyUI's two nodes), ``range`` (what it
     may be, for all that rounding of the files hides), ``bases`` (the value by every basis), ``per_part`` (a
-    DataFrame, whose ``k`` may go into ``delta.scaled``), ``warnings``.
+    DataFrame, whose ``k`` may go into ``delta.scaled``), ``warnings``, ``table`` (the delta table it was
+    computed from).
     """
 
     basis: str
@@ -53,6 +54,7 @@ class Multiplier(float):
     bases: dict[str, float]
     per_part: pandas.DataFrame
     warnings: tuple[str, ...]
+    table: pandas.DataFrame
 
     def __new__(cls, value: float, **details: Any) -> Multiplier:
         made = super().__new__(cls, value)
@@ -68,12 +70,11 @@ class Multiplier(float):
         return factors(self)
 
     def __repr__(self) -> str:
-        return "\n".join([self._title(), *(f"  {line}" for line in self._lines())])
+        return listed(self._title(), self._lines())
 
     def _repr_html_(self) -> str:
-        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self._lines())
-        table = self.per_part.to_html(index=False, float_format=lambda number: f"{number:.4g}")
-        return f"<div><b>{html.escape(self._title())}</b><ul>{lines}</ul></div>{table}"
+        table: str = self.per_part.to_html(index=False, float_format=lambda number: f"{number:.4g}")
+        return listed_html(f"<b>{html.escape(self._title())}</b>", self._lines()) + table
 
     def _title(self) -> str:
         subtract, add = self.factors
@@ -128,15 +129,9 @@ def stream_needed_multiplier(
     if reference is not None:
         _require_delta(reference)
     on = ends(delta)[1] if on is None else on
-    tables: list[Any] = []
-    for one in (delta, reference) if reference is not None else (delta,):
-        for event in stream_delta_table(one, on, 1.0, dtype, **options):
-            if event.result is None:
-                yield event
-            else:
-                tables.append(event.result)
     added = not_protected(delta, on)
-    yield Event(1, 1, "done", multiplier_of(tables[0], basis, target, tables[1] if reference is not None else None, added))  # fmt: skip
+    streams = [stream_delta_table(one, on, 1.0, dtype, **options) for one in (delta, reference) if one is not None]
+    yield from concluded(streams, lambda table, known=None: multiplier_of(table, basis, target, known, added))
 
 
 def multiplier_of(table: pandas.DataFrame, basis: str = "relative", target: float | None = None, reference: pandas.DataFrame | None = None, added: frozenset[str] | None = None) -> Multiplier:  # fmt: skip
@@ -171,6 +166,7 @@ def multiplier_of(table: pandas.DataFrame, basis: str = "relative", target: floa
     details = {
         "basis": basis, "target": target, "formula": f"{formula}, over {len(matrices)} unprotected matrices",
         "range": between, "bases": bases, "per_part": _per_part(matrices, k, target if basis == "relative" else None),
+        "table": table,
     }  # fmt: skip
     return Multiplier(k, **details, warnings=tuple(_warnings(table, matrices, k, between)))
 
@@ -287,16 +283,16 @@ def _warnings(table: pandas.DataFrame, matrices: pandas.DataFrame, k: float, bet
         yield f"rounding of the variant's file hides what the delta was: k may be anything from {between[0]:.4g} to {most}"  # fmt: skip
     at = rounding_curve(matrices, [k]).iloc[0]
     if at.noise_most > 0.002:
-        yield f"at this k the file's own rounding becomes noise of {at.noise_least:.1%} to {at.noise_most:.1%} of the weights".replace("%", " %")  # fmt: skip
+        yield f"at this k the file's own rounding becomes noise of {percent(at.noise_least, 1)} to {percent(at.noise_most, 1)} of the weights"  # fmt: skip
     if at.absorbed_energy > 0.05:
-        yield f"at this k rounding the sum to nearest absorbs {at.absorbed_energy:.0%} of the delta; stochastic rounding keeps it on average".replace("%", " %")  # fmt: skip
+        yield f"at this k rounding the sum to nearest absorbs {percent(at.absorbed_energy, 0)} of the delta; stochastic rounding keeps it on average"  # fmt: skip
     untouched = int((matrices.delta_norm == 0).sum())
     if untouched:
         yield f"{untouched} of {len(matrices)} matrices are untouched"
     if not table.base_norm.isna().any():
         check = checked(table)
         if check.verdict != "importable":
-            yield f"{check.verdict}: the variant's refiner moved by {check.refiner:.1%} of its norm (see refiner_check)".replace("%", " %")  # fmt: skip
+            yield f"{check.verdict}: the variant's refiner moved by {percent(check.refiner, 1)} of its norm (see refiner_check)"  # fmt: skip
 
 
 def _short(number: float) -> str:

@@ -22,9 +22,9 @@ from alkahest.header import parse_json
 from alkahest.locate import locate
 from alkahest.options import Options
 from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
-from alkahest.stream import Event, headers_of, plan_of, readers_of, recipe_of
+from alkahest.stream import headers_of, plan_of, readers_of, recipe_of
 from alkahest.term import Source, Workspace
-from alkahest.work import Run, blocks
+from alkahest.work import Event, Run, blocks
 from alkahest.write import jobs_of
 
 

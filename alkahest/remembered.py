@@ -13,7 +13,7 @@ import numpy as np
 
 from alkahest import cache
 from alkahest.checkpoint import Checkpoint
-from alkahest.expr import Expression, name_leaves
+from alkahest.expr import Expression, Leaf, name_leaves
 from alkahest.hashes import identity
 from alkahest.work import Event
 
@@ -40,9 +40,10 @@ def remembered(what: str, expressions: Sequence[Expression | None], settings: Se
     for event in measure():
         if event.result is not None:
             event.result.attrs["of"] = of
-        # The files are as they were at the start, or the measurement would have failed.
-        if event.result is not None and key is not None and key == _key(what, expressions, settings):
-            cache.store("tables", key, _encoded(what, event.result))
+            for reader in {reader for leaf in _leaves(expressions) for reader in getattr(leaf, "files", ())}:
+                reader.check_unchanged()
+            if key is not None and key == _key(what, expressions, settings):
+                cache.store("tables", key, _encoded(what, event.result))
         yield event
 
 
@@ -55,8 +56,7 @@ def title_of(*expressions: Expression | None) -> str:
 
 
 def _key(what: str, expressions: Sequence[Expression | None], settings: Sequence[Any]) -> str | None:
-    given = [one for one in expressions if one is not None]
-    leaves = name_leaves(*given)
+    leaves = _leaves(expressions)
     if not all(isinstance(leaf, Checkpoint) for leaf in leaves):
         return None
     names = {leaf: f"w{number}" for number, leaf in enumerate(leaves)}  # files may be renamed
@@ -65,6 +65,10 @@ def _key(what: str, expressions: Sequence[Expression | None], settings: Sequence
         return None
     text = json.dumps([what, [one and one.text(names) for one in expressions], files, list(settings)], default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _leaves(expressions: Sequence[Expression | None]) -> list[Leaf]:
+    return list(name_leaves(*(one for one in expressions if one is not None)))
 
 
 def _encoded(what: str, table: pandas.DataFrame) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from alkahest.expr import Delta, Weights, ends, require_same
 from alkahest.options import Options
 from alkahest.remembered import remembered
 from alkahest.scalar import Rules
-from alkahest.term import Term, Workspace, evaluate, sources
-from alkahest.work import Event, Job, Run, finished, why_nonfinite
+from alkahest.term import Term, Workspace, evaluate
+from alkahest.work import Event, Job, Run, finished, place_of, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas
@@ -84,15 +84,11 @@ def _decomposed(delta: Delta, on: Weights | None, values: int, seed: int, exact:
             continue
         rows[key] = {}
         task = _Task(key, shape, found, None if on is None else on.at(key, rules), min(values, *shape), seed, exact)
-        jobs.append(Job(key, math.prod(shape), lambda workspace, task=task: rows[task.key].update(_row(task, run, workspace)), _place(found)))  # type: ignore[misc]  # fmt: skip
-    total, done = sum(job.nbytes for job in jobs), 0
-    for job in run.perform(jobs):
-        done += job.nbytes
-        yield Event(done, total, job.key)
+        jobs.append(Job(key, math.prod(shape), lambda workspace, task=task: rows[task.key].update(_row(task, run, workspace)), place_of(found)))  # type: ignore[misc]  # fmt: skip
     import pandas as pd
 
     columns = ["tensor", "part", "block", "module", "shape", *SPECTRUM]
-    yield Event(total, total, "done", pd.DataFrame([row for row in rows.values() if row], columns=columns))
+    yield from run.measured(jobs, lambda: pd.DataFrame([row for row in rows.values() if row], columns=columns))
 
 
 def randomised_svd(matrix: Tensor, rank: int, seed: int, key: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,8 +186,3 @@ def _ratios(matrix: Tensor, on: Term | None, shape: tuple[int, ...], workspace: 
     kept = octaves[torch.isfinite(octaves) & (octaves > 0)]
     bins = torch.floor(torch.log2(kept)).sub_(math.log2(RATIOS[0])).clamp_(0, len(RATIOS) - 1).to(torch.int64)
     return torch.bincount(bins, minlength=len(RATIOS)).cpu().numpy()
-
-
-def _place(term: Term) -> tuple[int, int]:
-    offsets = [s.leaf.slices[s.key].offset for s in sources(term) if hasattr(s.leaf, "slices")]
-    return (0, min(offsets, default=0))

@@ -26,20 +26,10 @@ from alkahest.options import Options, check_target
 from alkahest.output import Plan, make_plan, restored
 from alkahest.recipe import METADATA_KEY, Recipe
 from alkahest.scalar import Rules
-from alkahest.work import Run
+from alkahest.work import Event, Run, finished
 from alkahest.write import jobs_of
 
 _NO_HASH = "0" * 64
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: bytes of output done and in all, the tensor at hand, and at the end the result."""
-
-    done: int
-    total: int
-    key: str
-    result: Saved | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,10 +84,8 @@ def save(expression: Weights, path: str | os.PathLike[str], **options: Any) -> S
     An existing file is replaced in one step at the end. Raises the AlkahestError kinds, before
     anything is written where that is possible; the target is never left half written.
     """
-    events = list(stream(expression, path, **options))
-    result = events[-1].result
-    assert result is not None
-    return result
+    saved: Saved = finished(stream(expression, path, **options))
+    return saved
 
 
 def stream(expression: Weights, path: str | os.PathLike[str], **options: Any) -> Iterator[Event]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Progress of a measurement: work done and in all, the tensor at hand, and at the end the result."""
+    """Progress: work done and in all (bytes, where it reads or writes), the tensor at hand, and at the end the result."""
 
     done: int
     total: int
@@ -46,6 +46,18 @@ def finished(events: Iterator[Event]) -> Any:
     """Run a generator of events to its end; its result."""
     *_, last = events
     return last.result
+
+
+def concluded(streams: Iterable[Iterator[Event]], conclude: Callable[..., Any]) -> Iterator[Event]:
+    """The events of several measurements as one, whose result ``conclude`` makes of theirs."""
+    results, before = [], 0
+    for events in streams:
+        for event in events:
+            if event.result is None:
+                yield Event(before + event.done, before + event.total, event.key)
+        results.append(event.result)
+        before += event.total
+    yield Event(before, before, "done", conclude(*results))
 
 
 class Run:
@@ -77,6 +89,19 @@ class Run:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(before)
+
+    def progress(self, jobs: list[Job]) -> Iterator[Event]:
+        """`perform`, as events that add up the bytes of the jobs."""
+        done, total = 0, sum(job.nbytes for job in jobs)
+        for job in self.perform(jobs):
+            done += job.nbytes
+            yield Event(done, total, job.key)
+
+    def measured(self, jobs: list[Job], result: Callable[[], Any]) -> Iterator[Event]:
+        """`progress`, and at the end what ``result`` makes of the work."""
+        yield from self.progress(jobs)
+        total = sum(job.nbytes for job in jobs)
+        yield Event(total, total, "done", result())
 
     def check(self, values: torch.Tensor, key: str, form: Format, term: Term) -> None:
         """Raise NonFiniteError for NaN, infinity, and what ``form`` cannot hold; or count them if allowed."""
@@ -131,6 +156,15 @@ def blocks(term: Term, elements: int) -> Iterator[tuple[int, int]]:
     step = max(elements, 1) if needs_whole_tensor(term) else BLOCK
     for start in range(0, elements, step):
         yield start, min(start + step, elements)
+
+
+def place_of(term: Term | None) -> tuple[int, int]:
+    """Where a term's first tensor lies: number of the file and position in it, the `Job.place` that reads forward."""
+    first = next(sources(term), None)
+    if first is None or not isinstance(first.leaf, Checkpoint):
+        return (0, 0)
+    held = first.leaf.slices[first.key]
+    return (first.leaf.files.index(held.stored.reader), held.offset)
 
 
 def half_step(form: Format) -> float:

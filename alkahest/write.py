@@ -8,12 +8,10 @@ from typing import Protocol
 
 import torch
 
-from alkahest import term
-from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import FORMATS, Format, decode, scale_for
 from alkahest.output import Carried, Constant, Item, Piece, Weight
-from alkahest.term import Workspace, evaluate, needs_whole_tensor, sources
-from alkahest.work import Job, Run, blocks
+from alkahest.term import Workspace, evaluate, needs_whole_tensor
+from alkahest.work import Job, Run, blocks, place_of
 
 _COPY = 4 << 20  # bytes
 
@@ -40,7 +38,7 @@ def jobs_of(run: Run, writer: Sink, data_start: int, items: list[Item]) -> Itera
                     yield Job(item.name, item.nbytes, _constant(item.data, writer, start))
             case Weight(scale_name=str(scale_name)):
                 work = _scaled(run, writer, item, start, offsets[scale_name])
-                yield Job(item.name, item.nbytes + 4, work, _place(item.pieces[0]))
+                yield Job(item.name, item.nbytes + 4, work, place_of(item.pieces[0].term))
             case Weight():
                 for piece in item.pieces:
                     yield from _plain(run, writer, item.form, piece, start)
@@ -49,7 +47,7 @@ def jobs_of(run: Run, writer: Sink, data_start: int, items: list[Item]) -> Itera
 
 def _plain(run: Run, writer: Sink, form: Format, piece: Piece, offset: int) -> Iterator[Job]:
     size = form.itemsize
-    file, position = _place(piece)
+    file, position = place_of(piece.term)
     for start, stop in blocks(piece.term, piece.elements):
         work = _plain_block(run, writer, form, piece, start, stop, offset + start * size)
         yield Job(piece.key, (stop - start) * size, work, (file, position + start * size))
@@ -131,14 +129,6 @@ def _carried(item: Carried, writer: Sink, offset: int) -> Iterator[Job]:
 
 def _constant(data: bytes, writer: Sink, offset: int) -> Callable[[Workspace], None]:
     return lambda workspace: writer.write(data, offset)
-
-
-def _place(piece: Piece) -> tuple[int, int]:
-    first = next(sources(piece.term), None)
-    if not isinstance(first, term.Source) or not isinstance(first.leaf, Checkpoint):
-        return (0, 0)
-    held = first.leaf.slices[first.key]
-    return (first.leaf.files.index(held.stored.reader), held.offset)
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

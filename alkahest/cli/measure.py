@@ -51,11 +51,7 @@ def diff(
         delta = alkahest.open(variant) - alkahest.open(base)
         weights = None if on is None else alkahest.open(on)
         table = drain(stream_delta_table(delta, weights, k, dtype, **options_of(device=device, threads=threads)), quiet).result  # fmt: skip
-        _write(table, csv, html)
-        if plot is not None:
-            from alkahest.lab import plots
-
-            _draw(plots.delta_magnitudes(table), plot)
+        _write(table, csv, plot, html)
         print(table.to_json(orient="records", indent=1) if as_json else printed(table, by))
 
 
@@ -79,7 +75,6 @@ def multiplier(
     quiet: Quiet = False,
 ) -> None:
     """Compute the multiplier that a difference needs to take effect, and say on what basis."""
-    from alkahest.delta_table import stream_delta_table
     from alkahest.multiplier import stream_needed_multiplier
 
     with reported():
@@ -93,13 +88,7 @@ def multiplier(
             other = alkahest.open(reference) - (opened if reference_base is None else alkahest.open(reference_base))
         options = options_of(device=device, threads=threads)
         found = drain(stream_needed_multiplier(delta, weights, basis, target, other, dtype, **options), quiet).result
-        if csv is not None or plot is not None or html is not None:
-            table = drain(stream_delta_table(delta, weights, 1.0, dtype, **options), quiet).result  # remembered
-            _write(table, csv, html, found)
-            if plot is not None:
-                from alkahest.lab.report import multiplier_picture
-
-                _draw(multiplier_picture(table, found), plot)
+        _write(found.table, csv, plot, html, found)
         print(json.dumps(_as_record(found), indent=2) if as_json else repr(found))
 
 
@@ -120,24 +109,20 @@ def check(
 
     Exit code 1 if it is not importable.
     """
-    from alkahest.check import checked, nearest_base
+    from alkahest.check import checked, stream_nearest_base
     from alkahest.delta_table import stream_delta_table
 
     with reported():
         _require_outputs(csv, plot, html)
         options = options_of(device=device, threads=threads)
         opened, candidates = alkahest.open(variant), [alkahest.open(base) for base in bases]
-        for candidate in candidates:  # behind the bar; nearest_base then finds them remembered
-            drain(stream_delta_table(opened - candidate, **options), quiet)
-        nearest = nearest_base(opened, candidates, **options)
         on = None if bridge is None else alkahest.open(bridge)
-        table = drain(stream_delta_table(opened - nearest.base, on, **options), quiet).result
+        nearest = drain(stream_nearest_base(opened, candidates, **options), quiet).result
+        table = nearest.delta
+        if on is not None:
+            table = drain(stream_delta_table(opened - nearest.base, on, **options), quiet).result
         found = checked(table, on is not None)
-        _write(table, csv, html)
-        if plot is not None:
-            from alkahest.lab import plots
-
-            _draw(plots.delta_magnitudes(table), plot)
+        _write(table, csv, plot, html)
         if as_json:
             record = {"nearest_base": nearest.name, "candidates": nearest.table.to_dict("records"), "verdict": found.verdict, "refiner": found.refiner, "layers": found.layers, "reasons": found.reasons}  # fmt: skip
             print(json.dumps(record, indent=2))
@@ -186,10 +171,11 @@ def _require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> 
             raise UnsupportedError("plot", "matplotlib is not installed", fix='pip install "alkahest[lab]"') from None
 
 
-def _write(table: pandas.DataFrame, csv: Path | None, html: Path | None, found: Any = None) -> None:
-    if csv is not None:
-        from alkahest.files import write_file
+def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:
+    """Write what was asked for of a table, and of the multiplier ``found`` from it."""
+    from alkahest.files import write_file
 
+    if csv is not None:
         absorbed = alkahest.absorbed(table)["count"]
         text = table.drop(columns=["ulps", "ulp_energy"]).assign(absorbed=absorbed).to_csv(index=False)
         write_file(csv, text.encode())
@@ -197,12 +183,15 @@ def _write(table: pandas.DataFrame, csv: Path | None, html: Path | None, found: 
         from alkahest.lab.report import write_report
 
         write_report(html, table, found)
+    if plot is not None:
+        from alkahest.lab import plots
 
-
-def _draw(plot: Any, path: Path) -> None:
-    from alkahest.files import write_file
-
-    write_file(path, plot.png())
+        drawn = (
+            plots.delta_magnitudes(table)
+            if found is None
+            else plots.multiplier_overview(alkahest.rounding_curve(table), found)
+        )
+        write_file(plot, drawn.png())
 
 
 def _as_record(found: Any) -> dict[str, Any]:

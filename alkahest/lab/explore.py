@@ -14,7 +14,7 @@ import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, UnknownNameError, nearest
-from alkahest.lab.plots import png
+from alkahest.lab.plots import image_tag, png
 
 _WAIT = 0.15  # seconds without a change before drawing: a drag of a slider draws once or twice
 _DRAWING = threading.Lock()  # callbacks come from several threads, and matplotlib's caches are shared
@@ -55,10 +55,9 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
                 self.alt = str(self._draw(figure, **values))
                 self._png = png(figure)
             except Exception as error:
-                self.status.value = f"<pre role='alert'>{html.escape(_reason(error))}</pre>"
+                self.status.value = f"<pre role='alert'>{html.escape(reason_of(error))}</pre>"
                 return
-            encoded = base64.b64encode(self._png).decode()
-            self.picture.value = f'<img role="img" style="max-width:100%" alt="{html.escape(self.alt)}" src="data:image/png;base64,{encoded}">'  # fmt: skip
+            self.picture.value = image_tag(self._png, self.alt)
             self.status.value = "<br>".join(html.escape(line, quote=False) for line in self._outside(values))
 
     def _row(self, name: str, default: Any, given: Any) -> Any:
@@ -143,5 +142,6 @@ def _number_with_slider(name: str, default: Any, given: tuple[Any, ...], label: 
     return box, slider, (float(low), float(high))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What a person is told of an error: ours explain themselves, others need their kind."""
     return str(error) if isinstance(error, AlkahestError) else f"{type(error).__name__}: {error}"

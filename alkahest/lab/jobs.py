@@ -11,8 +11,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from alkahest.errors import AlkahestError
 from alkahest.files import size_text
+from alkahest.lab.explore import reason_of
 
 
 class Job(widgets.VBox):  # type: ignore[misc]
@@ -89,7 +89,7 @@ class Job(widgets.VBox):  # type: ignore[misc]
             self._end("success", f"done in {time.monotonic() - started:.1f} s")
         except Exception as error:  # shown where the person looks, instead of in a thread's traceback
             self.error = error
-            self._end("danger", str(error) if isinstance(error, AlkahestError) else f"{type(error).__name__}: {error}")
+            self._end("danger", reason_of(error))
 
     def _show(self, event: Any, elapsed: float) -> None:
         done, total = getattr(event, "done", 0), getattr(event, "total", 0)

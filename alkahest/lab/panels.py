@@ -39,7 +39,7 @@ def delta_browser(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
         parts = ["all", *dict.fromkeys(table.part)]
         return explore(draw, size=(10, 5), statistic=list(plots.STATISTICS), part=parts, view=list(_VIEWS))
 
-    return _measured(what, on, browse)
+    return _measured("delta_browser", what, on, browse)
 
 
 def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
@@ -49,15 +49,13 @@ def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> A
 
     A new basis or target computes k anew; the number box then takes any other.
     """
-    if not isinstance(what, (Delta, pd.DataFrame)):
-        raise AlgebraError("multiplier_panel", "a delta or its table is needed", found=type(what).__name__, fix="variant - base")  # fmt: skip
-    # A table does not say what is protected: there every matrix counts.
-    added = not_protected(what, ends(what)[1] if on is None else on) if isinstance(what, Delta) else None
 
     def choose(table: pd.DataFrame) -> MultiplierPanel:
+        # A table does not say what is protected: there every matrix counts.
+        added = not_protected(what, ends(what)[1] if on is None else on) if isinstance(what, Delta) else None
         return MultiplierPanel(table, added)
 
-    return _measured(what, on, choose)
+    return _measured("multiplier_panel", what, on, choose)
 
 
 class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
@@ -94,15 +92,9 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
 
     def _draw(self, figure: Figure, found: Multiplier, k: float) -> str:
         self.words.value = found._repr_html_()
-        upper, middle, lower = figure.subplots(3, 1, height_ratios=(3, 3, 2))
-        drawn = [
-            plots.survival(self._curve, upper),
-            plots.noise(self._curve, middle),
-            plots.multiplier_by_part(found, lower),
-        ]
-        plots.mark(drawn[:2], k)
+        drawn = plots.multiplier_overview(self._curve, found, k, figure)
         at = rounding_curve(self._table, [k]).iloc[0]
-        return f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its energy survives rounding. " + " ".join(one.alt for one in drawn)  # fmt: skip
+        return f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its energy survives rounding. {drawn.alt}"  # fmt: skip
 
     def _multiplier(self, basis: str, target: float) -> Multiplier:
         key = (basis, target)
@@ -127,12 +119,14 @@ def _by_module(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {module: table[table.module == module] for module in largest.index}
 
 
-def _measured(what: Delta | pd.DataFrame, on: Weights | None, build: Callable[[pd.DataFrame], Any]) -> Any:
+def _measured(
+    operation: str, what: Delta | pd.DataFrame, on: Weights | None, build: Callable[[pd.DataFrame], Any]
+) -> Any:
     """What ``build`` makes of a table, measured first if it is a delta still."""
     if isinstance(what, pd.DataFrame):
         return build(what)
     if not isinstance(what, Delta):
-        raise AlgebraError("delta_browser", "a delta or its table is needed", found=type(what).__name__, fix="variant - base")  # fmt: skip
+        raise AlgebraError(operation, "a delta or its table is needed", found=type(what).__name__, fix="variant - base")  # fmt: skip
     box = widgets.VBox()
     job = Job(lambda: stream_delta_table(what, on), on_result=lambda table: setattr(box, "children", [build(table)]), unit="B", title="Measure")  # fmt: skip
     box.children = [job]

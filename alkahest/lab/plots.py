@@ -8,9 +8,11 @@ Zeros have a strip of their own at the bottom of a log axis. Colours are `okabe_
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +67,12 @@ def png(figure: Figure, dpi: int = 100) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def image_tag(picture: bytes, alt: str) -> str:
+    """A PNG file as HTML that needs no other file."""
+    encoded = base64.b64encode(picture).decode()
+    return f'<img role="img" style="max-width:100%" alt="{html.escape(alt)}" src="data:image/png;base64,{encoded}">'
 
 
 def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
@@ -265,11 +273,16 @@ def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: A
     return Plot(ax, f"{ax.get_title()}: {', '.join(pairs)}.")
 
 
-def mark(drawn: Sequence[Plot], k: float) -> None:
-    """Draw a line at k into plots over k."""
-    for one in drawn:
-        one.axes.axvline(k, color=COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
-        one.axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+def multiplier_overview(curve: pandas.DataFrame, multiplier: Any, k: float | None = None, figure: Figure | None = None) -> Plot:  # fmt: skip
+    """What adding leaves of a delta and what multiplying costs, with k marked, and the multiplier by part below."""
+    k = float(multiplier) if k is None else k
+    figure = Figure(figsize=(10, 9), layout="constrained") if figure is None else figure
+    upper, middle, lower = figure.subplots(3, 1, height_ratios=(3, 3, 2))
+    drawn = [survival(curve, upper), noise(curve, middle), multiplier_by_part(multiplier, lower)]
+    for axes in (upper, middle):
+        axes.axvline(k, color=COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    return Plot(upper, " ".join(one.alt for one in drawn))
 
 
 class _Places:

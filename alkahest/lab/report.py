@@ -1,15 +1,13 @@
-"""What was measured as one HTML file that needs nothing else, and as a picture."""
+"""What was measured as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
-import base64
 import html
 import math
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from alkahest import __version__
 from alkahest.check import checked
@@ -59,22 +57,12 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
     return _page(of, parts)
 
 
-def multiplier_picture(table: pd.DataFrame, multiplier: Multiplier) -> plots.Plot:
-    """What is left of the delta over k, what it costs, and the multiplier by part, one above the other."""
-    upper, middle, lower = Figure(figsize=(10, 9), layout="constrained").subplots(3, 1, height_ratios=(3, 3, 2))
-    curve = rounding_curve(table)
-    drawn = [plots.survival(curve, upper), plots.noise(curve, middle), plots.multiplier_by_part(multiplier, lower)]
-    plots.mark(drawn[:2], float(multiplier))
-    return plots.Plot(upper, f"Multiplier {float(multiplier):.4g}. " + " ".join(one.alt for one in drawn))
-
-
 def _with_absorbed(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(absorbed=absorbed(table)["count"])
 
 
 def _figure(plot: plots.Plot) -> str:
-    encoded = base64.b64encode(plot.png()).decode()
-    return f'<figure><img alt="{html.escape(plot.alt)}" src="data:image/png;base64,{encoded}"><figcaption>{_text(plot.alt)}</figcaption></figure>'  # fmt: skip
+    return f"<figure>{plots.image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>"
 
 
 def _table(table: pd.DataFrame, columns: list[str]) -> str:

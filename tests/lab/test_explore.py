@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from waiting import until
 
 from alkahest.errors import AlkahestError, UnknownNameError
 from alkahest.lab.explore import Explorer, explore
@@ -25,9 +26,7 @@ def drawing(seen: list[dict[str, Any]]) -> Any:
 
 def settled(seen: list[Any], count: int) -> bool:
     """Whether ``count`` pictures have been drawn, and no more come."""
-    end = time.monotonic() + 10
-    while len(seen) < count and time.monotonic() < end:
-        time.sleep(0.02)
+    until(lambda: len(seen) >= count)
     time.sleep(0.3)
     return len(seen) == count
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from waiting import until
+
 from alkahest.errors import AlkahestError
 from alkahest.lab.jobs import Job
 
@@ -42,10 +44,7 @@ def test_it_shows_what_is_at_hand() -> None:
     gate = threading.Semaphore(1)
     job = Job(lambda: counting(4, gate))
     job.start()
-    for _ in range(200):
-        if "1 of 4" in job.status.value:
-            break
-        threading.Event().wait(0.02)
+    assert until(lambda: "1 of 4" in job.status.value)
     assert "layers.1 &lt;b&gt;" in job.status.value
     assert job.bar.value == 0.25
     assert job.running
@@ -90,10 +89,7 @@ def test_sizes_are_said_as_sizes() -> None:
     gate = threading.Semaphore(1)
     job = Job(lambda: (SimpleNamespace(done=n * 10**9, total=12 * 10**9, key="") for n in range(1, 13) if gate.acquire()), unit="B")  # fmt: skip
     job.start()
-    for _ in range(200):
-        if "of 12.00 GB" in job.status.value:
-            break
-        threading.Event().wait(0.02)
+    assert until(lambda: "of 12.00 GB" in job.status.value)
     assert "1.00 GB of 12.00 GB" in job.status.value
     gate.release(12)
     job.wait(10)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 import alkahest as ak
 from alkahest.errors import AlgebraError
@@ -16,13 +16,6 @@ from alkahest.lab.jobs import Job
 @pytest.fixture
 def three(trio: dict[str, Path]) -> tuple[ak.Weights, ak.Weights, ak.Weights]:
     return ak.open(trio["variant"]), ak.open(trio["base"]), ak.open(trio["bridge"]).protect("refiner")
-
-
-def until(condition: Any) -> bool:
-    end = time.monotonic() + 10
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return bool(condition())
 
 
 def measured(box: Any) -> Any:
