@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from alkahest.delta_table import names_of, sum_of_squares
+from alkahest.delta_table import names_of
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
 from alkahest.expr import Delta, require_same
 from alkahest.options import Options
 from alkahest.remembered import title_of
 from alkahest.scalar import Rules
 from alkahest.spectrum import matrix_of, randomised_svd
+from alkahest.tally import sum_of_squares
 from alkahest.term import Term, Workspace
 from alkahest.work import BLOCK, Event, Job, Run, finished, why_nonfinite
 

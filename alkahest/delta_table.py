@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from alkahest import compiled
 from alkahest.checkpoint import Checkpoint
+from alkahest.compiled import Kernels, Numbers
 from alkahest.dtypes import FORMATS, SCALED, Format, storage_name
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
 from alkahest.expr import Delta, Leaf, Weights, ends, require_same
 from alkahest.keys import REFINERS, part_of
 from alkahest.options import Options
 from alkahest.remembered import remembered
-from alkahest.rounding import ULPS, Counts, Energies, absorbed, ulp, ulp_counts
+from alkahest.rounding import absorbed
 from alkahest.scalar import Rules
+from alkahest.tally import Tally
 from alkahest.term import Minus, Source, Term, Times, Workspace, evaluate, sources
 from alkahest.work import Event, Job, Run, blocks, finished, place_of, why_nonfinite
 
@@ -49,19 +52,17 @@ COLUMNS = {
     "cosine": "of the angle between v and b",
     "changed": "share of elements where d is not 0",
     "step": "what d moves by when v moves to its neighbour as stored: root mean square of ulp(v), times the factor in d, "
-    "over the elements where d is not 0; of large tensors every 31st is counted",
+    "over the elements where d is not 0; of large tensors a quarter of a million elements or more are looked at",
     "base_step": "the same of b",
     "hidden": "the |d| that rounding of v may have hidden where d is 0: ulp(v) squared / 12 for each such element, times "
     "the factor in d; likewise. 0 where the whole tensor is untouched",
-    "ulps": "how many of |d| / ulp(w) fall into each bin of ULPS; zeros are in none. Of more than 4 million elements "
-    "every 31st is counted, 31 times, unless exact=True",
+    "ulps": "how many of |d| / ulp(w) fall into each bin of ULPS; zeros are in none. Of large tensors a quarter "
+    "of a million elements or more are counted, and stand for all, unless exact=True",
     "ulp_energy": "sum of d squared over the elements in each bin, likewise",
 }
 _PRINTED = {"elements": "{:,}", "relative": "{:.2e}", "rms": "{:.2e}", "largest": "{:.2e}", "cosine": "{:.6f}", "changed": "{:.3f}", "absorbed": "{:.3f}"}  # fmt: skip
-_RUN = 4096  # float32 sums this long stay within 1e-7; longer ones are added up in float64
-_SAMPLED = 4 << 20  # elements, above which histograms take one in _STRIDE: 500,000 of them err by 0.1 %
-_STRIDE = 31  # shares no factor with any width, so that all columns take part
-_PIECE = 1 << 16  # elements that stay in a processor's cache while their bins are found
+_SAMPLED = 250_000  # elements that histograms take of a tensor, at least: shares err by 0.1 %
+_COMPILED = 1 << 26  # elements, above which compiled loops pay for being loaded
 
 
 def delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, **options: Any) -> pandas.DataFrame:  # fmt: skip
@@ -97,7 +98,10 @@ def _measured(delta: Delta, on: Weights | None, dtype: str | None, exact: bool, 
     variant, base = ends(delta)
     tasks = [_task(key, delta, (variant, base, on), dtype, exact) for key in delta.shapes]
     rows: dict[str, dict[str, Any]] = {task.key: {} for task in tasks}
-    jobs = [Job(task.key, task.nbytes, _filling(rows, task), place_of(task.terms.get("delta"))) for task in tasks]
+    loops = compiled.kernels() if sum(task.elements for task in tasks) >= _COMPILED else None
+    jobs = [
+        Job(task.key, task.nbytes, _filling(rows, task, loops), place_of(task.terms.get("delta"))) for task in tasks
+    ]
     import pandas as pd
 
     yield from run.measured(jobs, lambda: pd.DataFrame(list(rows.values()), columns=list(COLUMNS)))
@@ -153,8 +157,8 @@ def printed(table: pandas.DataFrame, by: str = "part") -> str:
     return text
 
 
-def _filling(rows: dict[str, dict[str, Any]], task: _Task) -> Callable[[Workspace], None]:
-    return lambda workspace: rows[task.key].update(task.row(workspace))
+def _filling(rows: dict[str, dict[str, Any]], task: _Task, loops: Kernels | None) -> Callable[[Workspace], None]:
+    return lambda workspace: rows[task.key].update(task.row(workspace, loops))
 
 
 @dataclass(frozen=True)
@@ -180,15 +184,31 @@ class _Task:
         pieces = [source.leaf.slices[source.key] for source in reads if isinstance(source.leaf, Checkpoint)]
         return sum(piece.elements * piece.stored.form.itemsize for piece in pieces)
 
-    def row(self, workspace: Workspace) -> dict[str, Any]:
-        tally = _Tally()
+    def row(self, workspace: Workspace, loops: Kernels | None) -> dict[str, Any]:
+        tally = Tally()
         ranges = blocks(list(self.terms.values())[-1], self.elements) if self.terms else ()
+        if not (self.is_pair and workspace.device.type == "cpu"):
+            loops = None
         for start, stop in ranges:
+            if loops:
+                with _pair(self.terms, start, stop, workspace) as numbers:
+                    if tally.add_pair(*numbers, self.units, self.stride, self.factor, loops):
+                        continue
             with _values(self.terms, start, stop, workspace) as values:
                 tally.add(values, self.units, self.stride)
             if bad := tally.nonfinite:
                 raise why_nonfinite(self.terms[bad], self.key, "delta_table")
         return {**self._names(), **tally.columns(self.elements, self.factor)}
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the delta is no more than variant - base, times a factor, and all are stored numbers."""
+        stored = {"variant", "base", "on"}
+        return (
+            stored <= self.units.keys()
+            and stored <= self.terms.keys()
+            and _without_factor(self.terms.get("delta"))[1] == Minus(self.terms["variant"], self.terms["base"])
+        )
 
     def _names(self) -> dict[str, Any]:
         stored = {f"{name}_storage": self.storage[name] for name in ("variant", "base")}
@@ -207,96 +227,6 @@ def names_of(key: str) -> dict[str, Any]:
     }
 
 
-@dataclass
-class _Tally:
-    """What one pass adds up for one tensor."""
-
-    squares: dict[str, float] = field(default_factory=dict)
-    largest: float = 0.0
-    changed: int = 0
-    stepped: int = 0  # elements that changed, of those looked at, and the squares of the ends' ulps there
-    steps: dict[str, float] = field(default_factory=dict)
-    hidden: float = 0.0
-    ulps: Counts = field(default_factory=lambda: np.zeros(len(ULPS), np.int64))
-    energy: Energies = field(default_factory=lambda: np.zeros(len(ULPS)))
-
-    def add(self, values: dict[str, Tensor], units: dict[str, tuple[Format, float]], stride: int) -> None:
-        squares: dict[int, float] = {}
-        for name, numbers in values.items():
-            if numbers.data_ptr() not in squares:  # base and on are often the same, and so are delta and gap
-                squares[numbers.data_ptr()] = sum_of_squares(numbers)
-            self.squares[name] = self.squares.get(name, 0.0) + squares[numbers.data_ptr()]
-        delta = values.get("delta")
-        if delta is None or self.nonfinite:
-            return
-        low, high = map(float, torch.aminmax(delta))
-        self.largest = max(self.largest, -low, high)
-        if low < high or high != 0:
-            # NumPy's comparison is ten times as fast as torch.count_nonzero on a CPU.
-            self.changed += int(
-                torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0)
-            )
-        distinct = {numbers.data_ptr(): numbers for numbers in values.values()}
-        for start in range(0, delta.numel(), stride * _PIECE):
-            piece = slice(start, start + stride * _PIECE, stride)
-            sampled = {place: numbers[piece].contiguous() for place, numbers in distinct.items()}
-            self._sample({name: sampled[numbers.data_ptr()] for name, numbers in values.items()}, units, stride)
-
-    def _sample(self, values: dict[str, Tensor], units: dict[str, tuple[Format, float]], stride: int) -> None:
-        delta = values["delta"]
-        changed = delta != 0
-        if "on" in units and changed.any():
-            counts, energy = ulp_counts(delta, values["on"], *units["on"])
-            self.ulps += stride * counts
-            self.energy += stride * energy
-        self.stepped += int(changed.sum())
-        for name in ("variant", "base"):
-            if name in units:
-                steps = ulp(values[name], *units[name])
-                squares = sum_of_squares(steps * changed)
-                self.steps[name] = self.steps.get(name, 0.0) + squares
-                if name == "variant":
-                    self.hidden += stride * (sum_of_squares(steps) - squares) / 12
-
-    @property
-    def nonfinite(self) -> str | None:
-        """The name of the first term that is not finite."""
-        return next((name for name, square in self.squares.items() if not math.isfinite(square)), None)
-
-    def columns(self, elements: int, factor: float) -> dict[str, Any]:
-        norms = {name: math.sqrt(square) for name, square in self.squares.items()}
-        delta, on = norms.get("delta", 0.0), norms.get("on", math.nan)
-        return {
-            "variant_norm": norms.get("variant", math.nan),
-            "base_norm": norms.get("base", math.nan),
-            "on_norm": on,
-            "distance": norms.get("distance", math.nan),
-            "delta_norm": delta,
-            "rms": delta / math.sqrt(max(1, elements)),
-            "relative": delta / on if on > 0 else math.nan,
-            "largest": self.largest,
-            "cosine": self._cosine(norms),
-            "changed": self.changed / max(1, elements),
-            **{
-                column: abs(factor) * math.sqrt(self.steps[name] / self.stepped)
-                if self.stepped and name in self.steps
-                else math.nan
-                for column, name in (("step", "variant"), ("base_step", "base"))
-            },
-            "hidden": abs(factor) * math.sqrt(self.hidden) if self.stepped else 0.0,
-            "ulps": self.ulps,
-            "ulp_energy": self.energy,
-        }
-
-    def _cosine(self, norms: dict[str, float]) -> float:
-        product = norms.get("variant", 0.0) * norms.get("base", 0.0)
-        if product == 0:
-            return math.nan
-        # v.b from three sums of squares: better conditioned than the sum of products where v and b are close.
-        dot = (self.squares["variant"] + self.squares["base"] - self.squares["gap"]) / 2
-        return max(-1.0, min(1.0, dot / product))
-
-
 def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, Weights | None], dtype: str | None, exact: bool) -> _Task:  # fmt: skip
     rules = Rules()
     terms: dict[str, Term | None] = {name: model.at(key, rules) for name, model in zip(("variant", "base", "on"), models, strict=True) if model is not None}  # fmt: skip
@@ -308,12 +238,25 @@ def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, 
     if on := models[2]:
         unit = _unit(Source(on.leading, key)) if dtype is None else _asked(dtype)
         units |= {"on": unit} if unit else {}
-    factor, inner = 1.0, terms["delta"]
-    while isinstance(inner, Times):
-        factor, inner = factor * inner.factor, inner.term
+    factor, _ = _without_factor(terms["delta"])
     shape = tuple(delta.shapes[key])
-    stride = _STRIDE if math.prod(shape) > _SAMPLED and not exact else 1
+    stride = 1 if exact else _stride(shape)
     return _Task(key, shape, {n: t for n, t in terms.items() if t is not None}, storage, units, factor, stride)
+
+
+def _stride(shape: tuple[int, ...]) -> int:
+    """One run of elements in how many is counted: it shares no factor with the width, so that all columns take part."""
+    stride = max(1, math.prod(shape) // _SAMPLED)
+    while math.gcd(stride, shape[-1]) > 1:
+        stride -= 1
+    return stride
+
+
+def _without_factor(term: Term | None) -> tuple[float, Term | None]:
+    factor = 1.0
+    while isinstance(term, Times):
+        factor, term = factor * term.factor, term.term
+    return factor, term
 
 
 def _asked(dtype: str) -> tuple[Format, float]:
@@ -355,11 +298,30 @@ def _values(terms: dict[str, Term], start: int, stop: int, workspace: Workspace)
         yield found
 
 
-def sum_of_squares(values: Tensor) -> float:
-    """In float32 over short runs and float64 over those: exact to 1e-7, at the speed of memory."""
-    whole = values.numel() // _RUN * _RUN
-    norms = torch.linalg.vector_norm(values[:whole].view(-1, _RUN), dim=1)
-    found = float(norms.double().square().sum())
-    found += float(values[whole:].double().square().sum())
-    # Squares leave float32 above 1e19 and below 1e-19: rare enough to be done again in float64.
-    return found if math.isfinite(found) and found > 1e-30 * values.numel() else float(values.double().square().sum())
+@contextlib.contextmanager
+def _pair(terms: dict[str, Term], start: int, stop: int, workspace: Workspace) -> Iterator[tuple[Numbers, Numbers, Numbers]]:  # fmt: skip
+    """A block of variant, base and on, each read once: as float32, or all as the bf16 they are stored in."""
+    names = ("variant", "base", "on")
+    raw = all(_is_bf16(terms[name]) for name in names)
+    known: dict[Term, Numbers] = {}
+    with contextlib.ExitStack() as stack:
+        for term in (terms[name] for name in names):
+            if term in known:
+                continue
+            buffer = stack.enter_context(workspace.block(stop - start))
+            if raw and isinstance(term, Source) and isinstance(term.leaf, Checkpoint):
+                piece = term.leaf.slices[term.key]
+                known[term] = buffer.numpy().view(np.uint16)[: stop - start]
+                piece.stored.reader.read_into(known[term].data.cast("B"), piece.offset + 2 * start)
+            else:
+                evaluate(term, start, stop, buffer, workspace)
+                known[term] = buffer.numpy()
+        variant, base, on = (known[terms[name]] for name in names)
+        yield variant, base, on
+
+
+def _is_bf16(term: Term) -> bool:
+    if not (isinstance(term, Source) and isinstance(term.leaf, Checkpoint)):
+        return False
+    stored = term.leaf.slices[term.key].stored
+    return stored.form.name == "bf16" and stored.scale == 1.0

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from alkahest import random
-from alkahest.delta_table import names_of, sum_of_squares
+from alkahest.delta_table import names_of
 from alkahest.errors import AlgebraError
 from alkahest.expr import Delta, Weights, ends, require_same
 from alkahest.options import Options
 from alkahest.remembered import remembered
 from alkahest.scalar import Rules
+from alkahest.tally import sum_of_squares
 from alkahest.term import Term, Workspace, evaluate
 from alkahest.work import Event, Job, Run, finished, place_of, why_nonfinite
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
-from alkahest.delta_table import COLUMNS, stream_delta_table, sum_of_squares
+from alkahest.compiled import RUN
+from alkahest.delta_table import COLUMNS, stream_delta_table
 from alkahest.errors import AlgebraError, MismatchError, NonFiniteError, UnknownNameError, UnsupportedError
 from alkahest.rounding import ULPS
+from alkahest.tally import sum_of_squares
 
+module = sys.modules["alkahest.delta_table"]  # the package's attribute of that name is the function
 LAYER = "layers.1.feed_forward.w2.weight"
 VECTORS = ("ulps", "ulp_energy")
+
+
+@pytest.fixture(autouse=True, params=["torch", "compiled"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with and without the compiled loops, which models of real size get."""
+    monkeypatch.setattr(module, "_COMPILED", 0 if request.param == "compiled" else math.inf)
+    return str(request.param)
 
 
 def numbers(checkpoint: ak.Checkpoint) -> tiny.State:
@@ -116,6 +127,40 @@ def test_sums_are_exact_at_any_size() -> None:
     for size, scale in ((7, 1.0), (4096 * 3 + 5, 1e-3), (50_000, 1e25), (50_000, 1e-25), (300, 0.0)):
         values = scale * torch.randn(size)
         assert sum_of_squares(values) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
+
+
+def test_samples_stand_for_all(trio: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, variant, base = (ak.open(trio[name]) for name in ("bridge", "variant", "base"))
+    monkeypatch.setattr(module, "_SAMPLED", 4000)
+    tables = []
+    for limit in (0, math.inf):
+        monkeypatch.setattr(module, "_COMPILED", limit)
+        tables.append(ak.delta_table(variant - base, on=bridge, k=1 + 1e-9 * (limit > 0)).set_index("tensor"))
+    compiled, torched = tables
+    every = ak.delta_table(variant - base, on=bridge, exact=True).set_index("tensor")
+    for key in every.index:
+        assert (compiled.loc[key, "ulps"] == torched.loc[key, "ulps"]).all()
+        assert compiled.loc[key, "ulp_energy"] == pytest.approx(torched.loc[key, "ulp_energy"], rel=1e-6)
+        for name in ("variant_norm", "base_norm", "on_norm", "distance", "delta_norm", "cosine", "step", "base_step", "hidden"):  # fmt: skip
+            assert compiled.loc[key, name] == pytest.approx(torched.loc[key, name], rel=1e-6, nan_ok=True), (key, name)
+        for name in ("largest", "changed"):
+            assert compiled.loc[key, name] == pytest.approx(every.loc[key, name], rel=1e-7)
+    large = compiled.loc[LAYER]
+    assert sum(large.ulps) == pytest.approx(large.changed * large.elements, rel=0.1)
+    assert (large.ulps != every.loc[LAYER, "ulps"]).any()
+    # The runs that are taken start at every sixteenth column in turn.
+    taken = np.arange(large.elements).reshape(-1, RUN)[:: module._stride(large["shape"])].ravel()
+    assert len(np.unique(taken % large["shape"][1])) == large["shape"][1]
+
+
+def test_numbers_too_large_or_small_for_float32_squares(trio: dict[str, Path], tmp_path: Path) -> None:
+    for scale in (1e25, 1e-25, 0.0):
+        base = {key: scale * value for key, value in tiny.state(seed=1).items()}
+        variant = {key: scale * value for key, value in tiny.near(tiny.state(seed=1), 0.02, seed=3).items()}
+        v, b = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state))) for name, state in (("v", variant), ("b", base)))  # fmt: skip
+        table = ak.delta_table(v - b).set_index("tensor")
+        for key in b:
+            assert table.loc[key, "delta_norm"] == pytest.approx(float((v[key].double() - b[key].double()).norm()), rel=1e-6)  # fmt: skip
 
 
 def test_rolled_up(trio: dict[str, Path]) -> None:

@@ -18,7 +18,7 @@ ORDER = [
     "__init__", "errors", "files", "cache", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
     "layouts.diffusers", "layouts", "random", "dtypes", "term", "scalar", "expr", "methods", "recipe", "quantised",
     "locate", "checkpoint", "made_up", "options", "output", "work", "write", "stream", "live", "provenance", "rounding", "remembered",
-    "delta_table", "spectrum", "compare", "check", "multiplier",
+    "compiled", "tally", "delta_table", "spectrum", "compare", "check", "multiplier",
     "mini", "components", "pipeline", "sample", "live_model", "measures", "contact_sheet", "sweep", "mini.scenes", "mini.drawing",
     "mini.models", "mini.muon", "mini.training", "mini.judge", "mini.parts", "mini.build", "mini.report", "lab", "lab.plots", "lab.explore", "lab.jobs", "lab.panels", "lab.report", "cli.shared", "cli.checkpoints", "cli.measure", "cli.mini", "cli",
     "__main__",

