@@ -230,9 +230,8 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     some = np.isfinite(values) & (values > 0)
     y = np.arange(len(parts))
     ax.plot(values[some], y[some], "o", color=COLOURS[0], ms=8)
-    ax.set_ylim(-0.6, len(parts) - 0.4)
+    ax.set_ylim(len(parts) - 0.4, -0.9)  # first part on top, with room for its number
     ax.set_yticks(y, parts.part)
-    ax.invert_yaxis()
     ax.set_xscale("log")
     for place in y[~some]:
         ax.annotate("untouched" if own else "0", (0, place), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center", color="0.4")  # fmt: skip
@@ -244,6 +243,10 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     else:
         ax.set_xlabel("k |delta| / |weights| at the multiplier, unitless (log scale)")
     ax.margins(x=0.15)
+    low, high = ax.get_xlim()
+    if some.any() and high < 10 * low:  # equal parts shall look equal
+        middle = math.sqrt(low * high)
+        ax.set_xlim(middle / math.sqrt(10), middle * math.sqrt(10))
     ax.grid(axis="y", color="0.9")
     ax.set_title(title or _titled(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
     words = ", ".join(f"{part} {_number(value) if good else 'untouched'}" for part, value, good in zip(parts.part, values, some, strict=True))  # fmt: skip
