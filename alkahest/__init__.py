@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from alkahest.errors import AlkahestError as AlkahestError
     from alkahest.expr import Delta as Delta
     from alkahest.expr import Weights as Weights
-    from alkahest.expr import lerp as lerp
-    from alkahest.expr import weighted_sum as weighted_sum
     from alkahest.live_model import LiveModel as LiveModel
+    from alkahest.lora.read import open_lora as open_lora
     from alkahest.made_up import made_up as made_up
     from alkahest.measures import flow_loss as flow_loss
     from alkahest.measures import picture_measures as picture_measures
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
     from alkahest.methods import method as method
     from alkahest.methods import slerp as slerp
     from alkahest.methods import ties as ties
+    from alkahest.mixture import lerp as lerp
+    from alkahest.mixture import weighted_sum as weighted_sum
     from alkahest.multiplier import Multiplier as Multiplier
     from alkahest.multiplier import needed_multiplier as needed_multiplier
     from alkahest.pipeline import pipeline as pipeline
@@ -70,12 +71,13 @@ _PUBLIC = {
     "delta_table": "delta_table",
     "file_noise": "rounding",
     "flow_loss": "measures",
-    "lerp": "expr",
+    "lerp": "mixture",
     "made_up": "made_up",
     "method": "methods",
     "nearest_base": "check",
     "needed_multiplier": "multiplier",
     "open": "checkpoint",
+    "open_lora": "lora.read",
     "param": "scalar",
     "picture_measures": "measures",
     "pipeline": "pipeline",
@@ -87,7 +89,7 @@ _PUBLIC = {
     "slerp": "methods",
     "sweep": "sweep",
     "ties": "methods",
-    "weighted_sum": "expr",
+    "weighted_sum": "mixture",
 }
 _FAMILY = "mini"  # a module of its own: ak.mini.load("base")
 __all__ = sorted([*_PUBLIC, _FAMILY])

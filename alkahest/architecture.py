@@ -228,7 +228,7 @@ def _missing(keys: list[str], file: object) -> FileFormatError:
 
 def _other_model(names: list[str], file: object) -> UnsupportedError:
     if any(mark in key for key in names for mark in ("lora_A", "lora_down", "lora_up", "lokr_", "hada_")):
-        what, fix = "this is a LoRA, not a checkpoint", "open the checkpoint it belongs to"
+        what, fix = "this is a LoRA, not a checkpoint", "ak.open_lora(path), and add it to the checkpoint it belongs to"
     elif names and all(key.startswith(("decoder.", "encoder.", "vae.", "quant_conv", "post_quant")) for key in names):
         what, fix = "this is a VAE, not a transformer", "open the diffusion model's file"
     elif any(key.startswith(("model.layers.", "text_encoders.", "model.embed_tokens")) for key in names):

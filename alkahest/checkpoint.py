@@ -66,7 +66,7 @@ class Checkpoint(Leaf):
         self.config = located.config
         self.file_names = {reader: reader.path.name for reader in self.files}  # as recipes record them
         self.prefix = layouts.find_prefix(located.tensors, located.path)
-        self.name = _identifier(name or located.path)
+        self.name = identifier(name or located.path)
         mine = {n: place for n, place in located.tensors.items() if n.startswith(self.prefix)}
         self.companions: dict[str, tuple[Reader, Entry]] = {
             n: place for n, place in located.tensors.items() if self.prefix and n not in mine
@@ -276,7 +276,7 @@ def _shape(piece: Slice) -> tuple[int, ...]:
     return shape if piece.of == 1 else (shape[0] // piece.of, *shape[1:])
 
 
-def _identifier(source: str | Path) -> str:
+def identifier(source: str | Path) -> str:
     stem = source if isinstance(source, str) else source.name.removesuffix(".safetensors")
     if isinstance(source, Path) and stem in ("transformer", "diffusion_pytorch_model", "model"):
         stem = source.resolve().parent.name

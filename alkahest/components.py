@@ -59,7 +59,7 @@ def _default(weights: Weights) -> Path:
     if mini.is_miniature(weights.shapes):
         return mini.components()
     for leaf in weights.leaves():
-        for reader in getattr(leaf, "files", ()):
+        for reader in leaf.files:
             folder = Path(reader.path).parent.parent
             if (folder / "model_index.json").is_file():
                 return folder

@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import html
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsFloat
 
 from alkahest import term
 from alkahest.architecture import Architecture, require_same_tensors
-from alkahest.errors import AlgebraError, UnknownNameError, nearest
-from alkahest.keys import PAD_TOKENS, Pattern
+from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
+from alkahest.keys import PAD_TOKENS, Pattern, part_of
 from alkahest.scalar import Param, Rules, Scalar, number, scalar, text_of
 from alkahest.term import Term
 
 if TYPE_CHECKING:
+    from alkahest.files import Reader
     from alkahest.stream import Saved
 
 Shapes = Mapping[str, tuple[int, ...]]
-Names = Mapping["Leaf", str]
-_SUM, _PRODUCT, _ATOM = 1, 2, 3
+Names = Mapping["AnyLeaf", str]
+SUM, PRODUCT, ATOM = 1, 2, 3  # how tightly a text binds
 _NOT_A_MODEL = ": a delta is no model; add it to one first: bridge + k * delta"
 _NOT_A_DELTA = ": that is for deltas; choose before adding: bridge + (variant - base).only('layers')"
 # (is a delta, name) -> what to do instead, for names that only the other kind has.
@@ -68,8 +69,8 @@ class Expression:
             object.__setattr__(self, "_depth", known)
         return int(known)
 
-    def leaves(self) -> tuple[Leaf, ...]:
-        """The distinct checkpoints that this expression reads, in order of appearance."""
+    def leaves(self) -> tuple[AnyLeaf, ...]:
+        """The distinct checkpoints and LoRAs that this expression reads, in order of appearance."""
         found = dict.fromkeys(leaf for child in self.children for leaf in child.leaves())
         return tuple(found)
 
@@ -136,7 +137,7 @@ class Expression:
         # Leaves hold no scalars, and copying one would reopen its file.
         return (
             self
-            if isinstance(self, Leaf)
+            if isinstance(self, (Leaf, DeltaLeaf))
             else replace(self, **{f.name: bound(getattr(self, f.name)) for f in fields(self)})
         )
 
@@ -234,13 +235,19 @@ class Weights(Expression):
             kept = [key for key in self.shapes if self.is_protected(key)]
             what = ", ".join(dict.fromkeys(self.protection))
             notes.append(f"protected: {what} ({len(kept)} tensors stay {self.leading.name}'s, bit for bit)")
-        return notes
+        return notes + self.dropped()
+
+    def dropped(self) -> list[str]:
+        """What protection leaves out of LoRAs, in words: their names are few, so this is said aloud."""
+        return [line for child in self.children if isinstance(child, Weights) for line in child.dropped()]
 
 
 class Leaf(Weights):
     """Weights that are read rather than computed."""
 
     name: str
+    files: tuple[Reader, ...] = ()
+    file_names: Mapping[Reader, str]  # as recipes record them
     architecture: Architecture
     config: dict[str, Any] | None = None  # diffusers' config.json, where the files have one
 
@@ -267,7 +274,7 @@ class Leaf(Weights):
         """Fill ``out`` (float32) with elements ``start`` to ``stop`` of a tensor, flat and row-major."""
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return names[self], _ATOM
+        return names[self], ATOM
 
 
 class Delta(Expression):
@@ -276,6 +283,11 @@ class Delta(Expression):
     @abstractmethod
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
         """The term for one tensor; None where it is zero, as on protected tensors unless `everywhere`."""
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether its ``shapes`` are some of a model's, as a LoRA's are, rather than all."""
+        return False
 
     def only(self, pattern: str) -> Delta:
         """This delta on the tensors that ``pattern`` selects, zero elsewhere."""
@@ -336,6 +348,42 @@ class Delta(Expression):
         return self * -1.0
 
 
+class DeltaLeaf(Delta):
+    """A delta that is read rather than computed: a LoRA."""
+
+    name: str
+    files: tuple[Reader, ...] = ()
+    file_names: Mapping[Reader, str]
+    config: dict[str, Any] | None = None
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def is_partial(self) -> bool:
+        return True
+
+    def leaves(self) -> tuple[AnyLeaf, ...]:
+        return (self,)
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        return None if protected or key not in self.shapes else term.Source(self, key)
+
+    @abstractmethod
+    def read(self, key: str, start: int, stop: int, out: Any, workspace: Any) -> None:
+        """Fill ``out`` (float32) with elements ``start`` to ``stop`` of a tensor, flat and row-major."""
+
+    @abstractmethod
+    def check_finite(self, key: str, operation: str) -> None:
+        """Raise NonFiniteError if what the file holds for this tensor is not finite."""
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return names[self], ATOM
+
+
+AnyLeaf = Leaf | DeltaLeaf
+
+
 class _OfWeights(Weights):
     """Weights made from one model, which leads."""
 
@@ -363,7 +411,7 @@ class Protected(_OfWeights):
         return self.weights.at(key, rules)
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{_wrapped(self.weights, names, _ATOM)}.protect({self.pattern!r})", _ATOM
+        return f"{_wrapped(self.weights, names, ATOM)}.protect({self.pattern!r})", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -386,96 +434,17 @@ class Sum(_OfWeights):
             return term.Plus(weights, delta)
         return term.plus(weights, delta)
 
-    def _text(self, names: Names) -> tuple[str, int]:
-        return _joined(self.weights, self.delta, names), _SUM
-
-
-class OfModels(Weights):
-    """Weights made from several models, of which the first leads."""
-
-    operands: tuple[Weights, ...]
-
-    @property
-    def leading(self) -> Leaf:
-        return self.operands[0].leading
-
-    @property
-    def protection(self) -> tuple[str, ...]:
-        return self.operands[0].protection
-
-    def keeps_first(self, key: str, rules: Rules) -> bool:
-        """Whether a tensor stays the first model's: protected, or a pad token as ComfyUI treats it."""
-        return self.is_protected(key) or (rules.comfy_compatible and key in PAD_TOKENS)
-
-
-@dataclass(frozen=True, repr=False)
-class Mixture(OfModels):
-    """First weights plus shares of what the others differ by; `lerp` and `weighted_sum` make it."""
-
-    operands: tuple[Weights, ...]
-    shares: tuple[Scalar, ...]
-    is_lerp: bool
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_mixable("lerp" if self.is_lerp else "weighted_sum", self.operands)
-
-    def at(self, key: str, rules: Rules) -> Term | None:
-        first, *others = [operand.at(key, rules) for operand in self.operands]
-        if self.keeps_first(key, rules):
-            return first
-        shares = [rules.value(share) for share in self.shares]
-        if rules.comfy_compatible and first is not None:
-            return _comfy_mixture(first, others, shares)
-        if self.is_lerp and shares == [1.0]:
-            return others[0] or first
-        mixed = first
-        for share, other in zip(shares, others, strict=True):
-            mixed = term.plus(mixed, term.times(share, term.minus(other, first)))
-        return mixed
-
-    def _scalars(self) -> Iterator[Scalar]:
-        yield from self.shares
-        yield from super()._scalars()
+    def dropped(self) -> list[str]:
+        lines, rules = [], Rules()
+        for leaf in self.delta.leaves() if self.protection else ():
+            if isinstance(leaf, DeltaLeaf):
+                kept = [key for key in leaf.shapes if self.is_protected(key) and self.delta.at(key, rules) is not None and self.delta.at(key, rules, True) is None]  # fmt: skip
+                if kept:
+                    lines.append(f"{leaf.name}: protection leaves out {len(kept)} of its {len(leaf.shapes)} tensors ({', '.join(dict.fromkeys(map(part_of, kept)))})")  # fmt: skip
+        return lines + super().dropped()
 
     def _text(self, names: Names) -> tuple[str, int]:
-        operands = [operand._text(names)[0] for operand in self.operands]
-        shares = [text_of(share) for share in self.shares]
-        if self.is_lerp:
-            return f"lerp({operands[0]}, {operands[1]}, {shares[0]})", _ATOM
-        first = text_of(round(1.0 - sum(float(s) for s in self.shares if not isinstance(s, Param)), 12))
-        return f"weighted_sum([{', '.join(operands)}], [{', '.join([first, *shares])}])", _ATOM
-
-
-def lerp(a: Weights, b: Weights, t: SupportsFloat | Param) -> Weights:
-    """``a + t * (b - a)``: a at 0, b at 1.
-
-    >>> ak.lerp(merged, bridge + 8 * turbo, 0.5)
-
-    The first operand leads: its storage, its pad tokens under ``comfy_compatible``, its protection.
-    """
-    _require_weights("lerp", a, b)
-    return Mixture((a, b), (scalar(t, "lerp"),), True)
-
-
-def weighted_sum(models: Sequence[Weights], shares: Sequence[SupportsFloat]) -> Weights:
-    """A weighted average of models; the shares add up to 1. The first model leads, as in `lerp`.
-
-    >>> ak.weighted_sum([a, b, c], [0.5, 0.3, 0.2])
-    """
-    if isinstance(models, Expression):
-        raise AlgebraError("weighted_sum", "the models go in a list", fix="ak.weighted_sum([a, b], [0.7, 0.3])")
-    models, numbers = tuple(models), [number(share, "weighted_sum") for share in shares]
-    _require_weights("weighted_sum", *models)
-    if len(models) != len(numbers) or not models:
-        found = f"{len(models)} models, {len(numbers)} shares"
-        raise AlgebraError("weighted_sum", "one share per model is needed", found=found)
-    if abs(sum(numbers) - 1) > 1e-6:
-        raise AlgebraError(
-            "weighted_sum", "the shares do not add up to 1, so the result would not be weights",
-            expected=1, found=sum(numbers), fix="divide them by their sum, or add deltas: a + k * (b - c)",
-        )  # fmt: skip
-    return Mixture(models, tuple(numbers[1:]), False)
+        return _joined(self.weights, self.delta, names), SUM
 
 
 @dataclass(frozen=True, repr=False)
@@ -504,7 +473,7 @@ class Difference(Delta):
         return term.times(factor, term.minus(variant, base))
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{_wrapped(self.variant, names, _SUM)} - {_wrapped(self.base, names, _PRODUCT)}", _SUM
+        return f"{_wrapped(self.variant, names, SUM)} - {_wrapped(self.base, names, PRODUCT)}", SUM
 
 
 class _OfDelta(Delta):
@@ -515,6 +484,10 @@ class _OfDelta(Delta):
     @property
     def shapes(self) -> Shapes:
         return self.delta.shapes
+
+    @property
+    def is_partial(self) -> bool:
+        return self.delta.is_partial
 
 
 @dataclass(frozen=True, repr=False)
@@ -533,7 +506,7 @@ class Scaled(_OfDelta):
         yield from self.delta._scalars()
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{text_of(self.factor)} * {_wrapped(self.delta, names, _ATOM)}", _PRODUCT
+        return f"{text_of(self.factor)} * {_wrapped(self.delta, names, ATOM)}", PRODUCT
 
 
 @dataclass(frozen=True, repr=False)
@@ -552,7 +525,7 @@ class ScaledParts(_OfDelta):
 
     def _text(self, names: Names) -> tuple[str, int]:
         inside = ", ".join(f"{text!r}: {text_of(factor)}" for text, factor in self.factors)
-        return f"{_wrapped(self.delta, names, _ATOM)}.scaled({{{inside}}})", _ATOM
+        return f"{_wrapped(self.delta, names, ATOM)}.scaled({{{inside}}})", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -567,7 +540,7 @@ class Masked(_OfDelta):
 
     def _text(self, names: Names) -> tuple[str, int]:
         verb = "only" if self.keep else "without"
-        return f"{_wrapped(self.delta, names, _ATOM)}.{verb}({self.pattern!r})", _ATOM
+        return f"{_wrapped(self.delta, names, ATOM)}.{verb}({self.pattern!r})", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -578,7 +551,7 @@ class Everywhere(_OfDelta):
         return self.delta.at(key, rules, False)
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{_wrapped(self.delta, names, _ATOM)}.everywhere()", _ATOM
+        return f"{_wrapped(self.delta, names, ATOM)}.everywhere()", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -594,11 +567,15 @@ class DeltaSum(Delta):
     def shapes(self) -> Shapes:
         return {**self.right.shapes, **self.left.shapes}
 
+    @property
+    def is_partial(self) -> bool:
+        return self.left.is_partial and self.right.is_partial
+
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
         return term.plus(self.left.at(key, rules, protected), self.right.at(key, rules, protected))
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return _joined(self.left, self.right, names), _SUM
+        return _joined(self.left, self.right, names), SUM
 
 
 def ends(delta: Delta) -> tuple[Weights | None, Weights | None]:
@@ -608,9 +585,9 @@ def ends(delta: Delta) -> tuple[Weights | None, Weights | None]:
     return (delta.variant, delta.base) if isinstance(delta, Difference) else (None, None)
 
 
-def name_leaves(*expressions: Expression) -> dict[Leaf, str]:
-    """A distinct identifier for every checkpoint in the expressions, from their own names."""
-    names: dict[Leaf, str] = {}
+def name_leaves(*expressions: Expression) -> dict[AnyLeaf, str]:
+    """A distinct identifier for every checkpoint and LoRA in the expressions, from their own names."""
+    names: dict[AnyLeaf, str] = {}
     for leaf in dict.fromkeys(leaf for expression in expressions for leaf in expression.leaves()):
         name, number = leaf.name, 2
         while name in names.values():
@@ -620,39 +597,22 @@ def name_leaves(*expressions: Expression) -> dict[Leaf, str]:
 
 
 def require_same(operation: str, left: Expression, right: Expression) -> None:
-    require_same_tensors(operation, left.shapes, right.shapes, left.text, right.text)
-
-
-def require_mixable(operation: str, operands: tuple[Weights, ...]) -> None:
-    first = operands[0]
-    for other in operands[1:]:
-        require_same(operation, first, other)
-        lost = [text for text in other.protection if text not in first.protection]
-        if lost:
-            raise AlgebraError(
-                operation, f"{lost[0]!r} is protected on a later operand only, and would be mixed away",
-                found=other.text(), fix="put the protected model first, or call .protect() on the result",
+    """Raise MismatchError unless both are about the same tensors; a LoRA's must be among the other's."""
+    some = [isinstance(side, Delta) and side.is_partial for side in (left, right)]
+    if not any(some):
+        require_same_tensors(operation, left.shapes, right.shapes, left.text, right.text)
+        return
+    for key in left.shapes.keys() & right.shapes.keys():
+        if left.shapes[key] != right.shapes[key]:
+            found = f"{left.text()}: {left.shapes[key]}; {right.text()}: {right.shapes[key]}"
+            raise MismatchError(operation, "a tensor has different shapes", key=key, found=found, fix="use a LoRA of this model")  # fmt: skip
+    for part, whole, is_part in ((left, right, some[0]), (right, left, some[1])):
+        lacking = [key for key in part.shapes if key not in whole.shapes]
+        if is_part and not all(some) and lacking:
+            raise MismatchError(
+                operation, f"the LoRA changes {len(lacking)} tensors that the model does not have", key=lacking[0],
+                found=part.text(), fix=f"use a LoRA of this model; {nearest(lacking[0], whole.shapes)}",
             )  # fmt: skip
-
-
-def _comfy_mixture(first: Term, others: list[Term | None], shares: list[float]) -> Term:
-    # ModelMergeSimple: the first times its ratio, then each other one added.
-    mixed: Term = term.Times(1.0 - sum(shares), first)
-    for share, other in zip(shares, others, strict=True):
-        if other is not None:
-            mixed = term.Plus(mixed, term.Times(share, other))
-    return mixed
-
-
-def _require_weights(operation: str, *operands: object) -> None:
-    for operand in operands:
-        if isinstance(operand, Delta):
-            raise AlgebraError(
-                operation, "a delta was given where complete weights are needed", found=operand.text(),
-                fix="add it to a checkpoint first: bridge + k * delta",
-            )  # fmt: skip
-        if not isinstance(operand, Weights):
-            raise AlgebraError(operation, "weights are needed", expected="a checkpoint", found=type(operand).__name__)
 
 
 def _refuse(symbol: str, left: Expression, right: object) -> NoReturn:
@@ -662,7 +622,7 @@ def _refuse(symbol: str, left: Expression, right: object) -> NoReturn:
         return "weights" if isinstance(side, Weights) else "delta" if isinstance(side, Delta) else type(side).__name__
 
     def shown(side: object) -> str:
-        return _wrapped(side, names, _PRODUCT) if isinstance(side, Expression) else repr(side)
+        return _wrapped(side, names, PRODUCT) if isinstance(side, Expression) else repr(side)
 
     raise AlgebraError(
         f"{kind(left)} {symbol} {kind(right)}", "this has no meaning", found=f"{shown(left)} {symbol} {shown(right)}",
@@ -674,7 +634,7 @@ def _joined(left: Expression, delta: Delta, names: Names) -> str:
     sign = "+"
     if isinstance(delta, Scaled) and not isinstance(delta.factor, Param) and delta.factor < 0:
         sign, delta = "-", -delta
-    return f"{_wrapped(left, names, _SUM)} {sign} {_wrapped(delta, names, _PRODUCT)}"
+    return f"{_wrapped(left, names, SUM)} {sign} {_wrapped(delta, names, PRODUCT)}"
 
 
 def _wrapped(expression: Expression, names: Names, least: int) -> str:

@@ -22,7 +22,8 @@ import torch
 
 from alkahest import random, term
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
-from alkahest.expr import Delta, Expression, Names, OfModels, Shapes, Weights, require_mixable, require_same
+from alkahest.expr import Delta, Expression, Names, Shapes, Weights, require_same
+from alkahest.mixture import OfModels, require_mixable
 from alkahest.scalar import Rules, Scalar, scalar, text_of
 from alkahest.term import Term
 

@@ -112,8 +112,8 @@ def check_target(expression: Weights, target: Path, options: Options) -> None:
     if "\0" in str(target):
         raise OutputError("save", "this cannot be a file's name", found=repr(str(target)))
     inputs = [leaf for leaf in expression.leaves() if isinstance(leaf, Checkpoint)]
-    for leaf in inputs:
-        for path in (leaf.path, *(reader.path for reader in leaf.files)):
+    for leaf in expression.leaves():
+        for path in (getattr(leaf, "path", target / "none"), *(reader.path for reader in leaf.files)):
             if same_file(target, path):
                 raise OutputError(
                     "save", "the output is one of the inputs", file=target, found=f"the same file as {path}",

@@ -20,6 +20,7 @@ from alkahest.files import Reader
 from alkahest.hashes import blake3_of, known_paths
 from alkahest.header import parse_json
 from alkahest.locate import locate
+from alkahest.lora.read import Lora, open_input
 from alkahest.options import Options
 from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
 from alkahest.stream import headers_of, plan_of, readers_of, recipe_of
@@ -77,7 +78,7 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
         if isinstance(value, (int, float)):
             names[name] = value
         elif value is not None:
-            names[name] = _checked(open_checkpoint(value, name=name), recipe, name)
+            names[name] = _checked(open_input(value, name=name), recipe, name)
         elif name in recipe.inputs:
             names[name] = _found(recipe, name, beside)
         else:
@@ -217,7 +218,7 @@ def _require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[
 
 def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
     if given:  # somebody says that this is the input: if it is not, that is their error, not the file's
-        return f"{_checked(open_checkpoint(given, name=name), recipe, name).path}, unchanged"
+        return f"{_checked(open_input(given, name=name), recipe, name).path}, unchanged"
     try:
         found = _found(recipe, name, beside)
     except RecipeError as error:
@@ -225,7 +226,7 @@ def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
     return f"{found.path}, unchanged"
 
 
-def _found(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint:
+def _found(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | Lora:
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
     file = os.path.basename(str(first["file"]))
@@ -236,7 +237,7 @@ def _found(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint:
             continue
         in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
         try:
-            return _checked(open_checkpoint(path.parent if in_folder else path, name=name), recipe, name)
+            return _checked(open_input(path.parent if in_folder else path, name=name), recipe, name)
         except FileFormatError:
             continue
         except RecipeError as error:
@@ -247,7 +248,7 @@ def _found(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint:
     )  # fmt: skip
 
 
-def _checked(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Checkpoint:
+def _checked(checkpoint: Checkpoint | Lora, recipe: Recipe, name: str) -> Checkpoint | Lora:
     recorded = recipe.inputs.get(name)
     if recorded is None:
         return checkpoint

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alkahest.errors import AlkahestError, RecipeError, nearest
-from alkahest.expr import Delta, Expression, Weights, lerp, weighted_sum
+from alkahest.expr import Delta, Expression, Weights
 from alkahest.methods import REGISTRY
+from alkahest.mixture import lerp, weighted_sum
 from alkahest.scalar import Param, param
 
 METADATA_KEY = "alkahest"

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alkahest import cache
-from alkahest.checkpoint import Checkpoint
-from alkahest.expr import Expression, Leaf, name_leaves
+from alkahest.expr import AnyLeaf, Expression, name_leaves
 from alkahest.hashes import identity
 from alkahest.work import Event
 
@@ -40,7 +39,7 @@ def remembered(what: str, expressions: Sequence[Expression | None], settings: Se
     for event in measure():
         if event.result is not None:
             event.result.attrs["of"] = of
-            for reader in {reader for leaf in _leaves(expressions) for reader in getattr(leaf, "files", ())}:
+            for reader in {reader for leaf in _leaves(expressions) for reader in leaf.files}:
                 reader.check_unchanged()
             if key is not None and key == _key(what, expressions, settings):
                 cache.store("tables", key, _encoded(what, event.result))
@@ -51,23 +50,23 @@ def title_of(*expressions: Expression | None) -> str:
     """What a table is about, in words: the expressions, and whether they are of the miniature family."""
     given = [one for one in expressions if one is not None]
     names = name_leaves(*given)
-    small = any(isinstance(leaf, Checkpoint) and leaf.path.resolve().is_relative_to(_MINIATURES) for leaf in names)
+    small = any(reader.path.resolve().is_relative_to(_MINIATURES) for leaf in names for reader in leaf.files)
     return ", ".join(one.text(names) for one in given) + (" (miniatures)" if small else "")
 
 
 def _key(what: str, expressions: Sequence[Expression | None], settings: Sequence[Any]) -> str | None:
     leaves = _leaves(expressions)
-    if not all(isinstance(leaf, Checkpoint) for leaf in leaves):
+    if not all(leaf.files for leaf in leaves):
         return None
     names = {leaf: f"w{number}" for number, leaf in enumerate(leaves)}  # files may be renamed
-    files = [[leaf.prefix, *map(identity, leaf.files)] for leaf in leaves if isinstance(leaf, Checkpoint)]
+    files = [[getattr(leaf, "prefix", ""), *map(identity, leaf.files)] for leaf in leaves]
     if any(None in found for found in files):
         return None
     text = json.dumps([what, [one and one.text(names) for one in expressions], files, list(settings)], default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _leaves(expressions: Sequence[Expression | None]) -> list[Leaf]:
+def _leaves(expressions: Sequence[Expression | None]) -> list[AnyLeaf]:
     return list(name_leaves(*(one for one in expressions if one is not None)))
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from alkahest import __version__
-from alkahest.checkpoint import Checkpoint
 from alkahest.expr import Weights, name_leaves
 from alkahest.files import Reader, Writer, as_output_error, size_text, whole_file, whole_folder
 from alkahest.hashes import blake3_of
@@ -176,7 +175,7 @@ def plan_of(expression: Weights, options: Options) -> Plan:
 
 def readers_of(expression: Weights) -> list[Reader]:
     """Every file that an expression reads."""
-    return [reader for leaf in expression.leaves() if isinstance(leaf, Checkpoint) for reader in leaf.files]
+    return [reader for leaf in expression.leaves() for reader in leaf.files]
 
 
 def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str]) -> Recipe:
@@ -185,7 +184,7 @@ def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str
     inputs = {
         name: [{"file": leaf.file_names[r], "bytes": r.size, "blake3": hashes[r]} for r in leaf.files]
         for leaf, name in names.items()
-        if isinstance(leaf, Checkpoint)
+        if leaf.files
     }
     return Recipe(expression.text(names), inputs, options.record(), __version__)
 
@@ -215,5 +214,5 @@ def _result(
         restored=changes,
         nonfinite=dict(run.nonfinite),
         overflowed=dict(run.overflowed),
-        notes=plan.notes,
+        notes=[*plan.notes, *expression.dropped()],
     )

@@ -211,7 +211,7 @@ def _png(image: Image) -> bytes:
 def _identity(live: LiveModel) -> list[str]:
     """What pictures depend on beside a cell's own values: inputs, expression, components, dtype."""
     bare = live.expression.bind(**dict.fromkeys(live.expression.params, 0.0))
-    hashes = [digest for leaf in bare.leaves() for digest in blake3_of(getattr(leaf, "files", ()))]
+    hashes = [digest for leaf in bare.leaves() for digest in blake3_of(leaf.files)]
     parts = [live.pipe.text_encoder, live.pipe.vae, live.pipe.transformer]
     return [bare.text(), *hashes, *map(_fingerprint, parts), live.pipe.tokenizer.chat_template or ""]
 

@@ -16,6 +16,7 @@ import torch
 from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import Format, encode, rounding_noise
 from alkahest.errors import NonFiniteError
+from alkahest.expr import DeltaLeaf
 from alkahest.options import Options
 from alkahest.term import Term, Workspace, needs_whole_tensor, sources
 
@@ -184,6 +185,8 @@ def why_nonfinite(term: Term, key: str, operation: str = "save") -> NonFiniteErr
                     expected="finite numbers", found=f"{bad:,} of them in this tensor",
                     fix="get the file again, or allow_nonfinite=True to keep them",
                 )  # fmt: skip
+        elif isinstance(source.leaf, DeltaLeaf):
+            source.leaf.check_finite(source.key, operation)
     return NonFiniteError(operation, "the result overflows float32", key=key, fix="use a smaller multiplier")
 
 

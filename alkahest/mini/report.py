@@ -15,12 +15,13 @@ import torch
 
 from alkahest import mini
 from alkahest.contact_sheet import contact_sheet
-from alkahest.expr import Weights, lerp
+from alkahest.expr import Weights
 from alkahest.measures import flow_loss, picture_measures
 from alkahest.mini import parts
 from alkahest.mini.drawing import draw
 from alkahest.mini.judge import attributes, load_judge
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
+from alkahest.mixture import lerp
 from alkahest.pipeline import pipeline
 from alkahest.sample import sample
 
