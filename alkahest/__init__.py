@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from alkahest.expr import Delta as Delta
     from alkahest.expr import Weights as Weights
     from alkahest.live_model import LiveModel as LiveModel
+    from alkahest.lora.apply import apply_lora as apply_lora
+    from alkahest.lora.convert import convert_lora as convert_lora
+    from alkahest.lora.extract import extract_lora as extract_lora
     from alkahest.lora.read import open_lora as open_lora
     from alkahest.made_up import made_up as made_up
     from alkahest.measures import flow_loss as flow_loss
@@ -62,13 +65,16 @@ _PUBLIC = {
     "Multiplier": "multiplier",
     "Weights": "expr",
     "absorbed": "rounding",
+    "apply_lora": "lora.apply",
     "cached": "cache",
     "clear_cache": "cache",
     "compare": "compare",
     "comparison_matrix": "compare",
+    "convert_lora": "lora.convert",
     "dare": "methods",
     "delta_spectra": "spectrum",
     "delta_table": "delta_table",
+    "extract_lora": "lora.extract",
     "file_noise": "rounding",
     "flow_loss": "measures",
     "lerp": "mixture",

@@ -20,6 +20,7 @@ KINDS = {
     "blake3": "hashes of files that were read from end to end",
     "tables": "measured deltas",
     "sweeps": "pictures of sweeps",
+    "extractions": "LoRAs that are extracted but not saved yet, tensor by tensor",
 }
 
 

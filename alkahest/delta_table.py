@@ -207,7 +207,7 @@ class _Task:
         return (
             stored <= self.units.keys()
             and stored <= self.terms.keys()
-            and _without_factor(self.terms.get("delta"))[1] == Minus(self.terms["variant"], self.terms["base"])
+            and without_factor(self.terms.get("delta"))[1] == Minus(self.terms["variant"], self.terms["base"])
         )
 
     def _names(self) -> dict[str, Any]:
@@ -233,12 +233,14 @@ def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, 
     terms["delta"] = delta.at(key, rules)
     storage = {name: None if model is None else model.leading.storage.get(key) for name, model in zip(("variant", "base"), models, strict=False)}  # fmt: skip
     units = (
-        {name: unit for name in ("variant", "base") if (unit := _unit(terms[name]))} if models[0] and models[1] else {}
+        {name: unit for name in ("variant", "base") if (unit := unit_of(terms[name]))}
+        if models[0] and models[1]
+        else {}
     )
     if on := models[2]:
-        unit = _unit(Source(on.leading, key)) if dtype is None else _asked(dtype)
+        unit = unit_of(Source(on.leading, key)) if dtype is None else _asked(dtype)
         units |= {"on": unit} if unit else {}
-    factor, _ = _without_factor(terms["delta"])
+    factor, _ = without_factor(terms["delta"])
     shape = tuple(delta.shapes[key])
     stride = 1 if exact else _stride(shape)
     return _Task(key, shape, {n: t for n, t in terms.items() if t is not None}, storage, units, factor, stride)
@@ -252,7 +254,7 @@ def _stride(shape: tuple[int, ...]) -> int:
     return stride
 
 
-def _without_factor(term: Term | None) -> tuple[float, Term | None]:
+def without_factor(term: Term | None) -> tuple[float, Term | None]:
     factor = 1.0
     while isinstance(term, Times):
         factor, term = factor * term.factor, term.term
@@ -266,7 +268,7 @@ def _asked(dtype: str) -> tuple[Format, float]:
     return FORMATS[name], 1.0
 
 
-def _unit(where: Term | None) -> tuple[Format, float] | None:
+def unit_of(where: Term | None) -> tuple[Format, float] | None:
     """The format of a stored tensor, whose last place is a unit, and the scale of its numbers."""
     if not isinstance(where, Source) or not isinstance(where.leaf, Leaf) or where.key not in where.leaf.storage:
         return None

@@ -19,7 +19,9 @@ from alkahest.expr import Weights
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of, known_paths
 from alkahest.header import parse_json
+from alkahest.layouts.lora import is_lora
 from alkahest.locate import locate
+from alkahest.lora import apply  # noqa: F401  (lets recipes call it)
 from alkahest.lora.read import Lora, open_input
 from alkahest.options import Options
 from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
@@ -40,9 +42,11 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[str, Recipe]:
     """
     path = Path(path).expanduser()
     if path.is_dir() or path.suffix == ".safetensors":
-        metadata = locate(path).metadata
+        located = locate(path)
+        metadata = located.metadata
         if METADATA_KEY in metadata:
-            return "a checkpoint with a recipe inside", Recipe.from_json(metadata[METADATA_KEY], path)
+            kind = "LoRA" if any(map(is_lora, located.tensors)) else "checkpoint"
+            return f"a {kind} with a recipe inside", Recipe.from_json(metadata[METADATA_KEY], path)
         if "prompt" in metadata or "workflow" in metadata:
             raise UnsupportedError(
                 "recipe", "this checkpoint was saved by ComfyUI and holds a workflow, not a recipe", file=path,
@@ -71,6 +75,8 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
     folder ``beside`` and the working folder, then by hash where Alkahest saw it before. ``options``
     are names that a mistyped one may have meant as well.
     """
+    if recipe.text.startswith("extract_lora("):
+        raise RecipeError("recipe", "this recipe makes a LoRA, not a checkpoint", found=recipe.text, fix="alkahest extract-lora, or ak.extract_lora in Python")  # fmt: skip
     wanted = _require_wanted(given, recipe, options)
     names: dict[str, Any] = {}
     for name in wanted:

@@ -30,7 +30,7 @@ def remembered(what: str, expressions: Sequence[Expression | None], settings: Se
     ``attrs["of"]`` says what was measured, for titles.
     """
     of = title_of(*expressions[:1])
-    key = _key(what, expressions, settings)
+    key = content_key(what, expressions, settings)
     table = None if key is None else _decoded(cache.load("tables", key))
     if table is not None:
         table.attrs["of"] = of
@@ -41,7 +41,7 @@ def remembered(what: str, expressions: Sequence[Expression | None], settings: Se
             event.result.attrs["of"] = of
             for reader in {reader for leaf in _leaves(expressions) for reader in leaf.files}:
                 reader.check_unchanged()
-            if key is not None and key == _key(what, expressions, settings):
+            if key is not None and key == content_key(what, expressions, settings):
                 cache.store("tables", key, _encoded(what, event.result))
         yield event
 
@@ -54,7 +54,8 @@ def title_of(*expressions: Expression | None) -> str:
     return ", ".join(one.text(names) for one in given) + (" (miniatures)" if small else "")
 
 
-def _key(what: str, expressions: Sequence[Expression | None], settings: Sequence[Any]) -> str | None:
+def content_key(what: str, expressions: Sequence[Expression | None], settings: Sequence[Any]) -> str | None:
+    """A name for what is computed from the contents of files and from settings; None if anything else is read."""
     leaves = _leaves(expressions)
     if not all(leaf.files for leaf in leaves):
         return None

@@ -43,10 +43,7 @@ class Tally:
         low, high = map(float, torch.aminmax(delta))
         self.largest = max(self.largest, -low, high)
         if low < high or high != 0:
-            # NumPy's comparison is ten times as fast as torch.count_nonzero on a CPU.
-            self.changed += int(
-                torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0)
-            )
+            self.changed += count_changed(delta)
         distinct = {numbers.data_ptr(): numbers for numbers in values.values()}
         for start in range(0, delta.numel(), stride * _PIECE):
             sampled = {place: _runs(numbers[start : start + stride * _PIECE], stride) for place, numbers in distinct.items()}  # fmt: skip
@@ -140,6 +137,11 @@ def _runs(values: Tensor, stride: int) -> Tensor:
     """One run of elements in ``stride``, from the first on."""
     whole = values.numel() // (stride * RUN) * (stride * RUN)
     return torch.cat([values[:whole].view(-1, stride * RUN)[:, :RUN].flatten(), values[whole : whole + RUN]])
+
+
+def count_changed(delta: Tensor) -> int:
+    """How many elements are not zero. NumPy's comparison is ten times as fast as torch.count_nonzero on a CPU."""
+    return int(torch.count_nonzero(delta) if delta.is_cuda else np.count_nonzero(delta.cpu().numpy() != 0))
 
 
 def sum_of_squares(values: Tensor) -> float:

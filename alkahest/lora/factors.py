@@ -63,6 +63,26 @@ class Update:
         left, right = self._kron_rows(rows, read)
         return (left[:, :, None] * right[:, None, :]).flatten(1).mul_(self.scale)
 
+    def halves(self, read: Read) -> tuple[Tensor, Tensor]:
+        """up and down of a LoRA that makes the same, before the scale: exact, of rank `rank` or the product of two."""
+        rows = slice(self.first_row, self.first_row + self.shape[0])
+        if self.kind == "lora":
+            return read("up")[rows], read("down")
+        if self.kind == "hada":
+            # (a b) * (c d) elementwise is (a and c, column by column) @ (b and d, row by row).
+            up = (read("w1_a")[rows][:, :, None] * read("w2_a")[rows][:, None, :]).flatten(1)
+            return up, (read("w1_b")[:, None, :] * read("w2_b")[None, :, :]).flatten(0, 1)
+        (a, b), (c, d) = (self._as_product(name, read) for name in ("w1", "w2"))
+        return torch.kron(a, c)[rows], torch.kron(b, d)
+
+    def _as_product(self, name: str, read: Read) -> tuple[Tensor, Tensor]:
+        if name not in self.entries:
+            return read(f"{name}_a"), read(f"{name}_b")
+        whole = read(name)
+        tall = whole.shape[0] > whole.shape[1]
+        one = torch.eye(min(whole.shape))
+        return (whole, one) if tall else (one, whole)
+
     def _kron_rows(self, rows: slice, read: Read) -> tuple[Tensor, Tensor]:
         height = side(self.entries, "w2", 0)
         index = torch.arange(rows.start, rows.stop)

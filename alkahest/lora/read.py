@@ -36,7 +36,7 @@ from alkahest.term import Workspace
 
 _ROWS = 32  # computed at a time, whatever is asked for, so that no bit depends on where a block ends
 _KEPT = 8  # factors kept in memory: those of the tensor at hand, for every worker
-_ADAPTER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
+ADAPTER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
 
 
 class Lora(DeltaLeaf):
@@ -74,6 +74,11 @@ class Lora(DeltaLeaf):
     def is_dora(self) -> bool:
         """Whether it normalises the weights that it meets (Liu et al. 2024, arXiv:2402.09353)."""
         return any(update.dora for update in self.updates.values())
+
+    @property
+    def factor_dtype(self) -> str:
+        """The dtype of its first factor, as safetensors names it."""
+        return next(entry.dtype for update in self.updates.values() for role, entry in update.entries.items() if role != "alpha")  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -249,8 +254,8 @@ def _settings(located: Located) -> dict[str, Any]:
     """PEFT's own settings, which hold alpha: in the metadata as diffusers writes them, or beside the file as PEFT does."""
     found: Any = None
     try:
-        if _ADAPTER in located.metadata:
-            found = json.loads(located.metadata[_ADAPTER])
+        if ADAPTER in located.metadata:
+            found = json.loads(located.metadata[ADAPTER])
         elif (beside := located.files[0].path.parent / "adapter_config.json").is_file() and located.files[
             0
         ].path.name.startswith("adapter_model"):

@@ -1,0 +1,104 @@
+"""A matrix as the product of two thin ones: exact, randomised until enough is proved, or from a LoRA's own factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alkahest.lora.rank import RankRule, Values
+from alkahest.spectrum import randomised_svd
+
+METHODS = ("auto", "exact", "randomised")
+_EXACT_SIDE = 1024  # a matrix with a side up to this is decomposed in full: at most half a second
+_FIRST = 64  # singular values that are looked for first
+_PIECE = 1 << 22  # elements of a residual computed at a time
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """``u @ diag(s) @ v.T``, the leading part of a matrix whose squares sum to ``squares``; s falls."""
+
+    u: Tensor
+    s: Values
+    v: Tensor
+    squares: float
+    complete: bool  # whether s are all there are
+    lost: Callable[[Tensor, Tensor, float], float]  # (up, down, scale) -> sum of squares of matrix - scale * up @ down
+
+    def split(self, rank: int, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """up and down of this rank, whose product times ``scale`` is the leading part; each takes sqrt(s)."""
+        roots = torch.from_numpy(np.sqrt(self.s[:rank] / scale)).to(self.u)
+        up, down = self.u[:, :rank] * roots, (self.v[:, :rank] * roots).T
+        return up.to(dtype).contiguous(), down.to(dtype).contiguous()
+
+
+def decomposed(matrix: Tensor, squares: float, rule: RankRule, edge: float, method: str, seed: int, key: str) -> Decomposition:  # fmt: skip
+    """As much of a float32 matrix as the rule needs; ``squares`` is its sum of squares.
+
+    ``exact`` takes the eigenvectors of the smaller Gram matrix in float64. ``randomised`` widens a seeded
+    sketch until the singular values in it satisfy the rule: what they hold, the matrix holds at least.
+    """
+    side = min(matrix.shape)
+    cap = rule.cap(side)
+    width = cap if cap <= 2 * _FIRST else _FIRST
+    whole = method == "exact" or rule.needs_all or (method == "auto" and side <= _EXACT_SIDE)
+    while not whole and 4 * (width + 10) <= side:
+        u, s, v = randomised_svd(matrix, width, seed, key)
+        values = s.double().cpu().numpy()
+        if width >= cap or rule.choose(values, squares, False, edge) is not None:
+            return Decomposition(u, values, v, squares, False, _residual(matrix))
+        width = min(cap, max(2 * width, _needed(rule, values, squares)))
+    return _exact(matrix, squares)
+
+
+def of_factors(up: Tensor, down: Tensor) -> Decomposition:
+    """Of ``up @ down`` in float64, from QR of the two: as exact as the factors, and as quick as they are thin."""
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().T)
+    u, s, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    u, v = q_up @ u, q_down @ vt.T
+    values = s.cpu().numpy()
+
+    def lost(up: Tensor, down: Tensor, scale: float) -> float:
+        left = torch.cat([u * s, -scale * up.double()], 1)
+        right = torch.cat([v, down.double().T], 1)
+        return max(0.0, float(((left.T @ left) * (right.T @ right)).sum()))
+
+    return Decomposition(u, values, v, float((values**2).sum()), True, lost)
+
+
+def _exact(matrix: Tensor, squares: float) -> Decomposition:
+    wide = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+    tall = wide.shape[0] > wide.shape[1]
+    eigenvalues, vectors = torch.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)
+    values = eigenvalues.flip(0).clamp_(min=0).sqrt_()
+    near = vectors.flip(1)
+    # Below the largest times 1e-8 a root is noise, and its vector on the other side is left zero.
+    divisor = torch.where(values > 1e-8 * values[0], values, torch.inf)
+    far = (wide if tall else wide.T) @ near / divisor
+    u, v = (far, near) if tall else (near, far)
+    return Decomposition(u, values.cpu().numpy(), v, squares, True, _residual(matrix))
+
+
+def _needed(rule: RankRule, values: Values, squares: float) -> int:
+    """The least width that can reach the energy asked for: what follows is no larger than the last value."""
+    if rule.name != "energy" or values[-1] == 0:
+        return 0
+    return len(values) + math.ceil((rule.value * squares - float((values**2).sum())) / float(values[-1] ** 2))
+
+
+def _residual(matrix: Tensor) -> Callable[[Tensor, Tensor, float], float]:
+    def lost(up: Tensor, down: Tensor, scale: float) -> float:
+        total, step = 0.0, max(1, _PIECE // matrix.shape[1])
+        right = down.to(matrix) * scale
+        for start in range(0, matrix.shape[0], step):
+            left = matrix[start : start + step] - up[start : start + step].to(matrix) @ right
+            total += float(torch.linalg.vector_norm(left, dim=1).cpu().double().square().sum())
+        return total
+
+    return lost

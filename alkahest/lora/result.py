@@ -1,0 +1,107 @@
+"""What an extraction kept, and what it left out."""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from alkahest.errors import OutputError
+from alkahest.files import same_file, size_text
+from alkahest.lora.read import Lora, open_lora
+from alkahest.lora.write import Pair, save_lora
+from alkahest.recipe import METADATA_KEY, Recipe
+
+if TYPE_CHECKING:
+    import pandas
+
+# Column -> what it is, beside the names that a delta table has.
+REPORT = {
+    "kept": "LoRA, full (stored whole), or why it is left out: excluded, no matrix, too small, noise",
+    "rank": "columns of up, rows of down",
+    "energy": "1 - |d - what the stored factors make|^2 / |d|^2",
+    "delta_norm": "|d|",
+    "noise": "share of |d|^2 that rounding of the variant's file makes (see alkahest.lora.noise); NaN where unknown",
+    "edge_rank": "how many of the singular values that were found reach beyond that noise",
+    "capped": "whether rank_max decided the rank",
+    "nbytes": "size in the file",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Extracted:
+    """An extracted LoRA: ``report`` has a row for each changed tensor (`REPORT`), `save` writes it."""
+
+    pairs: Mapping[str, Pair]
+    full: Mapping[str, Tensor]
+    report: pandas.DataFrame
+    recipe: Recipe
+    inputs: tuple[Path, ...] = ()
+    parts: Path | None = None
+
+    @property
+    def energy(self) -> float:
+        """Share of the energy of all changed tensors that the LoRA keeps, those left out included."""
+        squares = self.report.delta_norm**2
+        return float((squares * self.report.energy).sum() / squares.sum())
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.report.nbytes.sum())
+
+    def save(self, path: str | os.PathLike[str], flavour: str = "comfyui") -> Lora:
+        """Write it in one step, and open it.
+
+        >>> bridge + 0.1 * ak.extract_lora(base - bridge).save("supplement.safetensors")
+
+        ``flavour`` is one of `alkahest.lora.write.FLAVOURS`; the default loads in ComfyUI and diffusers.
+        """
+        target = Path(path).expanduser()
+        if same := next((one for one in self.inputs if same_file(one, target)), None):
+            raise OutputError("save", "the output is one of the inputs", file=target, found=f"the same file as {same}", fix="save under another name")  # fmt: skip
+        save_lora(target, self.pairs, self.full, flavour, {METADATA_KEY: self.recipe.to_json()})
+        if self.parts is not None:
+            shutil.rmtree(self.parts, ignore_errors=True)
+        return open_lora(target)
+
+    def summary(self) -> dict[str, Any]:
+        """What was kept, in numbers."""
+        squares = self.report.delta_norm**2
+        kept = self.report[self.report.kept == "LoRA"]
+        left = self.report[~self.report.kept.isin(["LoRA", "full"])]
+        return {
+            "recipe": self.recipe.text, "tensors": len(kept), "full": len(self.full), "bytes": self.nbytes, "dtype": self.recipe.output["dtype"],
+            "ranks": [int(kept["rank"].min()), int(kept["rank"].max())] if len(kept) else None,
+            "energy": self.energy, "energy_of_lora": self.recipe.output["energy"], "capped": int(kept.capped.sum()),
+            "noise": float((kept.noise * kept.delta_norm**2).sum() / (kept.delta_norm**2).sum()) if len(kept) and not kept.noise.isna().any() else None,
+            "left_out": {reason: {"tensors": len(rows), "energy": float((rows.delta_norm**2).sum() / squares.sum())} for reason, rows in left.groupby("kept")},
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        return "\n".join([self.recipe.text, *(f"  {name:9} {text}" for name, text in self._facts())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._facts())
+        return f"<div><code>{html.escape(self.recipe.text)}</code><table>{rows}</table></div>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        about = self.summary()
+        ranks = about["ranks"]
+        many = f"{about['tensors']} tensors" + (f" and {about['full']} whole" if about["full"] else "")
+        facts = [("size", f"{many}, {size_text(about['bytes'])} in {about['dtype']}")]
+        if ranks:
+            facts.append(("rank", f"{ranks[0]} to {ranks[1]}" if ranks[0] < ranks[1] else f"{ranks[0]}"))
+        facts.append(("energy", f"{about['energy_of_lora']:.4f} of these tensors' delta, {about['energy']:.4f} of all that changed"))  # fmt: skip
+        if about["capped"]:
+            facts.append(("capped", f"rank_max decided the rank of {about['capped']} tensors: the rule asked for more"))
+        if about["noise"] is not None:
+            facts.append(("noise", f"{about['noise']:.4f} of the delta may be rounding of the variant's file"))
+        for reason, what in about["left_out"].items():
+            facts.append(("left out", f"{what['tensors']} tensors ({reason}): {what['energy']:.4f} of all that changed"))  # fmt: skip
+        return facts
