@@ -113,6 +113,6 @@ def _dora(weights: Tensor, change: Tensor, magnitude: Tensor, strength: float) -
     by_column = magnitude.shape[0] == 1
     shape = (-1, magnitude.numel()) if by_column else (magnitude.numel(), -1)
     before, sum_ = weights.view(shape), (weights + change).view(shape)
-    norm = torch.linalg.vector_norm(sum_, dim=0 if by_column else 1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(sum_, dim=0 if by_column else 1, keepdim=True)
     moved = sum_ * (magnitude.to(norm) / norm.clamp_(min=torch.finfo(norm.dtype).tiny))
     return moved.sub_(before).mul_(strength).add_(before).flatten()

@@ -94,7 +94,8 @@ class RankRule:
         if self.name == "ratio":
             reached = int((values >= self.value * values[0]).sum())
             return reached if complete or reached < len(values) else None
-        powers = values**2 if self.name == "energy" else values
-        total = squares if self.name == "energy" else powers.sum()
+        if self.needs_all and not complete:
+            return None
+        powers, total = (values, values.sum()) if self.needs_all else (values**2, squares)
         reached = int(np.searchsorted(np.cumsum(powers), self.value * total)) + 1
         return min(reached, len(values)) if complete or reached <= len(values) else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,45 +88,48 @@ def named(pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str) -
     prefix, fused, flat, (down, up) = FLAVOURS[flavour]
     if full and flavour in ("diffusers", "peft"):
         raise UnsupportedError("save", "full differences load in ComfyUI only", found=f"{len(full)} of them, such as {next(iter(full))}", fix="flavour='comfyui', or leave them out")  # fmt: skip
-    groups = native.LAYOUT.grouped(in_model_order(pairs)) if fused else {key: [key] for key in in_model_order(pairs)}
-    for name, members in groups.items():
-        module = name.removesuffix(".weight")
-        stored = prefix + (module.replace(".", "_") if flat else module)
-        pair = _fused([pairs.get(key) for key in native.canonical(name)]) if fused and len(native.canonical(name)) > 1 else pairs[members[0]]  # fmt: skip
-        if flavour in (
-            "diffusers",
-            "peft",
-        ):  # the one doubles its prefix on seeing an alpha, the other keeps it elsewhere
+    thin, whole = _groups(pairs, fused), _groups(full, fused)
+    if both := sorted(thin.keys() & whole.keys()):
+        raise UnsupportedError("save", "of q, k and v some are stored whole, so they cannot be fused", key=both[0], fix="flavour='comfyui'")  # fmt: skip
+    for name, keys in thin.items():
+        stored = prefix + _module(name, flat)
+        pair = _fused([pairs.get(key) for key in keys]) if len(keys) > 1 else pairs[keys[0]]
+        if flavour in ("diffusers", "peft"):
+            # On seeing an alpha the one doubles its prefix; the other keeps alphas elsewhere.
             pair = pair.folded()
         yield f"{stored}.{down}", pair.down
         yield f"{stored}.{up}", pair.up
         if flat or pair.scale != 1.0:
             yield f"{stored}.alpha", torch.tensor(pair.scale * pair.rank, dtype=torch.float32)
-    for key in in_model_order(full):
-        module, end = (
-            (key.removesuffix(".bias"), ".diff_b") if key.endswith(".bias") else (key.removesuffix(".weight"), ".diff")
-        )
-        yield prefix + (module.replace(".", "_") if flat else module) + end, full[key]
+    for name, keys in whole.items():
+        there = next(full[key] for key in keys if key in full)
+        tensor = torch.cat([full.get(key, torch.zeros_like(there)) for key in keys])
+        yield f"{prefix}{_module(name, flat)}.{'diff_b' if name.endswith('.bias') else 'diff'}", tensor
+
+
+def _groups(keys: Iterable[str], fused: bool) -> dict[str, tuple[str, ...]]:
+    """Name in the file's layout -> the canonical names that it stands for, in row order."""
+    ordered = in_model_order(keys)
+    if not fused:
+        return {key: (key,) for key in ordered}
+    return {name: native.canonical(name) for name in map(native.stored, ordered)}
+
+
+def _module(name: str, flat: bool) -> str:
+    module = name.removesuffix(".bias").removesuffix(".weight")
+    return module.replace(".", "_") if flat else module
 
 
 def _fused(members: list[Pair | None]) -> Pair:
     """q, k and v as one: the same down if they share it, as halves of a fused LoRA do, else block-diagonal."""
     there = [pair for pair in members if pair is not None]
     first = there[0]
-    if len(there) == len(members) and all(
-        pair.scale == first.scale and torch.equal(pair.down, first.down) for pair in there
-    ):
+    # An alpha is a float32: scales that are meant to agree do so to 1e-7.
+    alike = all(math.isclose(pair.scale, first.scale, rel_tol=1e-6) for pair in there)
+    if alike and len(there) == len(members) and all(torch.equal(pair.down, first.down) for pair in there):
         return Pair(torch.cat([pair.up for pair in there]), first.down, first.scale)
-    # Scales that agree stay; rank three times as large makes the alpha so, as musubi's converter has it.
-    alike = all(pair.scale == first.scale for pair in there)
-    there = there if alike else [pair.folded() for pair in there]
-    height, rank = first.up.shape[0], sum(pair.rank for pair in there)
-    up = torch.zeros(height * len(members), rank, dtype=first.up.dtype)
-    place = 0
-    for number, pair in enumerate(members):
-        if pair is not None:
-            up[number * height : (number + 1) * height, place : place + pair.rank] = (
-                pair.up if alike else pair.folded().up
-            )
-            place += pair.rank
-    return Pair(up, torch.cat([pair.down for pair in there]), first.scale if alike else 1.0)
+    # A scale that they share stays: rank three times as large makes the alpha so, as musubi's converter has it.
+    parts = members if alike else [pair and pair.folded() for pair in members]
+    nothing = first.up.new_zeros(first.up.shape[0], 0)
+    up = torch.block_diag(*(nothing if pair is None else pair.up for pair in parts))
+    return Pair(up, torch.cat([pair.down for pair in parts if pair is not None]), first.scale if alike else 1.0)

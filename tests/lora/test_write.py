@@ -1,0 +1,101 @@
+"""The names that each program reads, against facts: what is written opens to the same numbers everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import alkahest as ak
+from alkahest.errors import OutputError, UnsupportedError
+from alkahest.lora.write import FLAVOURS, Pair, save_lora
+
+Q, K, V = (f"layers.0.attention.to_{part}.weight" for part in "qkv")
+OUT, EMBED, FINAL = "layers.0.attention.to_out.0.weight", "all_x_embedder.2-1.weight", "all_final_layer.2-1.linear.weight"  # fmt: skip
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def pairs(scale: float = 1.0) -> dict[str, Pair]:
+    sides = {Q: (96, 3, 96), K: (96, 4, 96), V: (96, 5, 96), OUT: (96, 6, 96), EMBED: (96, 2, 16), FINAL: (16, 3, 96)}
+    return {key: Pair(random(rows, rank), random(rank, columns), scale) for key, (rows, rank, columns) in sides.items()}
+
+
+EXPECTED = {
+    "comfyui": ["diffusion_model.layers.0.attention.to_q.lora_A.weight", "diffusion_model.all_x_embedder.2-1.lora_B.weight", "diffusion_model.layers.0.attention.to_out.0.lora_A.weight"],
+    "diffusers": ["transformer.layers.0.attention.to_q.lora_A.weight", "transformer.all_final_layer.2-1.linear.lora_B.weight"],
+    "peft": ["base_model.model.layers.0.attention.to_q.lora_A.weight"],
+    "kohya": ["lora_unet_layers_0_attention_qkv.lora_down.weight", "lora_unet_layers_0_attention_out.lora_up.weight", "lora_unet_x_embedder.alpha", "lora_unet_final_layer_linear.alpha"],
+    "kohya-split": ["lora_unet_layers_0_attention_to_q.lora_down.weight", "lora_unet_layers_0_attention_to_out_0.alpha"],
+    "fused": ["diffusion_model.layers.0.attention.qkv.lora_A.weight", "diffusion_model.x_embedder.lora_B.weight", "diffusion_model.final_layer.linear.lora_B.weight"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_flavours(flavour: str, scale: float, tmp_path: Path) -> None:
+    path = save_lora(tmp_path / "lora.safetensors", pairs(scale), {}, flavour)
+    stored = load_file(path)
+    assert set(EXPECTED[flavour]) <= set(stored)
+    with_alpha = scale != 1.0 and flavour not in ("diffusers", "peft")
+    assert any("alpha" in name for name in stored) == (with_alpha or "kohya" in flavour)
+    lora = ak.open_lora(path)
+    assert set(lora.targets) == set(pairs())
+    for key, pair in pairs(scale).items():
+        found = torch.empty(pair.up.shape[0], pair.down.shape[1])
+        lora.read(key, 0, found.numel(), found.view(-1), None)  # type: ignore[arg-type]
+        assert torch.allclose(found.double(), scale * pair.up.double() @ pair.down.double(), atol=1e-5), key
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "settings of PEFT in the metadata would be applied twice"
+
+
+def test_a_fused_qkv_is_block_diagonal(tmp_path: Path) -> None:
+    stored = load_file(save_lora(tmp_path / "lora.safetensors", pairs(0.5), {}, "fused"))
+    name = "diffusion_model.layers.0.attention.qkv"
+    up, down = stored[f"{name}.lora_B.weight"], stored[f"{name}.lora_A.weight"]
+    assert up.shape == (288, 12)
+    assert torch.equal(up, torch.block_diag(*(pairs()[key].up for key in (Q, K, V))))
+    assert torch.equal(down, torch.cat([pairs()[key].down for key in (Q, K, V)]))
+    assert float(stored[f"{name}.alpha"]) == 0.5 * 12
+
+
+def test_a_fused_qkv_without_one_of_them(tmp_path: Path) -> None:
+    given = {key: pair for key, pair in pairs().items() if key != K}
+    given[V] = Pair(given[V].up, given[V].down, 2.0)
+    lora = ak.open_lora(save_lora(tmp_path / "lora.safetensors", given, {}, "kohya"))
+    for key, expected in ((Q, given[Q].up @ given[Q].down), (K, torch.zeros(96, 96)), (V, 2 * given[V].up @ given[V].down)):  # fmt: skip
+        found = torch.empty(96, 96)
+        lora.read(key, 0, found.numel(), found.view(-1), None)  # type: ignore[arg-type]
+        assert torch.allclose(found, expected, atol=1e-4), key
+
+
+def test_whole_differences(tmp_path: Path) -> None:
+    full = {"layers.0.ffn_norm1.weight": random(96), "layers.0.adaLN_modulation.0.bias": random(384), "x_pad_token": random(1, 96)}  # fmt: skip
+    stored = load_file(save_lora(tmp_path / "lora.safetensors", {}, full))
+    assert set(stored) == {"diffusion_model.layers.0.ffn_norm1.diff", "diffusion_model.layers.0.adaLN_modulation.0.diff_b", "diffusion_model.x_pad_token.diff"}  # fmt: skip
+    for flavour in ("kohya", "fused"):
+        lora = ak.open_lora(save_lora(tmp_path / f"{flavour}.safetensors", pairs(), full, flavour))
+        assert set(lora.targets) == {*pairs(), *full}
+    fused = load_file(save_lora(tmp_path / "k.safetensors", {}, {K: random(96, 97)}, "kohya"))
+    assert torch.equal(fused["lora_unet_layers_0_attention_qkv.diff"], torch.cat([torch.zeros(96, 97), random(96, 97), torch.zeros(96, 97)]))  # fmt: skip
+    with pytest.raises(UnsupportedError, match="cannot be fused"):
+        save_lora(tmp_path / "no.safetensors", {Q: pairs()[Q]}, {K: random(96, 96)}, "kohya")
+    for flavour in ("diffusers", "peft"):
+        with pytest.raises(UnsupportedError, match="full differences load in ComfyUI only"):
+            save_lora(tmp_path / "no.safetensors", {}, full, flavour)
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(b"precious")
+    with pytest.raises(OutputError, match="folder does not exist"):
+        save_lora(tmp_path / "nowhere" / "lora.safetensors", pairs(), {})
+    with pytest.raises(UnsupportedError):
+        save_lora(path, {}, {"layers.0.ffn_norm1.weight": random(96)}, "peft")
+    assert path.read_bytes() == b"precious"
