@@ -15,7 +15,7 @@ from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.dtypes import is_finite
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Weights
+from alkahest.expr import Delta, Weights
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of, known_paths
 from alkahest.header import parse_json
@@ -77,6 +77,23 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
     """
     if recipe.text.startswith("extract_lora("):
         raise RecipeError("recipe", "this recipe makes a LoRA, not a checkpoint", found=recipe.text, fix="alkahest extract-lora, or ak.extract_lora in Python")  # fmt: skip
+    result = _parsed(recipe, given, beside, options)
+    if not isinstance(result, Weights):
+        raise RecipeError(
+            "recipe", "the result is not a complete model", found=recipe.text, fix="add the delta to a checkpoint"
+        )
+    return result
+
+
+def build_delta(text: str, given: Mapping[str, Any], options: Sequence[str] = ()) -> Delta:
+    """The delta that recipe text means, of files given by name."""
+    result = _parsed(Recipe(text), given, None, options)
+    if not isinstance(result, Delta):
+        raise RecipeError("recipe", "the result is a complete model, not a difference", found=text, fix="subtract what it was made from: variant - base")  # fmt: skip
+    return result
+
+
+def _parsed(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, options: Sequence[str]) -> Any:
     wanted = _require_wanted(given, recipe, options)
     names: dict[str, Any] = {}
     for name in wanted:
@@ -91,12 +108,7 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
             raise RecipeError(
                 "recipe", f"nothing is given for {name!r}", found=recipe.text, fix=f"add --{name} PATH (or a number)"
             )
-    result = parse(recipe.text, names)
-    if not isinstance(result, Weights):
-        raise RecipeError(
-            "recipe", "the result is not a complete model", found=recipe.text, fix="add the delta to a checkpoint"
-        )
-    return result
+    return parse(recipe.text, names)
 
 
 @dataclass

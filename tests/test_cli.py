@@ -45,11 +45,15 @@ def test_every_command_and_option_has_help() -> None:
         "verify",
         "make-checkpoint",
         "mini",
+        "extract-lora",
+        "lora",
     }
     assert set(group.commands) == known  # type: ignore[attr-defined]
     family = group.commands["mini"].commands  # type: ignore[attr-defined]
     assert set(family) == {"build", "measure"}
-    for name, command in [*group.commands.items(), *family.items()]:  # type: ignore[attr-defined]
+    loras = group.commands["lora"].commands  # type: ignore[attr-defined]
+    assert set(loras) == {"inspect", "convert", "resize", "merge"}
+    for name, command in [*group.commands.items(), *family.items(), *loras.items()]:  # type: ignore[attr-defined]
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
@@ -126,6 +130,41 @@ def test_pictures_reports_and_tables(trio: dict[str, Path], tmp_path: Path) -> N
     assert "pictures are PNG files" in run("diff", variant, base, "--plot", tmp_path / "a.pdf", "-q", code=1)
     assert "folder does not exist" in run("diff", variant, base, "--html", tmp_path / "gone" / "a.html", code=1)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_extract_lora_by_the_articles_words(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "supplement.safetensors"
+    asked = ["--base", trio["base"], "--variant", trio["variant"], "--rank-thresh", 0.9, "--exclude", "refiner"]
+    text = run("extract-lora", *asked, "-o", out, "--csv", tmp_path / "r.csv", "--plot", tmp_path / "r.png")
+    assert "extract_lora(variant - base, energy=0.9, rank_max=64, exclude='refiner')" in text
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "edge_rank" in (tmp_path / "r.csv").read_text()
+    lora = ak.open_lora(out)
+    assert not any("refiner" in key for key in lora.targets)
+    assert "rank" in run("lora", "inspect", out)
+    assert json.loads(run("lora", "inspect", out, "--json"))["targets"] == len(lora.targets)
+    run("lora", "convert", out, "-o", tmp_path / "kohya.safetensors", "--flavour", "kohya")
+    assert set(ak.open_lora(tmp_path / "kohya.safetensors").targets) == set(lora.targets)
+    about = json.loads(run("lora", "resize", out, "-o", tmp_path / "small.safetensors", "--rank", 2, "--json"))
+    assert about["ranks"] == [2, 2]
+    both = tmp_path / "both.safetensors"
+    run("lora", "merge", "a - 0.5 * b", "--a", out, "--b", tmp_path / "small.safetensors", "-o", both)
+    assert ak.open_lora(both).summary()["ranks"][1] > 2
+    assert "20 tensors computed" in run("merge", "base + 0.1 * supplement", "--base", trio["base"], "--supplement", out, "-o", tmp_path / "m.safetensors")  # fmt: skip
+    assert "a LoRA with a recipe inside" in run("recipe", out)
+
+
+def test_extract_lora_refuses_before_it_computes(trio: dict[str, Path], tmp_path: Path) -> None:
+    asked = ["extract-lora", "--base", trio["base"], "--variant", trio["variant"]]
+    assert "nothing is given for 'base'" in run("extract-lora", "--variant", trio["variant"], "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    assert "did you mean 'refiner'" in run(*asked, "--exclude", "refinr", "-o", tmp_path / "x.safetensors", code=1)
+    assert "energy=0.995 means" in run(*asked, "--rank-thresh", 99.5, "-o", tmp_path / "x.safetensors", code=1)
+    assert "one of the inputs" in run(*asked, "-o", trio["base"], code=1)
+    assert "does not exist" in run(*asked, "-o", tmp_path / "no" / "x.safetensors", code=1)
+    assert "load in ComfyUI only" in run(*asked, "--full", "norm_q", "--flavour", "diffusers", "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    assert "did you mean 'rank_thresh'" in run(*asked, "--rank-tresh", 0.9, "-o", tmp_path / "x.safetensors", code=1)
+    assert "not a difference" in run("extract-lora", "base", "--base", trio["base"], "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 def test_cache(trio: dict[str, Path]) -> None:

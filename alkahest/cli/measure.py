@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import alkahest
-from alkahest.cli.shared import AsJson, Device, Quiet, Threads, app, drain, options_of, reported
-from alkahest.errors import OutputError, UnsupportedError
+from alkahest.cli.shared import (
+    AsJson,
+    Csv,
+    Device,
+    Picture,
+    Quiet,
+    Threads,
+    app,
+    drain,
+    options_of,
+    reported,
+    require_outputs,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -20,8 +31,6 @@ Variant = Annotated[str, typer.Argument(help="Checkpoint that learned something.
 Base = Annotated[str, typer.Argument(help="Checkpoint that it was made from.")]
 On = Annotated[str | None, typer.Option(help="What the difference is to be added to; default: the base.")]
 RoundingIn = Annotated[str | None, typer.Option("--dtype", help="Count rounding in this dtype; default: as stored.")]
-Csv = Annotated[Path | None, typer.Option(help="Also write the whole table, a row for each tensor.")]
-Picture = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture into this PNG file.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write a report: one HTML file with everything in it.")]
 
 
@@ -47,7 +56,7 @@ def diff(
     with reported():
         if by not in ("part", "block", "module", "tensor"):
             raise typer.BadParameter("--by is part, block, module or tensor")
-        _require_outputs(csv, plot, html)
+        require_outputs(csv, plot, html)
         delta = alkahest.open(variant) - alkahest.open(base)
         weights = None if on is None else alkahest.open(on)
         table = drain(stream_delta_table(delta, weights, k, dtype, **options_of(device=device, threads=threads)), quiet).result  # fmt: skip
@@ -78,7 +87,7 @@ def multiplier(
     from alkahest.multiplier import stream_needed_multiplier
 
     with reported():
-        _require_outputs(csv, plot, html)
+        require_outputs(csv, plot, html)
         opened = alkahest.open(base)
         delta = alkahest.open(variant) - opened
         weights: alkahest.Weights = opened if on is None else alkahest.open(on)
@@ -113,7 +122,7 @@ def check(
     from alkahest.delta_table import stream_delta_table
 
     with reported():
-        _require_outputs(csv, plot, html)
+        require_outputs(csv, plot, html)
         options = options_of(device=device, threads=threads)
         opened, candidates = alkahest.open(variant), [alkahest.open(base) for base in bases]
         on = None if bridge is None else alkahest.open(bridge)
@@ -135,10 +144,10 @@ def check(
 @app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False,
-    kind: Annotated[str | None, typer.Option(help="Only blake3, tables or sweeps.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only blake3, tables, sweeps or extractions.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is remembered between runs (hashes, measured tables, pictures of sweeps), or delete it."""
+    """List what is remembered between runs (hashes, tables, pictures of sweeps, unsaved LoRAs), or delete it."""
     from alkahest.cache import KINDS, cache_folder
     from alkahest.files import size_text
 
@@ -154,21 +163,7 @@ def cache(
             return
         print(cache_folder())
         for name, one in sizes.items():
-            print(f"  {name:8} {len(one):6,} entries  {size_text(int(one.sum())):>10}  {KINDS[name]}")
-
-
-def _require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> None:
-    """Refuse before anything is measured what could not be written after it."""
-    for path in (csv, plot, html):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise OutputError("save", "the output folder does not exist", file=path.parent, fix="create it first")
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise UnsupportedError("plot", "pictures are PNG files", file=plot, fix="name it like delta.png")
-    if plot is not None or html is not None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UnsupportedError("plot", "matplotlib is not installed", fix='pip install "alkahest[lab]"') from None
+            print(f"  {name:11} {len(one):6,} entries  {size_text(int(one.sum())):>10}  {KINDS[name]}")
 
 
 def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.errors import AlkahestError
+from alkahest.errors import AlkahestError, OutputError, UnsupportedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +38,8 @@ Threads = Annotated[int | None, typer.Option(help="Workers; the output does not 
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Keep NaN, infinity and overflow; count them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Csv = Annotated[Path | None, typer.Option(help="Also write the whole table, a row for each tensor.")]
+Picture = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture into this PNG file.")]
 NAMED = {"ignore_unknown_options": True}  # --bridge and the like are ours to read
 
 
@@ -90,6 +92,20 @@ def named(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
             continue
         given[name] = value
     return alone, given
+
+
+def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> None:
+    """Refuse before anything is measured what could not be written after it."""
+    for path in (csv, plot, html):
+        if path is not None and not path.expanduser().resolve().parent.is_dir():
+            raise OutputError("save", "the output folder does not exist", file=path.parent, fix="create it first")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UnsupportedError("plot", "pictures are PNG files", file=plot, fix="name it like delta.png")
+    if plot is not None or html is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UnsupportedError("plot", "matplotlib is not installed", fix='pip install "alkahest[lab]"') from None
 
 
 def options_of(**options: Any) -> dict[str, Any]:

@@ -79,18 +79,7 @@ def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: A
     """Every tensor's change by part and depth, one marker each, on a log axis with a strip for zeros."""
     values = _statistic(table, statistic)
     ax = _axes(ax, (10, 4.2))
-    places = _Places(table)
-    x = np.array([places.of[row] for row in zip(table.part, table.block, strict=True)], float)
-    kinds = [_kind(module) for module in table.module]
-    zero = _log_axis(ax, values)
-    for number, kind in enumerate(kind for kind in _KINDS if kind in kinds):
-        mine = np.array([one == kind for one in kinds])
-        shift = x[mine] + 0.12 * (number - 2)
-        some = values[mine] > 0
-        colour, marker = COLOURS[number], MARKERS[number]
-        ax.plot(shift[some], values[mine][some], marker, color=colour, ms=4.5, alpha=0.75, label=kind.replace("_", " "))
-        ax.plot(shift[~some], np.full((~some).sum(), zero), marker, mfc="none", mec=colour, ms=4.5)
-    places.draw(ax)
+    _by_depth(ax, table, values, _log_axis(ax, values))
     ax.set_ylabel(f"{STATISTICS[statistic]}\n(log scale)")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     ax.set_title(title or _titled(table, "Where it differs"))
@@ -286,6 +275,57 @@ def multiplier_overview(curve: pandas.DataFrame, multiplier: Any, k: float | Non
         axes.axvline(k, color=COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     return Plot(upper, " ".join(one.alt for one in drawn))
+
+
+def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: str | None = None) -> Plot:
+    """What an extracted LoRA keeps of each tensor: its rank, its energy, the noise in it, and its size.
+
+    >>> plots.lora_report(ak.extract_lora(base - bridge, exclude="refiner").report)
+    """
+    thin = report[report.kept == "LoRA"]
+    if len(thin) == 0:
+        raise AlkahestError("plot", "the report has no tensors that became a LoRA")
+    figure = Figure(figsize=(13, 8), layout="constrained", facecolor="white") if figure is None else figure
+    axes = figure.subplots(2, 2)
+    for ax, column, name in (
+        (axes[0, 0], "rank", "rank, columns of up"), (axes[0, 1], "energy", "energy kept, share of |delta|^2"),
+        (axes[1, 0], "noise", "rounding noise in the delta,\nshare of |delta|^2 (log scale)"), (axes[1, 1], "nbytes", "size, kB (log scale)"),
+    ):  # fmt: skip
+        known = thin[thin[column].notna()]
+        values = known[column].to_numpy(float) / (1000 if column == "nbytes" else 1)
+        zero = 0.0
+        if len(known) < len(thin):
+            ax.set_title(f"not known for {len(thin) - len(known)} of {len(thin)} tensors", loc="right", fontsize=8)
+        if column in ("noise", "nbytes"):
+            zero = _log_axis(ax, values)
+        else:
+            ax.set_ylim(0, 1.02 if column == "energy" else 1.1 * values.max())
+        if len(known):
+            _by_depth(ax, known, values, zero)
+        ax.set_ylabel(name)
+    capped = thin.capped.to_numpy(bool)
+    if capped.any():
+        axes[0, 0].axhline(thin["rank"][capped].max(), color="0.35", ls="--", lw=1, label=f"rank_max ({capped.sum()} capped)")  # fmt: skip
+    axes[0, 0].legend(loc="best", fontsize=8)
+    axes[0, 0].set_title(title or _titled(report, "What the LoRA keeps"), loc="left")
+    energy = float((thin.delta_norm**2 * thin.energy).sum() / (thin.delta_norm**2).sum())
+    ranks = f"{thin['rank'].min()} to {thin['rank'].max()}, median {thin['rank'].median():g}"
+    return Plot(axes[0, 0], f"{axes[0, 0].get_title()}: {len(thin)} tensors, rank {ranks} ({capped.sum()} capped), {energy:.4f} of their energy, {thin.nbytes.sum() / 1e6:.4g} MB.")  # fmt: skip
+
+
+def _by_depth(ax: Axes, table: pandas.DataFrame, values: np.ndarray[Any, Any], zero: float) -> None:
+    """One marker for each tensor by part and block, a shape for each kind of module; hollow at ``zero`` for 0."""
+    places = _Places(table)
+    x = np.array([places.of[row] for row in zip(table.part, table.block, strict=True)], float)
+    kinds = [_kind(module) for module in table.module]
+    for number, kind in enumerate(kind for kind in _KINDS if kind in kinds):
+        mine = np.array([one == kind for one in kinds])
+        shift = x[mine] + 0.12 * (number - 2)
+        some = values[mine] > 0
+        colour, marker = COLOURS[number], MARKERS[number]
+        ax.plot(shift[some], values[mine][some], marker, color=colour, ms=4.5, alpha=0.75, label=kind.replace("_", " "))
+        ax.plot(shift[~some], np.full((~some).sum(), zero), marker, mfc="none", mec=colour, ms=4.5)
+    places.draw(ax)
 
 
 class _Places:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from alkahest.dtypes import BY_TAG
-from alkahest.errors import OutputError, UnsupportedError
-from alkahest.files import same_file
+from alkahest.errors import UnsupportedError
 from alkahest.lora.factors import NAMES, Update
 from alkahest.lora.read import ADAPTER, Lora, open_lora
-from alkahest.lora.write import Pair, save_lora
+from alkahest.lora.write import Pair, check_target, save_lora
 
 
 def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfyui") -> Lora:
@@ -27,8 +26,8 @@ def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfy
     """
     if lora.is_dora:
         raise UnsupportedError("convert_lora", "a DoRA cannot be converted", file=lora.path, fix="apply it, and extract what it changed: ak.extract_lora(ak.apply_lora(w, lora) - w)")  # fmt: skip
-    if any(same_file(reader.path, path) for reader in lora.files):  # type: ignore[arg-type]
-        raise OutputError("save", "the output is the input", file=path, fix="save under another name")
+    has_full = any(update.kind == "diff" for update in lora.updates.values())
+    target = check_target(path, flavour, has_full, [reader.path for reader in lora.files])
     pairs, full = {}, {}
     for key, update in lora.updates.items():
         if update.kind == "diff":
@@ -36,12 +35,12 @@ def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfy
         else:
             pairs[key] = _pair(lora, key, update)
     metadata = {name: text for name, text in lora.metadata.items() if name != ADAPTER}
-    return open_lora(save_lora(path, pairs, full, flavour, metadata))
+    return open_lora(save_lora(target, pairs, full, flavour, metadata))
 
 
 def _pair(lora: Lora, key: str, update: Update) -> Pair:
     rows, columns = update.shape[0], update.shape[-1]
-    if (update.rank or 0) * (rows + columns) > rows * columns:
+    if update.kind != "lora" and (update.rank or 0) * (rows + columns) > rows * columns:
         raise UnsupportedError(
             "convert_lora", f"this {NAMES[update.kind]} would be larger than the weight itself as a LoRA", file=lora.path, key=key,
             found=f"rank {update.rank}", fix="choose a rank: ak.extract_lora(lora, energy=0.995)",

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from alkahest.errors import OutputError
-from alkahest.files import same_file, size_text
+from alkahest.files import size_text
 from alkahest.lora.read import Lora, open_lora
-from alkahest.lora.write import Pair, save_lora
+from alkahest.lora.write import Pair, check_target, save_lora
 from alkahest.recipe import METADATA_KEY, Recipe
 
 if TYPE_CHECKING:
@@ -62,9 +61,7 @@ class Extracted:
 
         ``flavour`` is one of `alkahest.lora.write.FLAVOURS`; the default loads in ComfyUI and diffusers.
         """
-        target = Path(path).expanduser()
-        if same := next((one for one in self.inputs if same_file(one, target)), None):
-            raise OutputError("save", "the output is one of the inputs", file=target, found=f"the same file as {same}", fix="save under another name")  # fmt: skip
+        target = check_target(path, flavour, bool(self.full), self.inputs)
         save_lora(target, self.pairs, self.full, flavour, {METADATA_KEY: self.recipe.to_json()})
         if self.parts is not None:
             shutil.rmtree(self.parts, ignore_errors=True)

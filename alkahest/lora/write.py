@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alkahest.dtypes import FORMATS
 from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest
-from alkahest.files import as_output_error, whole_file
+from alkahest.files import as_output_error, same_file, whole_file
 from alkahest.header import build_header
 from alkahest.keys import in_model_order
 from alkahest.layouts import native
@@ -59,11 +59,7 @@ def save_lora(
     Scales become an alpha, or are folded in where a program would refuse it. Raises UnsupportedError for full
     differences in flavours that no program loads them in, OutputError as `save` does.
     """
-    target = Path(path).expanduser()
-    if target.suffix.lower() != ".safetensors":
-        raise OutputError(
-            "save", "a LoRA is one .safetensors file", file=target, fix="name it like supplement.safetensors"
-        )
+    target = check_target(path, flavour, bool(full))
     tensors = dict(named(pairs, full, flavour))
     header = build_header(
         ((name, _TAGS[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()),
@@ -81,13 +77,25 @@ def save_lora(
     return target
 
 
-def named(pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str) -> Iterator[tuple[str, Tensor]]:
-    """Stored names and tensors of a LoRA in some program's flavour."""
+def check_target(path: str | os.PathLike[str], flavour: str, full: bool = False, inputs: Iterable[Path] = ()) -> Path:
+    """Where a LoRA goes; refused before anything is computed if it cannot be written there, or so."""
     if flavour not in FLAVOURS:
         raise UnknownNameError("save", "unknown flavour of LoRA", found=repr(flavour), fix=nearest(flavour, FLAVOURS))
-    prefix, fused, flat, (down, up) = FLAVOURS[flavour]
     if full and flavour in ("diffusers", "peft"):
-        raise UnsupportedError("save", "full differences load in ComfyUI only", found=f"{len(full)} of them, such as {next(iter(full))}", fix="flavour='comfyui', or leave them out")  # fmt: skip
+        raise UnsupportedError("save", "full differences load in ComfyUI only", found=f"flavour {flavour!r}", fix="flavour='comfyui', or leave them out")  # fmt: skip
+    target = Path(path).expanduser()
+    if target.suffix.lower() != ".safetensors":
+        raise OutputError("save", "a LoRA is one .safetensors file", file=target, fix="name it like supplement.safetensors")  # fmt: skip
+    if not Path(os.path.realpath(target)).parent.is_dir():
+        raise OutputError("save", "the output folder does not exist", file=target.parent, fix="create it first")
+    if same := next((one for one in inputs if same_file(one, target)), None):
+        raise OutputError("save", "the output is one of the inputs", file=target, found=f"the same file as {same}", fix="save under another name")  # fmt: skip
+    return target
+
+
+def named(pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str) -> Iterator[tuple[str, Tensor]]:
+    """Stored names and tensors of a LoRA in some program's flavour."""
+    prefix, fused, flat, (down, up) = FLAVOURS[flavour]
     thin, whole = _groups(pairs, fused), _groups(full, fused)
     if both := sorted(thin.keys() & whole.keys()):
         raise UnsupportedError("save", "of q, k and v some are stored whole, so they cannot be fused", key=both[0], fix="flavour='comfyui'")  # fmt: skip
@@ -131,5 +139,7 @@ def _fused(members: list[Pair | None]) -> Pair:
     # A scale that they share stays: rank three times as large makes the alpha so, as musubi's converter has it.
     parts = members if alike else [pair and pair.folded() for pair in members]
     nothing = first.up.new_zeros(first.up.shape[0], 0)
-    up = torch.block_diag(*(nothing if pair is None else pair.up for pair in parts))
+    up: Tensor = torch.block_diag(  # type: ignore[no-untyped-call]
+        *(nothing if pair is None else pair.up for pair in parts)
+    )
     return Pair(up, torch.cat([pair.down for pair in parts if pair is not None]), first.scale if alike else 1.0)

@@ -136,6 +136,21 @@ def test_the_matrix_is_centred_where_signs_matter(trio: dict[str, Path]) -> None
     assert overlap.axes.images[0].get_clim()[0] == 0
 
 
+def test_a_lora_report_shows_what_is_kept(trio: dict[str, Path]) -> None:
+    delta = ak.open(trio["variant"]) - ak.open(trio["base"])
+    found = ak.extract_lora(delta, energy=0.7, rank_max=30, exclude="refiner")
+    plot = plots.lora_report(found.report)
+    kept = found.report[found.report.kept == "LoRA"]
+    for ax, column, unit in zip(plot.axes.figure.axes, ("rank", "energy", "noise", "nbytes"), (1, 1, 1, 1000), strict=True):  # fmt: skip
+        drawn = [y for line in ax.lines if line.get_marker() in "osD^vPX" for y in line.get_ydata()]
+        assert sorted(drawn) == pytest.approx(sorted(kept[column] / unit))
+    assert f"rank_max ({kept.capped.sum()} capped)" in [line.get_label() for line in plot.axes.lines]
+    assert f"{len(kept)} tensors" in plot.alt
+    unknown = plots.lora_report(ak.extract_lora(delta + delta.only("layers"), rank=2).report)
+    assert unknown.axes.figure.axes[2].get_title(loc="right").startswith("not known for 16 of ")
+    assert plots.lora_report(ak.extract_lora(delta + delta, rank=2).report).png()
+
+
 def test_a_plot_shows_itself_on_white_and_draws_into_given_axes(table: pd.DataFrame) -> None:
     plot = plots.delta_magnitudes(table)
     data, metadata = plot._repr_mimebundle_()
@@ -172,3 +187,5 @@ def test_bad_input(table: pd.DataFrame) -> None:
         plots.delta_magnitudes(table, "relativ")
     with pytest.raises(AlkahestError, match="the table has no rows"):
         plots.delta_magnitudes(table.iloc[:0])
+    with pytest.raises(AlkahestError, match="no tensors that became a LoRA"):
+        plots.lora_report(pd.DataFrame({"kept": ["full"]}))

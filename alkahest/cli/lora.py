@@ -1,0 +1,193 @@
+"""Commands on LoRAs: extract-lora, and lora inspect, convert, resize, merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import alkahest
+from alkahest.cli.shared import (
+    NAMED,
+    AsJson,
+    Csv,
+    Device,
+    Picture,
+    Quiet,
+    Threads,
+    app,
+    drain,
+    named,
+    options_of,
+    reported,
+    require_outputs,
+)
+
+if TYPE_CHECKING:
+    from alkahest.lora.result import Extracted
+
+loras = typer.Typer(help="LoRA files: inspect, convert, resize, merge.", no_args_is_help=True)
+app.add_typer(loras, name="lora")
+
+Source = Annotated[str, typer.Argument(help="LoRA file, of any flavour.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors).")]
+Rank = Annotated[int, typer.Option(help="The same rank everywhere; 0: by another rule.")]
+Energy = Annotated[
+    float | None,
+    typer.Option("--rank-thresh", "--energy", help="Share of the squared singular values to keep, such as 0.995."),
+]
+Sum = Annotated[float | None, typer.Option(help="Share of the singular values' sum to keep.")]
+Ratio = Annotated[float | None, typer.Option(help="Keep singular values of at least this share of the largest.")]
+RankMax = Annotated[int, typer.Option(help="The most that the rank can be; 0: no limit.")]
+NoiseEdge = Annotated[
+    bool, typer.Option("--noise-edge", help="Stop at what rounding of the variant's file makes by itself.")
+]
+Include = Annotated[str | None, typer.Option(help="Only these tensors, such as layers.0-9.")]
+Exclude = Annotated[str | None, typer.Option(help="Not these tensors, such as refiner.")]
+Full = Annotated[str | None, typer.Option(help="Keep these whole, norms and biases too; loads in ComfyUI only.")]
+MinDim = Annotated[int | None, typer.Option(help="Leave out matrices with a side below this. [default: 32]")]
+Alpha = Annotated[float | None, typer.Option(help="Store this alpha; default: folded into the factors.")]
+LoraDtype = Annotated[str | None, typer.Option("--dtype", help="bf16 (default), fp16 or fp32.")]
+Method = Annotated[str, typer.Option(help="auto, exact or randomised.")]
+Seed = Annotated[int, typer.Option(help="Seed of the randomised method.")]
+Flavour = Annotated[
+    str,
+    typer.Option(help="comfyui (loads in diffusers too), diffusers, peft, kohya, kohya-split or fused."),
+]
+
+
+@app.command("extract-lora", context_settings=NAMED)
+def extract_lora(
+    output: Output,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EXPRESSION] --NAME PATH...",
+            help='The difference, by default "variant - base": --variant V.safetensors --base B.safetensors.',
+        ),
+    ] = None,
+    rank: Rank = 0,
+    rank_thresh: Energy = None,
+    sum: Sum = None,
+    ratio: Ratio = None,
+    rank_max: RankMax = 64,
+    noise_edge: NoiseEdge = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    full: Full = None,
+    min_dim: MinDim = None,
+    alpha: Alpha = None,
+    dtype: LoraDtype = None,
+    method: Method = "auto",
+    seed: Seed = 0,
+    flavour: Flavour = "comfyui",
+    csv: Csv = None,
+    plot: Picture = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a LoRA of what a variant learned, or of any difference.
+
+    The supplement of the article: `alkahest extract-lora --base ALKAHEST --variant BASE --rank-thresh 0.995
+    --exclude refiner -o supplement.safetensors`. A run that was stopped goes on where it was.
+    """
+    with reported():
+        text, given = named(what or [])
+        asked = {
+            "rank": rank or None, "energy": rank_thresh, "sum": sum, "ratio": ratio, "rank_max": rank_max or None, "noise_edge": noise_edge,
+            "include": include, "exclude": exclude, "full": full, "min_dim": min_dim, "alpha": alpha, "dtype": dtype, "method": method,
+            "seed": seed, **options_of(device=device, threads=threads),
+        }  # fmt: skip
+        _extract(text or "variant - base", given, asked, output, flavour, csv, plot, as_json, quiet)
+
+
+@loras.command("inspect")
+def inspect_lora(source: Source, as_json: AsJson = False) -> None:
+    """Show what a LoRA is, from its header: kind, names, targets, ranks, scales."""
+    with reported():
+        lora = alkahest.open_lora(source)
+        print(json.dumps(lora.summary(), indent=2) if as_json else lora)
+
+
+@loras.command("convert")
+def convert_lora(source: Source, output: Output, flavour: Flavour = "comfyui") -> None:
+    """Write a LoRA under another program's names, number for number."""
+    with reported():
+        print(alkahest.convert_lora(alkahest.open_lora(source), output, flavour))
+
+
+@loras.command("resize")
+def resize_lora(
+    source: Source,
+    output: Output,
+    rank: Rank = 0,
+    rank_thresh: Energy = None,
+    sum: Sum = None,
+    ratio: Ratio = None,
+    rank_max: RankMax = 0,
+    alpha: Alpha = None,
+    dtype: LoraDtype = None,
+    flavour: Flavour = "comfyui",
+    csv: Csv = None,
+    plot: Picture = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a LoRA of lower rank, by the rules of extract-lora; the models are not needed."""
+    with reported():
+        asked = {"rank": rank or None, "energy": rank_thresh, "sum": sum, "ratio": ratio, "rank_max": rank_max or None, "alpha": alpha, "dtype": dtype}  # fmt: skip
+        _extract("lora", {"lora": source}, asked, output, flavour, csv, plot, as_json, quiet)
+
+
+@loras.command("merge", context_settings=NAMED)
+def merge_loras(
+    output: Output,
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="EXPRESSION --NAME PATH...", help='Such as "style + 0.5 * light" --style a.safetensors --light b.safetensors.'),
+    ],
+    rank: Rank = 0,
+    rank_thresh: Energy = None,
+    rank_max: RankMax = 0,
+    alpha: Alpha = None,
+    dtype: LoraDtype = None,
+    flavour: Flavour = "comfyui",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write a sum of LoRAs as one LoRA, exactly unless a rank rule is given; the models are not needed."""
+    with reported():
+        text, given = named(what)
+        if text is None:
+            raise typer.BadParameter('name the sum, such as "a + 0.5 * b"')
+        energy = 1.0 if rank_thresh is None and not rank else rank_thresh
+        asked = {"rank": rank or None, "energy": energy, "rank_max": rank_max or None, "alpha": alpha, "dtype": dtype}
+        _extract(text, given, asked, output, flavour, None, None, as_json, quiet)
+
+
+def _extract(
+    text: str, given: dict[str, Any], asked: dict[str, Any], output: Path, flavour: str, csv: Path | None, plot: Path | None,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from alkahest.files import write_file
+    from alkahest.lora.extract import stream_extract_lora
+    from alkahest.lora.write import check_target
+    from alkahest.provenance import build_delta
+
+    require_outputs(csv, plot, None)
+    delta = build_delta(text, given, [*asked, "rank_thresh", "output", "flavour", "csv", "plot"])
+    inputs = [reader.path for leaf in delta.leaves() for reader in leaf.files]
+    check_target(output, flavour, bool(asked.get("full")), inputs)
+    found: Extracted = drain(stream_extract_lora(delta, **asked), quiet).result
+    lora = found.save(output, flavour)
+    if csv is not None:
+        write_file(csv, found.report.to_csv(index=False).encode())
+    if plot is not None:
+        from alkahest.lab import plots
+
+        write_file(plot, plots.lora_report(found.report).png())
+    print(json.dumps({"path": str(lora.path), **found.summary()}, indent=2) if as_json else f"{found}\n  saved     {lora.path}")  # fmt: skip
