@@ -20,7 +20,7 @@ from alkahest.remembered import remembered
 from alkahest.scalar import Rules
 from alkahest.tally import sum_of_squares
 from alkahest.term import Term, Workspace, evaluate
-from alkahest.work import Event, Job, Run, finished, place_of, why_nonfinite
+from alkahest.work import Event, Job, Run, blocks, finished, place_of, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas
@@ -136,9 +136,10 @@ def effective_rank(values: np.ndarray[Any, Any], norm: float, sides: int) -> flo
 
 
 def matrix_of(term: Term, shape: tuple[int, ...], workspace: Workspace) -> Tensor:
-    """One whole tensor in float32."""
+    """One whole tensor in float32, computed block by block where its term allows."""
     values = torch.empty(math.prod(shape), dtype=torch.float32, device=workspace.device)
-    evaluate(term, 0, values.numel(), values, workspace)
+    for start, stop in blocks(term, values.numel()):
+        evaluate(term, start, stop, values[start:stop], workspace)
     return values.view(shape)
 
 

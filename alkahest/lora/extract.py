@@ -39,8 +39,8 @@ from alkahest.remembered import content_key, title_of
 from alkahest.scalar import Rules
 from alkahest.spectrum import matrix_of
 from alkahest.tally import count_changed, sum_of_squares
-from alkahest.term import Minus, Plus, Source, Term, Times, Workspace
-from alkahest.work import Event, Job, Run, finished, place_of, why_nonfinite
+from alkahest.term import Minus, Plus, Source, Term, Times, Workspace, evaluate
+from alkahest.work import Event, Job, Run, blocks, finished, place_of, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas
@@ -158,8 +158,13 @@ class _Work:
             kept = self.choice.of(key, self.delta.shapes[key])
             if kept == "LoRA" and self._load(key):
                 return
-            with self.run.alone():
-                row = self._thin(key, term, workspace) if kept == "LoRA" else self._other(key, term, kept, workspace)
+            if kept == "LoRA":
+                with self.run.alone():
+                    row = self._thin(key, term, workspace)
+            elif kept == "full":
+                row = self._kept_whole(key, term, workspace)
+            else:
+                row = self._left_out(key, term, kept, workspace)
             if row:
                 self.rows[key] = {**names_of(key), "shape": self.delta.shapes[key], **row}
                 if row["kept"] == "LoRA":
@@ -167,17 +172,22 @@ class _Work:
 
         return work
 
-    def _other(self, key: str, term: Term, kept: str, workspace: Workspace) -> dict[str, Any]:
-        """A tensor that is kept whole or left out."""
-        values = matrix_of(term, self.delta.shapes[key], workspace)
+    def _left_out(self, key: str, term: Term, why: str, workspace: Workspace) -> dict[str, Any]:
+        squares = 0.0
+        for start, stop in blocks(term, math.prod(self.delta.shapes[key])):
+            with workspace.block(stop - start) as values:
+                evaluate(term, start, stop, values, workspace)
+                squares += self._squares(values, key, term)
+        return _row(why, 0, 0.0, squares, Noise(), math.nan, False, 0) if squares else {}
+
+    def _kept_whole(self, key: str, term: Term, workspace: Workspace) -> dict[str, Any]:
+        values = matrix_of(term, self.delta.shapes[key], workspace).cpu()
         squares = self._squares(values, key, term)
         if squares == 0:
             return {}
-        energy, nbytes = 0.0, 0
-        if kept == "full":
-            stored = self.whole[key] = values.cpu().to(FORMATS[self.dtype].torch)
-            energy, nbytes = 1 - sum_of_squares((values.cpu() - stored.float()).flatten()) / squares, stored.nbytes
-        return _row(kept, 0, energy, squares, Noise(), math.nan, False, nbytes)
+        stored = self.whole[key] = values.to(FORMATS[self.dtype].torch)
+        energy = 1 - sum_of_squares((values - stored.float()).flatten()) / squares
+        return _row("full", 0, energy, squares, Noise(), math.nan, False, stored.nbytes)
 
     def _thin(self, key: str, term: Term, workspace: Workspace) -> dict[str, Any]:
         """A matrix as its leading part."""
