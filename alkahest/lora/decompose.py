@@ -52,7 +52,7 @@ def decomposed(matrix: Tensor, squares: float, rule: RankRule, edge: float, meth
         values = s.double().cpu().numpy()
         if width >= cap or rule.choose(values, squares, False, edge) is not None:
             return Decomposition(u, values, v, squares, False, _residual(matrix))
-        width = min(cap, max(2 * width, _needed(rule, values, squares)))
+        width = min(cap, _wider(rule, values, squares))
     return _exact(matrix, squares)
 
 
@@ -85,11 +85,16 @@ def _exact(matrix: Tensor, squares: float) -> Decomposition:
     return Decomposition(u, values.cpu().numpy(), v, squares, True, _residual(matrix))
 
 
-def _needed(rule: RankRule, values: Values, squares: float) -> int:
-    """The least width that can reach the energy asked for: what follows is no larger than the last value."""
+def _wider(rule: RankRule, values: Values, squares: float) -> int:
+    """The next width: twice as wide, or where an energy is asked for, a little more than it takes at least.
+
+    What follows is no larger than the last value, and in rounding noise not much smaller.
+    """
+    width = len(values)
     if rule.name != "energy" or values[-1] == 0:
-        return 0
-    return len(values) + math.ceil((rule.value * squares - float((values**2).sum())) / float(values[-1] ** 2))
+        return 2 * width
+    missing = rule.value * squares - float((values**2).sum())
+    return max(width + width // 4, math.ceil(1.15 * (width + missing / float(values[-1] ** 2))))
 
 
 def _residual(matrix: Tensor) -> Callable[[Tensor, Tensor, float], float]:
