@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alkahest import __version__
-from alkahest.expr import Weights, name_leaves
+from alkahest.expr import Names, Weights, name_leaves
 from alkahest.files import Reader, Writer, as_output_error, size_text, whole_file, whole_folder
 from alkahest.hashes import blake3_of
 from alkahest.header import build_header
@@ -181,12 +181,16 @@ def readers_of(expression: Weights) -> list[Reader]:
 def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str]) -> Recipe:
     """What the output's metadata says about itself."""
     names = name_leaves(expression)
-    inputs = {
+    return Recipe(expression.text(names), inputs_of(names, hashes), options.record(), __version__)
+
+
+def inputs_of(names: Names, hashes: Mapping[Reader, str]) -> dict[str, list[dict[str, Any]]]:
+    """What a recipe records of the files that it was made from."""
+    return {
         name: [{"file": leaf.file_names[r], "bytes": r.size, "blake3": hashes[r]} for r in leaf.files]
         for leaf, name in names.items()
         if leaf.files
     }
-    return Recipe(expression.text(names), inputs, options.record(), __version__)
 
 
 def headers_of(plan: Plan, recipe: Recipe) -> list[bytes]:

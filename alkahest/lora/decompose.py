@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from alkahest.lora.rank import RankRule, Values
+from alkahest.lora.read import Lora
 from alkahest.spectrum import randomised_svd
+from alkahest.term import Minus, Plus, Source, Term, Times
+from alkahest.work import why_nonfinite
 
 METHODS = ("auto", "exact", "randomised")
 _EXACT_SIDE = 1024  # a matrix with a side up to this is decomposed in full: at most half a second
@@ -70,6 +73,37 @@ def of_factors(up: Tensor, down: Tensor) -> Decomposition:
         return max(0.0, float(((left.T @ left) * (right.T @ right)).sum()))
 
     return Decomposition(u, values, v, float((values**2).sum()), True, lost)
+
+
+def of_loras(term: Term, key: str, shape: tuple[int, int]) -> Decomposition | None:
+    """A sum of LoRAs from their factors, if they are thin together; None if it is anything else."""
+    found = _loras(term)
+    if found is None or sum(lora.updates[key].rank or max(shape) for _, lora in found) > min(shape) // 2:
+        return None
+    ups, downs = [], []
+    for factor, lora in found:
+        update = lora.updates[key]
+        up, down = update.halves(lambda role, lora=lora, update=update: lora.factor(update, role))  # type: ignore[misc]
+        ups.append(up.double() * (factor * update.scale))
+        downs.append(down.double())
+    up, down = torch.cat(ups, 1), torch.cat(downs)
+    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+        raise why_nonfinite(term, key, "extract_lora")
+    return of_factors(up, down)
+
+
+def _loras(term: Term) -> list[tuple[float, Lora]] | None:
+    match term:
+        case Source(leaf) if isinstance(leaf, Lora):
+            return [(1.0, leaf)]
+        case Times(factor, inner):
+            found = _loras(inner)
+            return None if found is None else [(factor * k, lora) for k, lora in found]
+        case Plus(left, right) | Minus(left, right):
+            one, two = _loras(left), _loras(right)
+            sign = 1.0 if isinstance(term, Plus) else -1.0
+            return None if one is None or two is None else one + [(sign * k, lora) for k, lora in two]
+    return None
 
 
 def _exact(matrix: Tensor, squares: float) -> Decomposition:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import threading
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from alkahest import __version__
-from alkahest.cache import cache_folder
 from alkahest.delta_table import names_of
 from alkahest.dtypes import FORMATS, storage_name
 from alkahest.errors import AlgebraError, NonFiniteError, UnknownNameError, UnsupportedError, nearest
@@ -27,8 +22,9 @@ from alkahest.expr import Delta, DeltaLeaf, name_leaves
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of
 from alkahest.keys import Pattern
-from alkahest.lora.decompose import METHODS, Decomposition, decomposed, of_factors
+from alkahest.lora.decompose import METHODS, Decomposition, decomposed, of_loras
 from alkahest.lora.noise import Noise, noise_of
+from alkahest.lora.parts import Parts
 from alkahest.lora.rank import RankRule
 from alkahest.lora.read import Lora
 from alkahest.lora.result import Extracted
@@ -38,8 +34,9 @@ from alkahest.recipe import Recipe
 from alkahest.remembered import content_key, title_of
 from alkahest.scalar import Rules
 from alkahest.spectrum import matrix_of
+from alkahest.stream import inputs_of
 from alkahest.tally import count_changed, sum_of_squares
-from alkahest.term import Minus, Plus, Source, Term, Times, Workspace, evaluate
+from alkahest.term import Term, Workspace, evaluate
 from alkahest.work import Event, Job, Run, blocks, finished, place_of, why_nonfinite
 
 if TYPE_CHECKING:
@@ -119,7 +116,8 @@ class Choice:
     @property
     def text(self) -> str:
         """As keyword arguments."""
-        given = {"include": self.include, "exclude": self.exclude, "full": self.full}
+        given: dict[str, Any] = {"include": self.include, "exclude": self.exclude, "full": self.full}
+        given |= {"min_dim": self.min_dim} if self.min_dim not in (1, _MIN_DIM) else {}
         return "".join(f", {name}={value!r}" for name, value in given.items() if value)
 
 
@@ -136,7 +134,7 @@ class _Work:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     pairs: dict[str, Pair] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
-    parts: Path | None = None
+    parts: Parts = field(default_factory=lambda: Parts(None))
 
     def events(self) -> Iterator[Event]:
         rules = Rules()
@@ -147,7 +145,7 @@ class _Work:
         hashes: dict[Reader, str] = {}
         yield from _hashed(readers, int(total), hashes)
         name = content_key("extract_lora", [self.delta], [self.rule, self.alpha, self.dtype, self.method, self.seed])
-        self.parts = None if name is None else cache_folder() / "extractions" / name
+        self.parts = Parts(name)
         yield from self.run.progress(jobs)
         for reader in readers:
             reader.check_unchanged()
@@ -156,7 +154,8 @@ class _Work:
     def _job(self, key: str, term: Term) -> Any:
         def work(workspace: Workspace) -> None:
             kept = self.choice.of(key, self.delta.shapes[key])
-            if kept == "LoRA" and self._load(key):
+            if kept == "LoRA" and (known := self.parts.load(key)):
+                self.rows[key], self.pairs[key] = known
                 return
             if kept == "LoRA":
                 with self.run.alone():
@@ -168,7 +167,9 @@ class _Work:
             if row:
                 self.rows[key] = {**names_of(key), "shape": self.delta.shapes[key], **row}
                 if row["kept"] == "LoRA":
-                    self._store(key)
+                    self.parts.store(key, self.rows[key], self.pairs[key])
+                    # From now on the numbers are the file's, which memory need not hold.
+                    _, self.pairs[key] = self.parts.load(key) or ({}, self.pairs[key])
 
         return work
 
@@ -192,7 +193,7 @@ class _Work:
     def _thin(self, key: str, term: Term, workspace: Workspace) -> dict[str, Any]:
         """A matrix as its leading part."""
         shape = (self.delta.shapes[key][0], self.delta.shapes[key][1])
-        noise, found = Noise(), self._from_factors(key, term, shape)
+        noise, found = Noise(), of_loras(term, key, shape)
         if found is None:
             matrix = matrix_of(term, shape, workspace)
             squares = self._squares(matrix, key, term)
@@ -229,22 +230,6 @@ class _Work:
                 break
         return Pair(up, down, scale), energy, capped
 
-    def _from_factors(self, key: str, term: Term, shape: tuple[int, int]) -> Decomposition | None:
-        """The decomposition of a sum of LoRAs, if they are thin together."""
-        found = _factors(term)
-        if found is None or sum(lora.updates[key].rank or max(shape) for _, lora in found) > min(shape) // 2:
-            return None
-        ups, downs = [], []
-        for factor, lora in found:
-            update = lora.updates[key]
-            up, down = update.halves(lambda role, lora=lora, update=update: lora.factor(update, role))  # type: ignore[misc]
-            ups.append(up.double() * (factor * update.scale))
-            downs.append(down.double())
-        up, down = torch.cat(ups, 1), torch.cat(downs)
-        if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
-            raise why_nonfinite(term, key, "extract_lora")
-        return of_factors(up, down)
-
     def _squares(self, values: Tensor, key: str, term: Term) -> float:
         squares = sum_of_squares(values.flatten())
         if not math.isfinite(squares):
@@ -258,36 +243,6 @@ class _Work:
                 found=self.delta.text(), fix="leave noise_edge out, and choose energy= or rank=",
             )  # fmt: skip
 
-    def _store(self, key: str) -> None:
-        """Keep one finished tensor for a run that goes on; a cache that cannot be written costs time, nothing else."""
-        if self.parts is None:
-            return
-        from safetensors.torch import save_file
-
-        with contextlib.suppress(OSError):
-            self.parts.mkdir(parents=True, exist_ok=True)
-            scratch = self.parts / f".{uuid.uuid4().hex[:8]}"
-            pair, row = self.pairs[key], {"scale": self.pairs[key].scale, **self.rows[key]}
-            save_file({"up": pair.up, "down": pair.down}, scratch, metadata={"row": json.dumps(row)})
-            os.replace(scratch, self.parts / f"{key}.safetensors")
-            self._load(key)  # from now on the numbers are the file's, not memory's
-
-    def _load(self, key: str) -> bool:
-        """Take up one tensor that an earlier run finished."""
-        if self.parts is None:
-            return False
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.parts / f"{key}.safetensors", "pt") as stored:
-                row = json.loads(stored.metadata()["row"])
-                up, down = stored.get_tensor("up"), stored.get_tensor("down")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return False
-        scale = row.pop("scale")
-        self.rows[key], self.pairs[key] = {**row, "shape": tuple(row["shape"])}, Pair(up, down, scale)
-        return True
-
     def _result(self, hashes: Mapping[Reader, str], readers: list[Reader]) -> Extracted:
         import pandas as pd
 
@@ -298,11 +253,11 @@ class _Work:
             raise AlgebraError("extract_lora", "nothing is left to extract", found=f"{len(self.rows)} changed tensors, all left out: {reasons}", fix="change include, exclude, min_dim or noise_edge")  # fmt: skip
         report = pd.DataFrame([self.rows[key] for key in self.delta.shapes if key in self.rows])
         report.attrs["of"] = title_of(self.delta)
-        text = f"{self.rule.text}{self.choice.text}"
+        text = f"{self.rule.text}{self.choice.text}" + (f", alpha={self.alpha:g}" if self.alpha else "")
         names = name_leaves(self.delta)
         recipe = Recipe(
             f"extract_lora({self.delta.text(names)}, {text})",
-            {name: [{"file": leaf.file_names[r], "bytes": r.size, "blake3": hashes[r]} for r in leaf.files] for leaf, name in names.items() if leaf.files},
+            inputs_of(names, hashes),
             {"dtype": self.dtype, "method": self.method, "seed": self.seed, "energy": _energy(report, of="LoRA")}, __version__,
         )  # fmt: skip
         return Extracted(self.pairs, self.whole, report, recipe, tuple(reader.path for reader in readers), self.parts)
@@ -319,21 +274,6 @@ def _row(kept: str, rank: int, energy: float, squares: float, noise: Noise, edge
         "kept": kept, "rank": rank, "energy": energy, "delta_norm": math.sqrt(squares), "noise": noise.share,
         "edge_rank": edge_rank, "capped": capped, "nbytes": nbytes,
     }  # fmt: skip
-
-
-def _factors(term: Term) -> list[tuple[float, Lora]] | None:
-    """A term as a sum of LoRAs, each with its factor; None if it is anything else."""
-    match term:
-        case Source(leaf) if isinstance(leaf, Lora):
-            return [(1.0, leaf)]
-        case Times(factor, inner):
-            found = _factors(inner)
-            return None if found is None else [(factor * k, lora) for k, lora in found]
-        case Plus(left, right) | Minus(left, right):
-            one, two = _factors(left), _factors(right)
-            sign = 1.0 if isinstance(term, Plus) else -1.0
-            return None if one is None or two is None else one + [(sign * k, lora) for k, lora in two]
-    return None
 
 
 def _hashed(readers: list[Reader], total: int, hashes: dict[Reader, str]) -> Iterator[Event]:

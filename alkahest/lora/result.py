@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from alkahest.files import size_text
+from alkahest.lora.parts import Parts
 from alkahest.lora.read import Lora, open_lora
 from alkahest.lora.write import Pair, check_target, save_lora
 from alkahest.recipe import METADATA_KEY, Recipe
@@ -42,7 +42,7 @@ class Extracted:
     report: pandas.DataFrame
     recipe: Recipe
     inputs: tuple[Path, ...] = ()
-    parts: Path | None = None
+    parts: Parts = field(default_factory=lambda: Parts(None))
 
     @property
     def energy(self) -> float:
@@ -63,8 +63,7 @@ class Extracted:
         """
         target = check_target(path, flavour, bool(self.full), self.inputs)
         save_lora(target, self.pairs, self.full, flavour, {METADATA_KEY: self.recipe.to_json()})
-        if self.parts is not None:
-            shutil.rmtree(self.parts, ignore_errors=True)
+        self.parts.remove()
         return open_lora(target)
 
     def summary(self) -> dict[str, Any]:
