@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from alkahest.lora.apply import apply_lora as apply_lora
     from alkahest.lora.convert import convert_lora as convert_lora
     from alkahest.lora.extract import extract_lora as extract_lora
+    from alkahest.lora.ranks import lora_ranks as lora_ranks
     from alkahest.lora.read import open_lora as open_lora
     from alkahest.made_up import made_up as made_up
     from alkahest.measures import flow_loss as flow_loss
@@ -78,6 +79,7 @@ _PUBLIC = {
     "file_noise": "rounding",
     "flow_loss": "measures",
     "lerp": "mixture",
+    "lora_ranks": "lora.ranks",
     "made_up": "made_up",
     "method": "methods",
     "nearest_base": "check",

@@ -1,9 +1,9 @@
-"""The workbench's panels: a delta browser and a multiplier panel."""
+"""The workbench's panels: a delta browser, a multiplier panel, and the ranks of a LoRA."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,8 +16,11 @@ from alkahest.expr import Delta, Weights, ends
 from alkahest.lab import plots
 from alkahest.lab.explore import Explorer, explore
 from alkahest.lab.jobs import Job
+from alkahest.lora.rank import RULES
+from alkahest.lora.ranks import lora_ranks
 from alkahest.multiplier import BASES, Multiplier, multiplier_of, not_protected
 from alkahest.rounding import rounding_curve
+from alkahest.spectrum import stream_delta_spectra
 
 _VIEWS = ("tensors", "heatmap", "modules")
 
@@ -39,7 +42,7 @@ def delta_browser(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
         parts = ["all", *dict.fromkeys(table.part)]
         return explore(draw, size=(10, 5), statistic=list(plots.STATISTICS), part=parts, view=list(_VIEWS))
 
-    return _measured("delta_browser", what, on, browse)
+    return _measured("delta_browser", what, lambda: stream_delta_table(_delta(what), on), browse)
 
 
 def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
@@ -55,7 +58,26 @@ def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> A
         added = not_protected(what, ends(what)[1] if on is None else on) if isinstance(what, Delta) else None
         return MultiplierPanel(table, added)
 
-    return _measured("multiplier_panel", what, on, choose)
+    return _measured("multiplier_panel", what, lambda: stream_delta_table(_delta(what), on), choose)
+
+
+def rank_panel(what: Delta | pd.DataFrame, values: int = 200) -> Any:
+    """Try rank rules for a LoRA before extracting it: ranks, energy and size follow at once.
+
+    >>> panels.rank_panel(ak.delta_spectra(variant - base, values=200))
+
+    A delta is measured first, its ``values`` leading singular values. A ``rank_max`` of 0 is no cap.
+    """
+
+    def choose(spectra: pd.DataFrame) -> Explorer:
+        def draw(figure: Figure, *, rule: str = "energy", value: float = 0.995, rank_max: int = 64) -> str:
+            asked = int(value) if rule == "rank" and value == int(value) else value
+            report = lora_ranks(spectra, **{rule: asked}, rank_max=rank_max or None)  # type: ignore[arg-type]
+            return plots.lora_report(report, figure).alt
+
+        return explore(draw, size=(12, 7), rule=list(RULES))
+
+    return _measured("rank_panel", what, lambda: stream_delta_spectra(_delta(what), values=values), choose)
 
 
 class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
@@ -120,7 +142,10 @@ def _by_module(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _measured(
-    operation: str, what: Delta | pd.DataFrame, on: Weights | None, build: Callable[[pd.DataFrame], Any]
+    operation: str,
+    what: Delta | pd.DataFrame,
+    measure: Callable[[], Iterator[Any]],
+    build: Callable[[pd.DataFrame], Any],
 ) -> Any:
     """What ``build`` makes of a table, measured first if it is a delta still."""
     if isinstance(what, pd.DataFrame):
@@ -128,6 +153,11 @@ def _measured(
     if not isinstance(what, Delta):
         raise AlgebraError(operation, "a delta or its table is needed", found=type(what).__name__, fix="variant - base")  # fmt: skip
     box = widgets.VBox()
-    job = Job(lambda: stream_delta_table(what, on), on_result=lambda table: setattr(box, "children", [build(table)]), unit="B", title="Measure")  # fmt: skip
+    job = Job(measure, on_result=lambda table: setattr(box, "children", [build(table)]), unit="B", title="Measure")
     box.children = [job]
     return box
+
+
+def _delta(what: Delta | pd.DataFrame) -> Delta:
+    assert isinstance(what, Delta)  # `_measured` has seen to it
+    return what

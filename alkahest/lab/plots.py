@@ -307,10 +307,11 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
     if capped.any():
         axes[0, 0].axhline(thin["rank"][capped].max(), color="0.35", ls="--", lw=1, label=f"rank_max ({capped.sum()} capped)")  # fmt: skip
     axes[0, 0].legend(loc="best", fontsize=8)
-    axes[0, 0].set_title(title or _titled(report, "What the LoRA keeps"), loc="left")
+    heading = title or _titled(report, "What the LoRA keeps")
+    figure.suptitle(heading)
     energy = float((thin.delta_norm**2 * thin.energy).sum() / (thin.delta_norm**2).sum())
     ranks = f"{thin['rank'].min()} to {thin['rank'].max()}, median {thin['rank'].median():g}"
-    return Plot(axes[0, 0], f"{axes[0, 0].get_title()}: {len(thin)} tensors, rank {ranks} ({capped.sum()} capped), {energy:.4f} of their energy, {thin.nbytes.sum() / 1e6:.4g} MB.")  # fmt: skip
+    return Plot(axes[0, 0], f"{heading}: {len(thin)} tensors, rank {ranks} ({capped.sum()} capped), {energy:.4f} of their energy, {thin.nbytes.sum() / 1e6:.4g} MB.")  # fmt: skip
 
 
 def _by_depth(ax: Axes, table: pandas.DataFrame, values: np.ndarray[Any, Any], zero: float) -> None:

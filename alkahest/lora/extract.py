@@ -25,7 +25,7 @@ from alkahest.keys import Pattern
 from alkahest.lora.decompose import METHODS, Decomposition, decomposed, of_loras
 from alkahest.lora.noise import Noise, noise_of
 from alkahest.lora.parts import Parts
-from alkahest.lora.rank import RankRule
+from alkahest.lora.rank import MIN_DIM, RankRule
 from alkahest.lora.read import Lora
 from alkahest.lora.result import Extracted
 from alkahest.lora.write import Pair
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     import pandas
 
 _DTYPES = ("bf16", "fp16", "fp32")
-_MIN_DIM = 32  # as Ckpt_to_LoRA: smaller matrices save nothing
 
 
 def extract_lora(delta: Delta, **options: Any) -> Extracted:
@@ -87,7 +86,7 @@ def stream_extract_lora(
     if method not in METHODS:
         raise UnknownNameError("extract_lora", "unknown method", found=repr(method), fix=nearest(str(method), METHODS))
     of_loras = all(isinstance(leaf, DeltaLeaf) for leaf in delta.leaves())
-    kept = Choice(include, exclude, full, (1 if of_loras else _MIN_DIM) if min_dim is None else int(min_dim), of_loras)
+    kept = Choice(include, exclude, full, (1 if of_loras else MIN_DIM) if min_dim is None else int(min_dim), of_loras)
     work = _Work(delta, rule, kept, alpha, _dtype(dtype, delta), method, seed, Run(Options.checked(options)))
     return work.events()
 
@@ -117,7 +116,7 @@ class Choice:
     def text(self) -> str:
         """As keyword arguments."""
         given: dict[str, Any] = {"include": self.include, "exclude": self.exclude, "full": self.full}
-        given |= {"min_dim": self.min_dim} if self.min_dim not in (1, _MIN_DIM) else {}
+        given |= {"min_dim": self.min_dim} if self.min_dim not in (1, MIN_DIM) else {}
         return "".join(f", {name}={value!r}" for name, value in given.items() if value)
 
 

@@ -19,6 +19,7 @@ RULES = {
     "sum": "the least r whose sum of s reaches this share of all (sv_cumulative of kohya's resize_lora)",
     "ratio": "every s of at least this share of the largest (one over kohya's sv_ratio)",
 }
+MIN_DIM = 32  # as Ckpt_to_LoRA: matrices with a smaller side save nothing
 _DEFAULT = ("energy", 0.995)  # as the article
 _NUMERICAL = 1e-6  # of the largest: below, a singular value is what float32 made of zero
 

@@ -45,7 +45,7 @@ def test_controls_follow_from_the_signature_and_redraw() -> None:
     assert settled(seen, 2)
     assert seen[-1] == {"k": 171.1, "statistic": "relative", "logged": True, "bins": 8}
     assert panel.values["k"] == 171.1
-    assert "up to 171.1" in panel.picture.value
+    assert until(lambda: "up to 171.1" in panel.picture.value)
 
 
 def slider_of(panel: Explorer) -> Any:

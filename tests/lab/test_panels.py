@@ -47,6 +47,21 @@ def test_the_delta_browser_measures_and_then_browses(three: tuple[Any, Any, Any]
     assert isinstance(at_once, Explorer)
 
 
+def test_the_rank_panel_tries_rules(three: tuple[Any, Any, Any]) -> None:
+    v, b, _ = three
+    panel = measured(panels.rank_panel(v - b))
+    assert list(panel.controls["rule"].options) == ["rank", "energy", "sum", "ratio"]
+    assert "rank 39 to 64" in panel.alt
+    panel.controls["value"].value = 0.5
+    assert until(lambda: "(1 capped)" in panel.alt), panel.status.value
+    panel.controls["rule"].value = "rank"
+    assert until(lambda: "whole number" in panel.status.value)
+    panel.controls["value"].value = 7.0
+    assert until(lambda: "to 7, median 7" in panel.alt)
+    with pytest.raises(AlgebraError, match="a delta or its table"):
+        panels.rank_panel(v)
+
+
 def test_the_multiplier_panel_computes_k_and_takes_any_other(three: tuple[Any, Any, Any]) -> None:
     v, b, w = three
     panel = measured(panels.multiplier_panel(v - b, on=w))
