@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from alkahest.lora.read import open_lora as open_lora
     from alkahest.made_up import made_up as made_up
     from alkahest.measures import flow_loss as flow_loss
+    from alkahest.measures import picture_difference as picture_difference
     from alkahest.measures import picture_measures as picture_measures
     from alkahest.methods import dare as dare
     from alkahest.methods import method as method
@@ -87,6 +88,7 @@ _PUBLIC = {
     "open": "checkpoint",
     "open_lora": "lora.read",
     "param": "scalar",
+    "picture_difference": "measures",
     "picture_measures": "measures",
     "pipeline": "pipeline",
     "read_recipe": "provenance",

@@ -1,4 +1,4 @@
-"""How broken is a picture? Numbers that need no reference picture, from 64 pixels to full size."""
+"""How broken is a picture, and how far from another? Numbers for pictures from 64 pixels to full size."""
 
 from __future__ import annotations
 
@@ -53,6 +53,31 @@ def picture_measures(images: Any, pipe: Any = None, patch: int = PATCH) -> panda
             latents = encode(pipe, picture)[0]
             row["latent_std"] = float(latents.std())
             row["latent_lag1"] = float(np.mean([_lag1(c) for c in latents.double().cpu().numpy()]))
+    return pd.DataFrame(rows)
+
+
+def picture_difference(images: Any, others: Any) -> pandas.DataFrame:
+    """How far pictures are from others of the same prompt and seed, one row each.
+
+    >>> ak.picture_difference(with_lora.images, with_full_delta.images)["difference"].mean()
+
+    ``difference`` is the mean absolute difference of pixels as a share of full scale, ``psnr`` the peak
+    signal-to-noise ratio in dB (infinite for equal pictures). Raises AlkahestError if sizes or numbers differ.
+    """
+    import pandas as pd
+
+    ours, theirs = ([_array(image) for image in _listed(side)] for side in (images, others))
+    shapes = [[picture.shape for picture in side] for side in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise AlkahestError(
+            "picture_difference", "the pictures do not go together", expected=shapes[1], found=shapes[0]
+        )
+    rows = []
+    for one, other in zip(ours, theirs, strict=True):
+        square = float(np.square(one - other).mean())
+        rows.append(
+            {"difference": float(np.abs(one - other).mean()), "psnr": -10 * np.log10(square) if square else np.inf}
+        )
     return pd.DataFrame(rows)
 
 

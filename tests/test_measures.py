@@ -30,6 +30,18 @@ def test_against_statsmodels_free_references() -> None:
     assert found.contrast == pytest.approx(grey.std(), rel=1e-6)
 
 
+def test_the_difference_of_pictures() -> None:
+    one = smooth(48, 80, 1.3)
+    two = np.clip(one + np.random.default_rng(0).normal(0, 0.1, one.shape), 0, 1)
+    found = ak.picture_difference([one, one], [two, one])
+    assert found.difference.tolist() == pytest.approx([np.abs(one - two).mean(), 0])
+    assert found.psnr.tolist() == pytest.approx([10 * np.log10(1 / np.mean((one - two) ** 2)), np.inf])
+    with pytest.raises(AlkahestError, match="do not go together"):
+        ak.picture_difference([one], [one, two])
+    with pytest.raises(AlkahestError, match="do not go together"):
+        ak.picture_difference(one, one[:40])
+
+
 def test_noise_and_pictures_lie_apart() -> None:
     noise = np.random.default_rng(1).uniform(size=(64, 96, 3))
     table = ak.picture_measures([noise, smooth(64, 96, 3)])

@@ -294,14 +294,18 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
         known = thin[thin[column].notna()]
         values = known[column].to_numpy(float) / (1000 if column == "nbytes" else 1)
         zero = 0.0
-        if len(known) < len(thin):
-            ax.set_title(f"not known for {len(thin) - len(known)} of {len(thin)} tensors", loc="right", fontsize=8)
+        if len(known) < len(thin):  # noise, where a delta does not lie between two files
+            ax.set_title(
+                f"{column} is not known for {len(thin) - len(known)} of {len(thin)} tensors", loc="right", fontsize=8
+            )
         if column in ("noise", "nbytes"):
             zero = _log_axis(ax, values)
         else:
             ax.set_ylim(0, 1.02 if column == "energy" else 1.1 * values.max())
-        if len(known):
-            _by_depth(ax, known, values, zero)
+        if len(known) == 0:
+            ax.set_axis_off()
+            continue
+        _by_depth(ax, known, values, zero)
         ax.set_ylabel(name)
     capped = thin.capped.to_numpy(bool)
     if capped.any():

@@ -26,7 +26,7 @@ def noise_of(term: Term, shape: tuple[int, int], squares: float, changed: float,
     """The rounding noise in ``factor * (variant - base)``, where both are stored numbers.
 
     An entry of the variant is off by ulp squared / 12 in the mean, or by no more than what is there, the share
-    ``changed`` of ulp squared; a base in a coarser format adds its own. Noise of that variance has no singular
+    ``changed`` of ulp squared; a base in a coarser format may add its own, as in `file_noise`. Noise of that variance has no singular
     value much above ``sqrt(variance) * (sqrt(m) + sqrt(n))`` (Marchenko and Pastur 1967).
     """
     factor, inner = without_factor(term)
@@ -35,9 +35,11 @@ def noise_of(term: Term, shape: tuple[int, int], squares: float, changed: float,
     steps = [_mean_square_ulp(side, math.prod(shape), workspace) for side in (inner.left, inner.right)]
     if None in steps:
         return Noise()
-    variant, base = (step or 0.0 for step in steps)
-    variance = factor**2 * (variant + (base if base > 4 * variant else 0.0)) * min(1 / 12, changed)
+    least, hidden = (factor**2 * (step or 0.0) * min(1 / 12, changed) for step in steps)
     rows, columns = shape
+    # A change smaller than that noise was made from the base as it is stored.
+    coarser = hidden > 4 * least and hidden * rows * columns < 1.5 * squares
+    variance = least + (hidden if coarser else 0.0)
     share = min(1.0, variance * rows * columns / squares)
     return Noise(share, _MARGIN * math.sqrt(variance) * (math.sqrt(rows) + math.sqrt(columns)))
 

@@ -26,7 +26,7 @@ REPORT = {
     "rank": "columns of up, rows of down",
     "energy": "1 - |d - what the stored factors make|^2 / |d|^2",
     "delta_norm": "|d|",
-    "noise": "share of |d|^2 that rounding of the variant's file makes (see alkahest.lora.noise); NaN where unknown",
+    "noise": "share of |d|^2 that rounding of the files may have made (see alkahest.lora.noise); NaN where unknown",
     "edge_rank": "how many of the singular values that were found reach beyond that noise",
     "capped": "whether rank_max decided the rank",
     "nbytes": "size in the file",
@@ -97,7 +97,7 @@ class Extracted:
         if about["capped"]:
             facts.append(("capped", f"rank_max decided the rank of {about['capped']} tensors: the rule asked for more"))
         if about["noise"] is not None:
-            facts.append(("noise", f"{about['noise']:.4f} of the delta may be rounding of the variant's file"))
+            facts.append(("noise", f"{about['noise']:.4f} of the delta may be rounding of the files"))
         for reason, what in about["left_out"].items():
             facts.append(("left out", f"{what['tensors']} tensors ({reason}): {what['energy']:.4f} of all that changed"))  # fmt: skip
         return facts

@@ -147,7 +147,7 @@ def test_a_lora_report_shows_what_is_kept(trio: dict[str, Path]) -> None:
     assert f"rank_max ({kept.capped.sum()} capped)" in [line.get_label() for line in plot.axes.lines]
     assert f"{len(kept)} tensors" in plot.alt
     unknown = plots.lora_report(ak.extract_lora(delta + delta.only("layers"), rank=2).report)
-    assert unknown.axes.figure.axes[2].get_title(loc="right").startswith("not known for 16 of ")
+    assert unknown.axes.figure.axes[2].get_title(loc="right").startswith("noise is not known for 16 of ")
     assert plots.lora_report(ak.extract_lora(delta + delta, rank=2).report).png()
 
 

@@ -57,6 +57,14 @@ def test_a_base_in_a_coarser_dtype_adds_its_own(tmp_path: Path) -> None:
     assert share == pytest.approx(float(((d - change) ** 2).sum() / d.square().sum()), rel=0.05)
 
 
+def test_a_change_below_the_noise_of_its_base_was_made_from_the_base_as_stored(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    base = (0.05 * torch.randn(SHAPE)).bfloat16().float()
+    delta = files(tmp_path, base, base + 1e-6 * torch.randn(SHAPE), (torch.bfloat16, torch.float32))
+    share, _ = measured(delta, SHAPE[0] * SHAPE[1] * 1e-12, 1.0)
+    assert share < 1e-3
+
+
 def test_few_changed_elements_make_little_noise(tmp_path: Path) -> None:
     base = (0.05 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))).bfloat16().float()
     variant = base + 1e-5 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
