@@ -20,6 +20,8 @@ KINDS = {
     "blake3": "hashes of files that were read from end to end",
     "tables": "measured deltas",
     "sweeps": "pictures of sweeps",
+    "latents": "encoded training pictures",
+    "embeddings": "encoded training captions",
     "extractions": "LoRAs that are extracted but not saved yet, tensor by tensor",
 }
 

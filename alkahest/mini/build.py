@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alkahest import layouts, mini
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.components import quiet
+from alkahest.encoding import embeddings
 from alkahest.errors import UnknownNameError, nearest
 from alkahest.files import Reader, write_file
 from alkahest.hashes import blake3_of
@@ -79,7 +80,7 @@ class Workshop:
         return self.embed([""])[0]
 
     def embed(self, captions: list[str]) -> list[Tensor]:
-        return parts.embeddings(self.pipe.tokenizer, self.pipe.text_encoder, captions)
+        return embeddings(self.pipe.tokenizer, self.pipe.text_encoder, captions)
 
     def pairs(self, drawn: list[Scene]) -> Pairs:
         vae = self.pipe.vae

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alkahest.encoding import chat
 from alkahest.mini.drawing import draw
 from alkahest.mini.judge import Judge
 from alkahest.mini.scenes import ATTRIBUTES, Scene, scenes
@@ -37,28 +38,6 @@ def labels(drawn: Sequence[Scene], device: torch.device | str = "cpu") -> dict[s
         name: torch.tensor([values.index(getattr(scene, name)) for scene in drawn], device=device)
         for name, values in ATTRIBUTES.items()
     }
-
-
-def chat(tokenizer: Any, caption: str) -> str:
-    """A caption as the pipeline gives it to the text encoder."""
-    text: str = tokenizer.apply_chat_template([{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True)  # fmt: skip
-    return text
-
-
-def embeddings(tokenizer: Any, encoder: nn.Module, captions: Sequence[str]) -> list[Tensor]:
-    """What the pipeline's ``encode_prompt`` gives for each caption, many at once."""
-    unique = list(dict.fromkeys(captions))
-    found: dict[str, Tensor] = {}
-    for first in range(0, len(unique), 256):
-        chosen = unique[first : first + 256]
-        tokens = tokenizer([chat(tokenizer, text) for text in chosen], padding=True, return_tensors="pt").to(
-            encoder.device
-        )
-        with torch.no_grad():
-            states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
-        for text, state, mask in zip(chosen, states, tokens.attention_mask.bool(), strict=True):
-            found[text] = state[mask].clone()
-    return [found[text] for text in captions]
 
 
 def train_text_encoder(encoder: Any, tokenizer: Any, steps: int, seed: int) -> Iterator[tuple[int, float]]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from alkahest.mini import build, models, parts, report
+from alkahest.encoding import chat, embeddings
+from alkahest.mini import build, models, report
 from alkahest.mini.judge import Judge, attributes
 from alkahest.mini.muon import Muon, orthogonal
 from alkahest.mini.report import interval
@@ -130,13 +131,13 @@ def test_the_tokenizer_has_a_token_a_word_and_reads_anything(tmp_path: Path) -> 
     assert len(tokenizer("a red ball at night").input_ids) == 5
     text = "Grüße, 红球!"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
-    longest = max(len(tokenizer(parts.chat(tokenizer, caption)).input_ids) for caption in captions)
+    longest = max(len(tokenizer(chat(tokenizer, caption)).input_ids) for caption in captions)
     assert longest <= 32, "a caption must fit one block of 32 tokens"
     tokenizer.save_pretrained(tmp_path)
     from transformers import AutoTokenizer
 
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert parts.chat(again, captions[0]) == parts.chat(tokenizer, captions[0])
+    assert chat(again, captions[0]) == chat(tokenizer, captions[0])
     assert again(captions[0]).input_ids == tokenizer(captions[0]).input_ids
 
 
@@ -147,7 +148,7 @@ def test_many_embeddings_are_those_of_the_pipeline() -> None:
     encoder = models.text_encoder(len(tokenizer), 0)
     pipe = ZImagePipeline(models.scheduler(), models.vae(0), encoder, tokenizer, models.transformer(0))
     captions = ["a red ball", "", "a ball on a red ball", "a red ball"]
-    for one, two in zip(parts.embeddings(tokenizer, encoder, captions), pipe.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], strict=True):  # fmt: skip
+    for one, two in zip(embeddings(tokenizer, encoder, captions), pipe.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], strict=True):  # fmt: skip
         assert torch.allclose(one, two, atol=1e-5)
 
 
