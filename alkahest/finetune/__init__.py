@@ -1,0 +1,1 @@
+"""Fine-tune with the refiners frozen: stages, objective, optimisers, the loop, checkpoints that resume to the bit."""

@@ -1,0 +1,185 @@
+"""What a training run is made of, read from TOML and checked before anything is loaded.
+
+start = "lerp(deturbo, base, 0.5)"    # a recipe over the inputs
+frozen = "refiner"                    # a pattern; these tensors do not move
+
+[inputs]
+deturbo = "mini:deturbo"              # a member of the miniature family, or a path
+base = "mini:base"
+
+[data.people]
+scenes = { count = 2000, seed = 1, style = "anime", subject = ["man", "woman"] }   # or folder = "people"
+
+[[stage]]
+name = "people"
+mix = { people = 1.0 }
+steps = 300
+lr = 1e-3
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from alkahest.errors import FileFormatError, UnknownNameError, UnsupportedError, nearest
+from alkahest.files import Reader
+
+OPTIMISERS = ("adamw", "adamw8bit", "adafactor")
+PRECISIONS = ("fp32", "bf16")
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: what is trained on, for how long, and how fast."""
+
+    name: str
+    mix: Mapping[str, float]  # dataset -> share
+    steps: int
+    lr: float
+    batch: int = 1
+    resolution: int = 1024
+    warmup: int = 0  # steps over which the rate rises
+    decay: str = "constant"  # or cosine, to zero at the stage's end
+    shift: float = 3.0  # of the noise levels, as in sampling
+    mean: float = 0.0  # of the logit of a noise level before the shift (Esser et al. 2024, arXiv:2403.03206)
+    std: float = 1.0
+    drop: float = 0.1  # share of captions left out, which guidance needs
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. ``folder`` is where relative paths start."""
+
+    start: str
+    inputs: Mapping[str, str]
+    data: Mapping[str, Mapping[str, Any]]
+    stages: tuple[Stage, ...]
+    components: str | None = None
+    frozen: str = "refiner"
+    seed: int = 0
+    optimiser: str = "adamw"
+    precision: str = "fp32"  # of what is trained: fp32 master weights, or bf16 with stochastic rounding
+    fused: bool = False  # update each tensor as soon as its gradient is there, and drop the gradient
+    accumulate: int = 1  # batches whose gradients are added up for a step
+    clip: float = 1.0  # norm that gradients are clipped to; 0: not
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    checkpointing: bool = False  # compute activations again on the way back, for memory
+    ema: float = 0.0  # decay of a running mean of what is trained; 0: none
+    save_every: int = 500  # steps
+    measure_every: int = 100
+    held_out: int = 32  # examples of each dataset that are not trained on but measured
+    prompts: tuple[str, ...] = ()  # drawn at every measurement
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `alkahest.sample.sample` for them
+    folder: Path = Path()
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """Number of the stage that a step belongs to, and the step within it."""
+        for number, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return number, step
+            step -= stage.steps
+        return len(self.stages) - 1, self.stages[-1].steps
+
+    @property
+    def digest(self) -> str:
+        """What tells one run from another: everything but how often it saves and measures."""
+        apart = {"save_every", "measure_every", "prompts", "sampling", "folder"}
+        kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in apart}
+        text = json.dumps(kept, default=lambda value: vars(value) if isinstance(value, Stage) else str(value))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a run from a TOML file. FileFormatError if it is none, UnknownNameError for a key that means nothing."""
+    path = Path(path).expanduser()
+    reader = Reader(path)
+    if reader.size > _MAX_BYTES:
+        raise FileFormatError("finetune", "this is too long for a configuration", file=path, found=f"{reader.size:,} bytes")  # fmt: skip
+    try:
+        given = tomllib.loads(reader.read(0, reader.size).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileFormatError("finetune", "this is not TOML", file=path, found=error) from None
+    return config_of(given, path.resolve().parent, path)
+
+
+def config_of(given: Mapping[str, Any], folder: Path = Path(), file: object = None) -> Config:
+    """A run from a mapping, checked."""
+    top = dict(given)
+    stages = top.pop("stage", [])
+    if not isinstance(stages, list) or not stages:
+        raise FileFormatError("finetune", "a run needs stages", file=file, expected="[[stage]]", fix="[[stage]]\\nname = ...")  # fmt: skip
+    made = tuple(_made(Stage, {"name": f"stage {n + 1}", **one}, file, f"stage {n + 1}") for n, one in enumerate(stages))  # fmt: skip
+    config: Config = _made(Config, {**top, "stages": made, "folder": folder}, file, "the run")
+    _check(config, file)
+    return config
+
+
+def _made(kind: type[Any], given: Mapping[str, Any], file: object, where: str) -> Any:
+    known = {item.name: item for item in fields(kind)}
+    for name in given:
+        if name not in known:
+            raise UnknownNameError("finetune", f"{where} has an unknown key", file=file, key=str(name), fix=nearest(str(name), known))  # fmt: skip
+    values = {}
+    for name, value in given.items():
+        wanted = str(known[name].type)
+        value = tuple(value) if wanted.startswith("tuple") and isinstance(value, (list, tuple)) else value
+        value = float(value) if wanted == "float" and type(value) is int else value
+        if not _fits(value, wanted):
+            raise FileFormatError("finetune", f"{where}: this value is of the wrong kind", file=file, key=name, expected=wanted, found=repr(value))  # fmt: skip
+        values[name] = value
+    try:
+        return kind(**values)
+    except TypeError:
+        needed = [name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
+        lacking = [name for name in needed if name not in values]
+        raise FileFormatError("finetune", f"{where} lacks {', '.join(lacking)}", file=file, fix="see help(alkahest.finetune.config)") from None  # fmt: skip
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    kinds = {"str": str, "int": int, "float": float, "bool": bool, "Path": Path, "str | None": (str, type(None))}
+    if wanted in kinds:
+        return isinstance(value, kinds[wanted]) and (wanted == "bool" or not isinstance(value, bool))  # type: ignore[arg-type]
+    return isinstance(value, tuple) if wanted.startswith("tuple") else isinstance(value, Mapping)
+
+
+def _check(config: Config, file: object) -> None:
+    def refuse(problem: str, **facts: Any) -> None:
+        raise UnsupportedError("finetune", problem, file=file, **facts)
+
+    for name, value, options in (("optimiser", config.optimiser, OPTIMISERS), ("precision", config.precision, PRECISIONS)):  # fmt: skip
+        if value not in options:
+            raise UnknownNameError("finetune", f"unknown {name}", file=file, found=repr(value), fix=nearest(value, options))  # fmt: skip
+    if config.fused and (config.accumulate > 1 or config.clip):
+        refuse("a fused backward has each gradient only once and by itself", found=f"accumulate={config.accumulate}, clip={config.clip}", fix="accumulate = 1 and clip = 0, or fused = false")  # fmt: skip
+    for stage in config.stages:
+        for name in stage.mix:
+            if name not in config.data:
+                raise UnknownNameError("finetune", f"stage {stage.name!r} mixes data that is not there", file=file, found=repr(name), fix=nearest(name, config.data))  # fmt: skip
+        low = {"steps": 1, "batch": 1, "lr": 0.0, "shift": 1e-6, "std": 0.0, "warmup": 0, "resolution": 16}
+        for name, least in low.items():
+            if not getattr(stage, name) >= least:
+                refuse(f"stage {stage.name!r}: {name} is too small", expected=f"at least {least}", found=getattr(stage, name))  # fmt: skip
+        if stage.decay not in ("constant", "cosine"):
+            raise UnknownNameError("finetune", "unknown decay", file=file, found=repr(stage.decay), fix=nearest(stage.decay, ("constant", "cosine")))  # fmt: skip
+        if not 0 <= stage.drop <= 1:
+            refuse(f"stage {stage.name!r}: drop is a share", found=stage.drop)
+    for name, what in config.data.items():
+        if len({"folder", "scenes"} & set(what)) != 1 or len(what) != 1:
+            raise FileFormatError("finetune", f"data {name!r} needs a folder or scenes", file=file, found=", ".join(what) or "nothing")  # fmt: skip
+    for name, least in (("accumulate", 1), ("save_every", 1), ("measure_every", 1), ("held_out", 0), ("clip", 0), ("ema", 0)):  # fmt: skip
+        if getattr(config, name) < least:
+            refuse(f"{name} is too small", expected=f"at least {least}", found=getattr(config, name))
+    if config.ema >= 1:
+        refuse("ema is a decay below 1, such as 0.999", found=config.ema)

@@ -1,0 +1,185 @@
+"""Whole runs on the miniatures, a few steps long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import alkahest as ak
+from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError
+from alkahest.finetune.checkpoints import existing
+from alkahest.finetune.config import Config, config_of
+from alkahest.finetune.loop import StepEvent, finetune, read_history, start_of, stream_finetune
+from alkahest.keys import Pattern
+
+
+def config(**changes: Any) -> Config:
+    stages = [
+        {"name": "one", "mix": {"people": 0.5, "things": 0.5}, "steps": 5, "lr": 1e-3, "batch": 4, "resolution": 64},
+        {
+            "name": "two",
+            "mix": {"things": 1.0},
+            "steps": 4,
+            "lr": 5e-4,
+            "batch": 3,
+            "resolution": 64,
+            "decay": "cosine",
+        },
+    ]
+    return config_of({
+        "start": "lerp(deturbo, base, 0.5)", "inputs": {"deturbo": "mini:deturbo", "base": "mini:base"},
+        "data": {"people": {"scenes": {"count": 30, "seed": 1, "subject": ["man", "woman"]}}, "things": {"scenes": {"count": 20, "seed": 2, "style": "anime"}}},
+        "stage": stages, "save_every": 3, "measure_every": 4, "held_out": 4, **changes,
+    })  # fmt: skip
+
+
+def weights_of(result: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = result.weights.tensors.tensors
+    return found
+
+
+def test_a_run(tmp_path: Path) -> None:
+    events = list(stream_finetune(config(ema=0.5), tmp_path / "run"))
+    steps = [event for event in events if event.done and event.result is None]
+    assert [event.done for event in steps] == list(range(1, 10))
+    assert [event.key.split(":")[0] for event in steps] == ["one"] * 5 + ["two"] * 4
+    result = events[-1].result
+    assert result is not None
+    history = result.history
+    assert history.step.tolist() == [0, 4, 8, 9]
+    assert history["held_out things 64"].iloc[-1] < history["held_out things 64"].iloc[0]
+    assert [path.name for path in existing(tmp_path / "run" / "checkpoints")] == ["step-0000006", "step-0000009"]
+    start = start_of(config())
+    assert set(weights_of(result)) == {key for key in start.shapes if not Pattern("refiner").matches(key)}
+    assert "finetuned(lerp(deturbo, base, 0.5)" in repr(result)
+    assert result.ema is not None
+    assert not torch.equal(result.ema.tensors.tensors["layers.0.attention.to_q.weight"], weights_of(result)["layers.0.attention.to_q.weight"])  # type: ignore[attr-defined]  # fmt: skip
+    drawn = ak.sample(ak.pipeline(result.weights), "a red ball", steps=2, cfg=1).images[0]
+    assert drawn.size == (64, 64)
+
+
+def test_frozen_tensors_are_the_starts_byte_for_byte(tmp_path: Path) -> None:
+    result = finetune(config(), tmp_path / "run")
+    before = load_file(start_of(config()).save(tmp_path / "start.safetensors").path)
+    after = load_file(result.weights.save(tmp_path / "end.safetensors").path)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == ("refiner" in name), name
+    what, recipe = ak.read_recipe(tmp_path / "end.safetensors")
+    assert what == "a checkpoint with a recipe inside"
+    assert recipe.text.startswith("finetuned(lerp(deturbo, base, 0.5), ")
+    assert set(recipe.inputs) == {"deturbo", "base"}
+
+
+def test_a_frozen_tensor_that_moves_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alkahest.finetune import loop
+
+    real = loop.losses
+
+    def meddling(model: Any, *given: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model.get_parameter("noise_refiner.1.feed_forward.w1.weight")[3, 5] += 1e-6
+        return real(model, *given)
+
+    monkeypatch.setattr(loop, "losses", meddling)
+    with pytest.raises(MismatchError, match=r"frozen tensors have moved by step 3"):
+        finetune(config(), tmp_path / "run")
+    assert not existing(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimiser": "adafactor", "precision": "bf16"}, {"ema": 0.9, "accumulate": 2}, {"fused": True, "clip": 0.0}], ids=str)  # fmt: skip
+def test_a_run_that_was_stopped_gives_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:
+    whole = finetune(config(**changes), tmp_path / "whole")
+    for stop in (4, 8):
+        events = stream_finetune(config(**changes), tmp_path / "stopped")
+        for event in events:
+            if event.done == stop:
+                break
+        events.close()
+    again = finetune(config(**changes), tmp_path / "stopped")
+    for name, value in weights_of(whole).items():
+        assert torch.equal(value, weights_of(again)[name]), name
+    if whole.ema is not None:
+        assert all(torch.equal(value, again.ema.tensors.tensors[name]) for name, value in whole.ema.tensors.tensors.items())  # type: ignore[union-attr, attr-defined]  # fmt: skip
+    assert again.history.drop(columns=["loss"]).equals(whole.history.drop(columns=["loss"]))
+    done: list[StepEvent] = list(stream_finetune(config(**changes), tmp_path / "stopped"))
+    assert done[-1].result is not None
+    assert not [event for event in done if event.done and event.done < 9], "a finished run has nothing to do"
+
+
+def test_kill_9_in_the_middle(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch; torch.set_num_threads(1)\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "from test_loop import config, finetune\n"
+        "result = finetune(config(), sys.argv[1])\n"
+        "result.weights.save(sys.argv[2], dtype='fp32')\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([sys.executable, script, whole, tmp_path / "whole.safetensors"], check=True, env=environment)
+    process = subprocess.Popen([sys.executable, script, killed, tmp_path / "killed.safetensors"], env=environment)
+    limit = time.time() + 100
+    while not existing(killed / "checkpoints") and time.time() < limit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed.safetensors").exists(), "it was killed too late"
+    subprocess.run([sys.executable, script, killed, tmp_path / "killed.safetensors"], check=True, env=environment)
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    stage = {"mix": {"things": 1.0}, "steps": 1, "lr": 1e-3, "resolution": 64, "drop": 0.0, "std": 0.0}
+    given = {
+        "data": {"things": {"scenes": {"count": 4, "seed": 3}}},
+        "held_out": 0,
+        "clip": 0.0,
+        "optimiser": "adafactor",
+    }
+    one = finetune(config(stage=[{**stage, "batch": 4}], **given), tmp_path / "one")
+    two = finetune(config(stage=[{**stage, "batch": 2}], accumulate=2, **given), tmp_path / "two")
+    assert len(one.history) == len(two.history) == 2
+    assert one.history.loss.iloc[-1] == pytest.approx(two.history.loss.iloc[-1], rel=0.2)
+
+
+def test_the_history_can_be_read_while_it_trains(tmp_path: Path) -> None:
+    events = stream_finetune(config(prompts=["a red ball", "a blue box"], sampling={"steps": 2, "cfg": 1}), tmp_path / "run")  # fmt: skip
+    for event in events:
+        if event.done == 6:
+            break
+    table = read_history(tmp_path / "run")
+    assert table.step.tolist() == [0, 4]
+    assert {"lag1", "grid", "latent_std", "held_out people 64"} <= set(table)
+    assert len(list((tmp_path / "run" / "pictures").glob("0000004-*.png"))) == 2
+    events.close()
+    assert len(read_history(tmp_path / "nowhere")) == 0
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'refiner'"):
+        finetune(config(frozen="refinr"), tmp_path / "run")
+    with pytest.raises(AlkahestError, match="everything is frozen"):
+        finetune(config(frozen="all"), tmp_path / "run")
+    with pytest.raises(NonFiniteError, match=r"(?s)no number any more.*checkpoints/step-0000003"):
+        finetune(exploding(), tmp_path / "nan")
+    finetune(config(), tmp_path / "run")
+    with pytest.raises(MismatchError, match="of another configuration"):
+        finetune(config(seed=5), tmp_path / "run")
+    with pytest.raises(AlkahestError):
+        finetune(config(inputs={"deturbo": "mini:nobody", "base": "mini:base"}), tmp_path / "other")
+
+
+def exploding() -> Config:
+    calm = {"mix": {"things": 1.0}, "steps": 3, "lr": 1e-3, "batch": 3, "resolution": 64}
+    return config(stage=[calm, {**calm, "lr": 1e25, "steps": 5}], clip=0.0)
