@@ -17,7 +17,7 @@ $(VENV)/.lab: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[lab,sample,fast,dev]'
+	$(PIP) -e '.[lab,sample,fast,train,dev]'
 	touch $@
 
 lab: $(VENV)/.lab

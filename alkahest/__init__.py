@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,8 @@ _PUBLIC = {
     "ties": "methods",
     "weighted_sum": "mixture",
 }
+# diffusers imports bitsandbytes where it is installed, which then warns on every CPU of a 4-bit kernel that nobody uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _FAMILY = "mini"  # a module of its own: ak.mini.load("base")
 __all__ = sorted([*_PUBLIC, _FAMILY])
 
