@@ -63,6 +63,7 @@ class Config:
     stages: tuple[Stage, ...]
     components: str | None = None
     frozen: str = "refiner"
+    reset: str = ""  # a pattern; these tensors start from random numbers of the same spread, as a control
     seed: int = 0
     optimiser: str = "adamw"
     precision: str = "fp32"  # of what is trained: fp32 master weights, or bf16 with stochastic rounding
@@ -73,6 +74,7 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.99)
     checkpointing: bool = False  # compute activations again on the way back, for memory
     ema: float = 0.0  # decay of a running mean of what is trained; 0: none
+    export: str = "bf16"  # dtype of the checkpoint that is written at the end of each stage; "": none
     save_every: int = 500  # steps
     measure_every: int = 100
     held_out: int = 32  # examples of each dataset that are not trained on but measured
@@ -95,7 +97,7 @@ class Config:
     @property
     def digest(self) -> str:
         """What tells one run from another: everything but how often it saves and measures."""
-        apart = {"save_every", "measure_every", "prompts", "sampling", "folder"}
+        apart = {"save_every", "measure_every", "prompts", "sampling", "export", "folder"}
         kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in apart}
         text = json.dumps(kept, default=lambda value: vars(value) if isinstance(value, Stage) else str(value))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -176,10 +178,35 @@ def _check(config: Config, file: object) -> None:
         if not 0 <= stage.drop <= 1:
             refuse(f"stage {stage.name!r}: drop is a share", found=stage.drop)
     for name, what in config.data.items():
-        if len({"folder", "scenes"} & set(what)) != 1 or len(what) != 1:
-            raise FileFormatError("finetune", f"data {name!r} needs a folder or scenes", file=file, found=", ".join(what) or "nothing")  # fmt: skip
+        _check_data(name, what, config, file)
     for name, least in (("accumulate", 1), ("save_every", 1), ("measure_every", 1), ("held_out", 0), ("clip", 0), ("ema", 0)):  # fmt: skip
         if getattr(config, name) < least:
             refuse(f"{name} is too small", expected=f"at least {least}", found=getattr(config, name))
     if config.ema >= 1:
         refuse("ema is a decay below 1, such as 0.999", found=config.ema)
+
+
+def _check_data(name: str, what: Any, config: Config, file: object) -> None:
+    kinds = ("folder", "scenes", "drawn")
+    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in kinds:
+        found = ", ".join(what) if isinstance(what, Mapping) and what else "nothing"
+        raise FileFormatError("finetune", f"data {name!r} needs one of {', '.join(kinds)}", file=file, found=found)
+    ((kind, given),) = what.items()
+    if kind == "folder" and not isinstance(given, str):
+        raise FileFormatError("finetune", f"data {name!r}: folder is a path", file=file, found=repr(given))
+    if kind == "folder":
+        return
+    if not isinstance(given, Mapping):
+        raise FileFormatError("finetune", f"data {name!r}: {kind} is a table", file=file, found=repr(given))
+    scenes = given if kind == "scenes" else given.get("scenes")
+    if kind == "drawn":
+        models = given.get("models")
+        if not isinstance(models, Mapping) or not models or ("scenes" in given) == ("prompts" in given):
+            raise FileFormatError("finetune", f"data {name!r}: drawn needs models, and scenes or prompts", file=file, found=", ".join(given))  # fmt: skip
+        for model in models:
+            if model not in config.inputs:
+                raise UnknownNameError("finetune", f"data {name!r} is drawn by a model that is no input", file=file, found=repr(model), fix=nearest(model, config.inputs))  # fmt: skip
+    if scenes is not None and not (type(scenes.get("count")) is int and type(scenes.get("seed")) is int):
+        raise FileFormatError(
+            "finetune", f"data {name!r}: scenes need count and seed", file=file, found=", ".join(scenes)
+        )

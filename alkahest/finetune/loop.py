@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from alkahest.checkpoint import open as open_checkpoint
-from alkahest.dataset import Dataset, from_folder, from_scenes
-from alkahest.encoding import Encoded, Item, encode
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, RecipeError
+from alkahest.encoding import Encoded, Item
+from alkahest.errors import AlkahestError, MismatchError, NonFiniteError
 from alkahest.expr import Weights
 from alkahest.finetune.checkpoints import Frozen, existing, load_checkpoint, save_checkpoint
 from alkahest.finetune.config import Config, Stage
+from alkahest.finetune.events import StepEvent
+from alkahest.finetune.inputs import prepared, reset, start_of
 from alkahest.finetune.objective import losses, noised
 from alkahest.finetune.optimise import Updates, rate_at
 from alkahest.finetune.trained import Finetuned, Tensors, snapshot
 from alkahest.keys import Pattern
 from alkahest.order import Order
-from alkahest.pipeline import pipeline
-from alkahest.recipe import parse
 
 if TYPE_CHECKING:
     import pandas
-
-_MINI = "mini:"
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """Progress of a run: steps done and in all, where it is, the loss, and at the end the `Result`."""
-
-    done: int
-    total: int
-    key: str
-    loss: float = math.nan
-    row: Mapping[str, Any] | None = None  # what was just measured
-    result: Result | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,52 +79,10 @@ def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> 
     """`finetune` as a generator of events; closing it leaves the last checkpoint to go on from."""
     path = Path(folder).expanduser()
     start = start_of(config)
-    if config.frozen:
-        Pattern(config.frozen).require_match(start.shapes, "finetune")
-    training = yield from _prepared(config, start, path, device)
-    yield from training.run()
-
-
-def start_of(config: Config) -> Weights:
-    """What a run starts from, as an expression over its inputs."""
-    from alkahest import mini
-
-    inputs: dict[str, Any] = {}
-    for name, source in config.inputs.items():
-        if source.startswith(_MINI):
-            inputs[name] = mini.load(source.removeprefix(_MINI))
-        else:
-            found = config.folder / Path(source).expanduser()
-            inputs[name] = open_checkpoint(found if found.exists() else source, name=name)
-    start = parse(config.start, inputs)
-    if not isinstance(start, Weights):
-        raise RecipeError("finetune", "the start is not a complete model", found=config.start, fix="add the delta to a checkpoint")  # fmt: skip
-    return start
-
-
-def _prepared(config: Config, start: Weights, path: Path, device: str) -> Generator[StepEvent, None, _Training]:
-    """Encode the data and load the model; returns the `_Training`."""
-    dtype = "fp32" if config.precision == "fp32" else "bf16"
-    pipe = pipeline(start, config.components, dtype=dtype, device=device)
-    encoded: dict[tuple[str, int], Encoded] = {}
-    total = config.steps
-    for stage in config.stages:
-        for name in stage.mix:
-            if (name, stage.resolution) not in encoded:
-                for event in encode(_dataset(name, config), pipe, stage.resolution):
-                    if event.result is None:
-                        yield StepEvent(0, total, f"encoding {name}: {event.done} of {event.total}")
-                    else:
-                        encoded[name, stage.resolution] = event.result
-    return _Training(config, start, pipe, encoded, path)
-
-
-def _dataset(name: str, config: Config) -> Dataset:
-    what = config.data[name]
-    if "folder" in what:
-        return from_folder(config.folder / Path(str(what["folder"])).expanduser())
-    given = dict(what["scenes"])
-    return from_scenes(given.pop("count"), given.pop("seed"), **given)
+    for pattern in filter(None, (config.frozen, config.reset)):
+        Pattern(pattern).require_match(start.shapes, "finetune")
+    data, pipe = yield from prepared(config, start, path, device)
+    yield from _Training(config, start, pipe, data, path).run()
 
 
 class _Training:
@@ -150,6 +92,8 @@ class _Training:
         self.config, self.start, self.pipe, self.folder = config, start, pipe, folder
         self.model = pipe.transformer
         self.device, self.dtype = self.model.device, self.model.dtype
+        if config.reset:
+            reset(self.model, Pattern(config.reset), config.seed)
         frozen = Pattern(config.frozen) if config.frozen else None
         names = [name for name, _ in self.model.named_parameters()]
         fixed = [name for name in names if frozen is not None and frozen.matches(name)]
@@ -184,6 +128,8 @@ class _Training:
                 yield StepEvent(self.step, total, key, loss)
             if self.step % config.save_every == 0 or self.step == total:
                 self._save()
+            if config.export and within + 1 == config.stages[number].steps:
+                self._export(number)
         self.model.eval().requires_grad_(False)
         yield StepEvent(self.step, total, "done", result=self._result())
 
@@ -262,6 +208,12 @@ class _Training:
             self.folder / "checkpoints", self.step, about,
             trained=self.trained, optimiser=dict(self.updates.state()), ema=self.ema,
         )  # fmt: skip
+
+    def _export(self, number: int) -> None:
+        """The model at the end of a stage, as a checkpoint for everybody."""
+        result = self._result()
+        target = self.folder / f"{number + 1}-{self.config.stages[number].name}.safetensors"
+        (result.ema or result.weights).save(target, dtype=self.config.export)
 
     def _resume(self) -> None:
         saved = existing(self.folder / "checkpoints")

@@ -71,8 +71,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "steps": ({"stage": [{**given()["stage"][0], "steps": 0}]}, UnsupportedError, "steps is too small"),
     "drop": ({"stage": [{**given()["stage"][0], "drop": 2.0}]}, UnsupportedError, "drop is a share"),
     "decay": ({"stage": [{**given()["stage"][0], "decay": "cosin"}]}, UnknownNameError, "cosine"),
-    "data": ({"data": {"people": {}}}, FileFormatError, "needs a folder or scenes"),
-    "two sources": ({"data": {"people": {"folder": "x", "scenes": {}}}}, FileFormatError, "needs a folder or scenes"),
+    "data": ({"data": {"people": {}}}, FileFormatError, "needs one of folder, scenes, drawn"),
+    "two sources": ({"data": {"people": {"folder": "x", "scenes": {}}}}, FileFormatError, "needs one of folder, scenes, drawn"),
     "ema": ({"ema": 1.0}, UnsupportedError, "ema is a decay"),
 }  # fmt: skip
 

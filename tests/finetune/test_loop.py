@@ -18,7 +18,9 @@ import alkahest as ak
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError
 from alkahest.finetune.checkpoints import existing
 from alkahest.finetune.config import Config, config_of
-from alkahest.finetune.loop import StepEvent, finetune, read_history, start_of, stream_finetune
+from alkahest.finetune.events import StepEvent
+from alkahest.finetune.inputs import start_of
+from alkahest.finetune.loop import finetune, read_history, stream_finetune
 from alkahest.keys import Pattern
 
 
