@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from alkahest.errors import AlkahestError as AlkahestError
     from alkahest.expr import Delta as Delta
     from alkahest.expr import Weights as Weights
+    from alkahest.finetune.config import read_config as read_config
+    from alkahest.finetune.loop import finetune as finetune
+    from alkahest.finetune.loop import read_history as read_history
+    from alkahest.finetune.plan import memory_plan as memory_plan
     from alkahest.live_model import LiveModel as LiveModel
     from alkahest.lora.apply import apply_lora as apply_lora
     from alkahest.lora.convert import convert_lora as convert_lora
@@ -79,10 +83,12 @@ _PUBLIC = {
     "delta_table": "delta_table",
     "extract_lora": "lora.extract",
     "file_noise": "rounding",
+    "finetune": "finetune.loop",
     "flow_loss": "measures",
     "lerp": "mixture",
     "lora_ranks": "lora.ranks",
     "made_up": "made_up",
+    "memory_plan": "finetune.plan",
     "method": "methods",
     "nearest_base": "check",
     "needed_multiplier": "multiplier",
@@ -92,6 +98,8 @@ _PUBLIC = {
     "picture_difference": "measures",
     "picture_measures": "measures",
     "pipeline": "pipeline",
+    "read_config": "finetune.config",
+    "read_history": "finetune.loop",
     "read_recipe": "provenance",
     "refiner_check": "check",
     "rolled_up": "delta_table",

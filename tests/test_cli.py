@@ -47,6 +47,8 @@ def test_every_command_and_option_has_help() -> None:
         "mini",
         "extract-lora",
         "lora",
+        "finetune",
+        "make-dataset",
     }
     assert set(group.commands) == known  # type: ignore[attr-defined]
     family = group.commands["mini"].commands  # type: ignore[attr-defined]
@@ -165,6 +167,50 @@ def test_extract_lora_refuses_before_it_computes(trio: dict[str, Path], tmp_path
     assert "did you mean 'rank_thresh'" in run(*asked, "--rank-tresh", 0.9, "-o", tmp_path / "x.safetensors", code=1)
     assert "not a difference" in run("extract-lora", "base", "--base", trio["base"], "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_finetune_and_make_dataset(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\n\na blue box by day\n")
+    asked = [
+        "--from",
+        "mini:turbo",
+        "--from",
+        "mini:base",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--steps",
+        2,
+        "--cfg",
+        1,
+    ]
+    about = json.loads(run("make-dataset", "-o", tmp_path / "drawn", *asked, "--json"))
+    assert about["pictures"] == 4
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'start = "base"\nheld_out = 0\n[inputs]\nbase = "mini:base"\n[data.drawn]\nfolder = "drawn"\n'
+        "[[stage]]\nmix = { drawn = 1 }\nsteps = 2\nlr = 1e-4\nresolution = 64\nbatch = 2\n"
+    )
+    assert "frozen tensors unchanged" in run("finetune", config, "-o", tmp_path / "run")
+    assert (tmp_path / "run" / "1-stage 1.safetensors").exists()
+    assert "name the run's folder" in run("finetune", config, code=2)
+    assert "did you mean 'steps'" in run("finetune", _wrong(config), "-o", tmp_path / "run2", code=1)
+    assert "cannot be read" in run(
+        "make-dataset", "-o", tmp_path / "x", *asked[:4], "--prompts", tmp_path / "no.txt", code=1
+    )
+
+
+def _wrong(config: Path) -> Path:
+    path = config.with_name("wrong.toml")
+    path.write_text(config.read_text().replace("steps", "stepz"))
+    return path
+
+
+def test_a_plan_of_memory(tmp_path: Path) -> None:
+    model = tmp_path / "small.safetensors"
+    run("make-checkpoint", "-o", model, "--layers", 2, "--width", 96)
+    text = run("finetune", "--plan", model, "--vram", 24)
+    assert "adafactor, bf16, fused" in text
+    assert len(json.loads(run("finetune", "--plan", model, "--vram", 24, "--json"))) == 12
 
 
 def test_cache(trio: dict[str, Path]) -> None:

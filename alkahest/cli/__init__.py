@@ -1,11 +1,11 @@
-"""The command line: ``alkahest inspect | diff | multiplier | check | merge | convert | recipe | extract-lora | lora | ...``."""
+"""The command line: ``alkahest inspect | diff | multiplier | check | merge | convert | recipe | extract-lora | lora | finetune | ...``."""
 
 from __future__ import annotations
 
-from alkahest.cli import checkpoints, lora, measure, mini  # each adds its commands
+from alkahest.cli import checkpoints, lora, measure, mini, train  # each adds its commands
 from alkahest.cli.shared import app
 
-__all__ = ["app", "checkpoints", "lora", "main", "measure", "mini"]
+__all__ = ["app", "checkpoints", "lora", "main", "measure", "mini", "train"]
 
 
 def main() -> None:

@@ -1,0 +1,97 @@
+"""Commands that train: finetune, make-dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import alkahest
+from alkahest.cli.shared import AsJson, Device, Quiet, app, drain, reported
+from alkahest.errors import AlkahestError
+
+Threads = Annotated[int | None, typer.Option(help="Processor threads of the arithmetic; default: torch's.")]
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run, or with --plan a checkpoint.")],
+    folder: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; one that was stopped goes on in it.")
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Train nothing: print what each mode takes of memory.")] = False,
+    vram: Annotated[float | None, typer.Option(help="With --plan: GiB of the GPU, to say what fits.")] = None,
+    resolution: Annotated[int, typer.Option(help="With --plan: side of the pictures.")] = 1024,
+    batch: Annotated[int, typer.Option(help="With --plan: pictures at a time.")] = 1,
+    frozen: Annotated[str, typer.Option(help="With --plan: what is not trained.")] = "refiner",
+    processes: Annotated[int, typer.Option(help="With --plan: GPUs that share the model.")] = 1,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a model with its refiners frozen, stage by stage, from a TOML file.
+
+    `alkahest finetune tb1.toml -o runs/tb1`; `alkahest finetune --plan z_image_bf16.safetensors --vram 24`.
+    """
+    with reported():
+        if plan:
+            _plan(config, vram, resolution, batch, frozen, processes, as_json)
+            return
+        if folder is None:
+            raise typer.BadParameter("name the run's folder: -o FOLDER")
+        import torch
+
+        from alkahest.finetune.config import read_config
+        from alkahest.finetune.loop import stream_finetune
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        result = drain(stream_finetune(read_config(config), folder, device), quiet, unit="step").result
+        print(json.dumps({"folder": str(result.folder), "frozen": result.frozen, "history": result.history.to_dict("records")}) if as_json else result)  # fmt: skip
+
+
+@app.command("make-dataset")
+def make_dataset(
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and captions; goes on in one.")],
+    model: Annotated[
+        list[str],
+        typer.Option("--from", help="Checkpoint that draws, or mini:NAME of the miniature family; may be repeated."),
+    ],
+    prompts: Annotated[Path, typer.Option(help="Text file with a prompt a line; each model draws each.")],
+    components: Annotated[str | None, typer.Option(help="Pipeline folder or hub id for text encoder and VAE.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each picture.")] = 24,
+    cfg: Annotated[float, typer.Option(help="Guidance in ComfyUI's meaning; 1 is none.")] = 3.0,
+    shift: Annotated[float, typer.Option(help="Shift of the noise levels.")] = 3.0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have models draw a dataset to train on, as the article's TB-1 was trained on Z-Image's own pictures."""
+    from alkahest.dataset import make_dataset as draw
+
+    with reported():
+        try:
+            lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise AlkahestError("make_dataset", "the prompts cannot be read", file=prompts, found=error) from None
+        models: dict[str, Any] = {}
+        for source in model:
+            weights = alkahest.mini.load(source.removeprefix("mini:")) if source.startswith("mini:") else alkahest.open(source)  # fmt: skip
+            models[weights.name if weights.name not in models else f"{weights.name}_{len(models)}"] = alkahest.pipeline(weights, components, device=device)  # fmt: skip
+        found = drain(draw(models, lines, folder, steps=steps, cfg=cfg, shift=shift), quiet, unit="picture").result
+        print(json.dumps({"folder": str(folder), "pictures": len(found)}) if as_json else found)
+
+
+def _plan(source: Path, vram: float | None, resolution: int, batch: int, frozen: str, processes: int, as_json: bool) -> None:  # fmt: skip
+    from alkahest.finetune.plan import memory_plan
+
+    weights = alkahest.open(source)
+    table = memory_plan(weights, vram, frozen=frozen, resolution=resolution, batch=batch, processes=processes)
+    if as_json:
+        print(table.to_json(orient="records", indent=1))
+        return
+    print(f"GiB on each of {processes} GPUs" if processes > 1 else "GiB on one GPU", f"for {resolution} x {resolution}, batch {batch}, gradient checkpointing")  # fmt: skip
+    print(table.round(1).to_string(index=False))
