@@ -93,3 +93,20 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(AlkahestError):
         read_config(tmp_path / "nowhere.toml")
     assert isinstance(config_of(given()), Config)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "words"),
+    [
+        ({"drawn": {"scenes": {"count": 1, "seed": 1}}}, FileFormatError, "drawn needs models"),
+        ({"drawn": {"models": {"a": {}}}}, FileFormatError, "scenes or prompts"),
+        ({"drawn": {"models": {"aa": {}}, "prompts": "p.txt"}}, UnknownNameError, "did you mean 'a'"),
+        ({"scenes": {"count": 4}}, FileFormatError, "scenes need count and seed"),
+        ({"folder": 3}, FileFormatError, "folder is a path"),
+        ({"scenes": "many"}, FileFormatError, "scenes is a table"),
+        ("folder", FileFormatError, "needs one of folder, scenes, drawn"),
+    ],
+)
+def test_bad_data(data: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        config_of(given(data={"people": data}))
