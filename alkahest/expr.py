@@ -624,9 +624,11 @@ def _refuse(symbol: str, left: Expression, right: object) -> NoReturn:
     def shown(side: object) -> str:
         return _wrapped(side, names, PRODUCT) if isinstance(side, Expression) else repr(side)
 
+    lora = left if isinstance(left, DeltaLeaf) else None
     raise AlgebraError(
         f"{kind(left)} {symbol} {kind(right)}", "this has no meaning", found=f"{shown(left)} {symbol} {shown(right)}",
         expected="weights - weights, weights + delta, delta + delta or number * delta",
+        fix=f"{lora.name} is a LoRA, which is a difference already" if lora is not None and symbol == "-" else None,
     )  # fmt: skip
 
 

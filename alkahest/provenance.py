@@ -226,10 +226,11 @@ def _require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[
     wanted = names_in(recipe.text)
     for name in given:
         if name not in wanted:
-            problem = f"--{name} is neither an option nor a name in the expression"
+            typed, known = name.replace("_", "-"), [option.replace("_", "-") for option in options]
+            problem = f"--{typed} is neither an option nor a name in the expression"
             raise UnknownNameError(
                 "recipe", problem if options else f"the recipe has no {name!r}", found=recipe.text,
-                fix=nearest(name, [*wanted, *options]),
+                fix=nearest(typed if options else name, [*wanted, *known]),
             )  # fmt: skip
     return wanted
 

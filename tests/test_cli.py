@@ -129,7 +129,7 @@ def test_pictures_reports_and_tables(trio: dict[str, Path], tmp_path: Path) -> N
         assert ("The multiplier" in names[1].read_text()) == (command == "multiplier")
         assert len(names[2].read_text().splitlines()) == 1 + len(ak.open(base))
     before = sorted(os.listdir(tmp_path))
-    assert "pictures are PNG files" in run("diff", variant, base, "--plot", tmp_path / "a.pdf", "-q", code=1)
+    assert "this is to be a .png file" in run("diff", variant, base, "--plot", tmp_path / "a.pdf", "-q", code=1)
     assert "folder does not exist" in run("diff", variant, base, "--html", tmp_path / "gone" / "a.html", code=1)
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -164,7 +164,15 @@ def test_extract_lora_refuses_before_it_computes(trio: dict[str, Path], tmp_path
     assert "one of the inputs" in run(*asked, "-o", trio["base"], code=1)
     assert "does not exist" in run(*asked, "-o", tmp_path / "no" / "x.safetensors", code=1)
     assert "load in ComfyUI only" in run(*asked, "--full", "norm_q", "--flavour", "diffusers", "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
-    assert "did you mean 'rank_thresh'" in run(*asked, "--rank-tresh", 0.9, "-o", tmp_path / "x.safetensors", code=1)
+    assert "did you mean 'rank-thresh'" in run(*asked, "--rank-tresh", 0.9, "-o", tmp_path / "x.safetensors", code=1)
+    before = trio["base"].read_bytes()
+    assert "this is to be a .csv file" in run(*asked, "-o", tmp_path / "x.safetensors", "--csv", trio["base"], code=1)
+    assert "this is to be a .csv file" in run("diff", trio["variant"], trio["base"], "--csv", trio["base"], code=1)
+    assert trio["base"].read_bytes() == before
+    assert "one of three dtypes" in run(*asked, "--dtype", "fp8_e4m3", "-o", tmp_path / "x.safetensors", code=1)
+    assert "rank is larger than rank_max" in run(*asked, "--rank", 4, "--rank-max", 2, "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    lora = ["extract-lora", "--variant", ak.mini.lora("base-lora"), "--base", ak.mini.load("base").path]
+    assert "variant is a LoRA, which is a difference already" in run(*lora, "-o", tmp_path / "x.safetensors", code=1)
     assert "not a difference" in run("extract-lora", "base", "--base", trio["base"], "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
     assert not list(tmp_path.iterdir())
 

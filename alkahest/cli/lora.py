@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +103,8 @@ def extract_lora(
             "include": include, "exclude": exclude, "full": full, "min_dim": min_dim, "alpha": alpha, "dtype": dtype, "method": method,
             "seed": seed, **options_of(device=device, threads=threads),
         }  # fmt: skip
-        _extract(text or "variant - base", given, asked, output, flavour, csv, plot, as_json, quiet)
+        options = [*asked, "rank_thresh", "output", "flavour", "csv", "plot", "json", "quiet"]
+        _extract(text or "variant - base", given, asked, output, flavour, csv, plot, as_json, quiet, options)
 
 
 @loras.command("inspect")
@@ -166,12 +168,13 @@ def merge_loras(
             raise typer.BadParameter('name the sum, such as "a + 0.5 * b"')
         energy = 1.0 if rank_thresh is None and not rank else rank_thresh
         asked = {"rank": rank or None, "energy": energy, "rank_max": rank_max or None, "alpha": alpha, "dtype": dtype}
-        _extract(text, given, asked, output, flavour, None, None, as_json, quiet)
+        options = ["rank", "rank_thresh", "rank_max", "alpha", "dtype", "output", "flavour", "json", "quiet"]
+        _extract(text, given, asked, output, flavour, None, None, as_json, quiet, options)
 
 
 def _extract(
     text: str, given: dict[str, Any], asked: dict[str, Any], output: Path, flavour: str, csv: Path | None, plot: Path | None,
-    as_json: bool, quiet: bool,
+    as_json: bool, quiet: bool, options: Sequence[str] = (),
 ) -> None:  # fmt: skip
     from alkahest.files import write_file
     from alkahest.lora.extract import stream_extract_lora
@@ -179,7 +182,7 @@ def _extract(
     from alkahest.provenance import build_delta
 
     require_outputs(csv, plot, None)
-    delta = build_delta(text, given, [*asked, "rank_thresh", "output", "flavour", "csv", "plot"])
+    delta = build_delta(text, given, options)
     inputs = [reader.path for leaf in delta.leaves() for reader in leaf.files]
     check_target(output, flavour, bool(asked.get("full")), inputs)
     found: Extracted = drain(stream_extract_lora(delta, **asked), quiet).result

@@ -95,12 +95,14 @@ def named(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
 
 
 def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> None:
-    """Refuse before anything is measured what could not be written after it."""
-    for path in (csv, plot, html):
-        if path is not None and not path.expanduser().resolve().parent.is_dir():
+    """Refuse before anything is measured what could not be written after it, or would overwrite something else."""
+    for path, suffix in ((csv, ".csv"), (plot, ".png"), (html, ".html")):
+        if path is None:
+            continue
+        if path.suffix.lower() != suffix:
+            raise UnsupportedError("save", f"this is to be a {suffix} file", file=path, fix=f"name it like {path.stem or 'delta'}{suffix}")  # fmt: skip
+        if not path.expanduser().resolve().parent.is_dir():
             raise OutputError("save", "the output folder does not exist", file=path.parent, fix="create it first")
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise UnsupportedError("plot", "pictures are PNG files", file=plot, fix="name it like delta.png")
     if plot is not None or html is not None:
         try:
             import matplotlib  # noqa: F401

@@ -48,7 +48,7 @@ def _pair(lora: Lora, key: str, update: Update) -> Pair:
     up, down = update.halves(lambda role: lora.factor(update, role))
     # Split from a fused file, q takes only some of the directions; k and v take the others.
     used = up.any(0)
-    if not used.all() and used.any():
+    if update.kind == "lora" and rows < update.entries["up"].shape[0] and used.any():
         up, down = up[:, used], down[used]
     dtype = BY_TAG[update.entries["up"].dtype].torch if update.kind == "lora" else torch.float32
     return Pair(up.to(dtype).contiguous(), down.to(dtype).contiguous(), update.scale)

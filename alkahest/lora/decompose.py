@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,16 +80,19 @@ def of_loras(term: Term, key: str, shape: tuple[int, int]) -> Decomposition | No
     found = _loras(term)
     if found is None or sum(lora.updates[key].rank or max(shape) for _, lora in found) > min(shape) // 2:
         return None
-    ups, downs = [], []
+    ups, downs, most = [], [], 0.0
     for factor, lora in found:
         update = lora.updates[key]
         up, down = update.halves(lambda role, lora=lora, update=update: lora.factor(update, role))  # type: ignore[misc]
         ups.append(up.double() * (factor * update.scale))
         downs.append(down.double())
+        most += float(ups[-1].norm() * downs[-1].norm())
     up, down = torch.cat(ups, 1), torch.cat(downs)
     if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
         raise why_nonfinite(term, key, "extract_lora")
-    return of_factors(up, down)
+    whole = of_factors(up, down)
+    # What cancels leaves float64's own noise, which is nothing.
+    return whole if whole.s[0] > 1e-12 * most else replace(whole, squares=0.0)
 
 
 def _loras(term: Term) -> list[tuple[float, Lora]] | None:

@@ -54,8 +54,8 @@ def extract_lora(delta: Delta, **options: Any) -> Extracted:
     How much is kept, by one rule (`alkahest.lora.rank.RULES`): ``rank``, ``energy`` (default 0.995), ``sum`` or
     ``ratio``; ``rank_max`` (64, as the article's tool; None for none) caps the last three. ``noise_edge=True`` stops at
     singular values that rounding of the variant's file makes by itself. Which tensors: ``include`` and ``exclude``
-    patterns, ``min_dim`` (32) for both sides; those of a ``full`` pattern are kept whole, norms, biases and pad
-    tokens too, which load in ComfyUI only. How: ``dtype`` bf16, fp16 or fp32; ``alpha`` (default: folded in);
+    patterns, ``min_dim`` (32) for both sides; those of a ``full`` pattern are kept whole, before any
+    other choice, norms, biases and pad tokens too, which load in ComfyUI only. How: ``dtype`` bf16, fp16 or fp32; ``alpha`` (default: folded in);
     ``method`` exact, randomised (with ``seed``) or auto; ``device``, ``threads``.
 
     LoRAs are deltas: ``extract_lora(lora, rank=16)`` resizes one and ``extract_lora(a + 0.5 * b, energy=1)`` merges
@@ -85,8 +85,10 @@ def stream_extract_lora(
             raise AlgebraError("extract_lora", f"{name} must be a number above zero", found=repr(value))
     if method not in METHODS:
         raise UnknownNameError("extract_lora", "unknown method", found=repr(method), fix=nearest(str(method), METHODS))
-    of_loras = all(isinstance(leaf, DeltaLeaf) for leaf in delta.leaves())
-    kept = Choice(include, exclude, full, (1 if of_loras else MIN_DIM) if min_dim is None else int(min_dim), of_loras)
+    from_loras = all(isinstance(leaf, DeltaLeaf) for leaf in delta.leaves())
+    kept = Choice(
+        include, exclude, full, (1 if from_loras else MIN_DIM) if min_dim is None else int(min_dim), from_loras
+    )
     work = _Work(delta, rule, kept, alpha, _dtype(dtype, delta), method, seed, Run(Options.checked(options)))
     return work.events()
 
@@ -99,7 +101,7 @@ class Choice:
     exclude: str | None
     full: str | None
     min_dim: int
-    of_loras: bool
+    from_loras: bool
 
     def of(self, key: str, shape: tuple[int, ...]) -> str:
         if self.full and Pattern(self.full).matches(key):
@@ -109,7 +111,7 @@ class Choice:
         ):
             return "excluded"
         if len(shape) != 2 or min(shape) < 2 or not key.endswith(".weight"):
-            return "full" if self.of_loras else "no matrix"
+            return "full" if self.from_loras else "no matrix"
         return "too small" if min(shape) < self.min_dim else "LoRA"
 
     @property
@@ -219,9 +221,9 @@ class _Work:
         capped = asked is None or asked > rank
         # Rounding the factors takes a little energy again: one direction more makes up for it.
         wanted = self.rule.value if self.rule.name == "energy" and not (capped or self.rule.noise_edge) else 0.0
-        for rank in range(rank, min(rank + 2, most) + 1):  # noqa: B020
-            scale = 1.0 if self.alpha is None else self.alpha / rank
-            up, down = (half.cpu() for half in found.split(rank, scale, FORMATS[self.dtype].torch))
+        for tried in range(rank, min(rank + 2, most) + 1):
+            scale = 1.0 if self.alpha is None else self.alpha / tried
+            up, down = (half.cpu() for half in found.split(tried, scale, FORMATS[self.dtype].torch))
             if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
                 raise NonFiniteError("extract_lora", f"the factors are too large for {self.dtype}", key=key, fix="dtype='bf16'")  # fmt: skip
             energy = 1 - found.lost(up, down, scale) / found.squares
@@ -292,12 +294,11 @@ def _hashed(readers: list[Reader], total: int, hashes: dict[Reader, str]) -> Ite
 
 def _dtype(dtype: Any, delta: Delta) -> str:
     """What is asked for, else what the first LoRA has, else bf16."""
+    if dtype is not None and str(dtype).removeprefix("torch.") not in (*_DTYPES, "bfloat16", "float16", "float32"):
+        raise UnsupportedError("extract_lora", "a LoRA is stored in one of three dtypes", expected=", ".join(_DTYPES), found=str(dtype))  # fmt: skip
     if dtype is None:
         first = delta.leaves()[0]
         tags = {FORMATS[name].tag: name for name in _DTYPES}
         stored = first.factor_dtype if isinstance(first, Lora) else ""
         return tags.get(stored, "bf16")
-    name = storage_name(dtype)
-    if name not in _DTYPES:
-        raise UnsupportedError("extract_lora", "a LoRA is stored in one of three dtypes", expected=", ".join(_DTYPES), found=name)  # fmt: skip
-    return name
+    return storage_name(dtype)

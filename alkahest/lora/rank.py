@@ -20,6 +20,7 @@ RULES = {
     "ratio": "every s of at least this share of the largest (one over kohya's sv_ratio)",
 }
 MIN_DIM = 32  # as Ckpt_to_LoRA: matrices with a smaller side save nothing
+_RANK_MAX = 64  # as the article's tool
 _DEFAULT = ("energy", 0.995)  # as the article
 _NUMERICAL = 1e-6  # of the largest: below, a singular value is what float32 made of zero
 
@@ -30,7 +31,7 @@ class RankRule:
 
     name: str | None
     value: float
-    rank_max: int | None = 64
+    rank_max: int | None = _RANK_MAX
     noise_edge: bool = False
 
     @classmethod
@@ -47,6 +48,8 @@ class RankRule:
         if name == "rank":
             if type(value) is not int or value < 1:
                 raise AlgebraError(operation, "rank must be a whole number, 1 or more", found=repr(value), fix="energy=0.995 for a share")  # fmt: skip
+            if rank_max not in (None, _RANK_MAX) and value > rank_max:
+                raise AlgebraError(operation, "rank is larger than rank_max", found=f"{value} and {rank_max}", fix="leave one out")  # fmt: skip
             return cls(name, value, None, noise_edge)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value <= 1:

@@ -36,6 +36,7 @@ from alkahest.term import Workspace
 
 _ROWS = 32  # computed at a time, whatever is asked for, so that no bit depends on where a block ends
 _KEPT = 8  # factors kept in memory: those of the tensor at hand, for every worker
+_NUMBERS = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32}  # that an alpha may be besides
 ADAPTER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
 
 
@@ -141,7 +142,7 @@ class Lora(DeltaLeaf):
             "dora": self.is_dora, "targets": len(self.updates), "bytes": self.nbytes,
             "ranks": [min(ranks), max(ranks)] if ranks else None,
             "scales": sorted({round(update.scale, 6) for update in self.updates.values()}),
-            "without_alpha": sum("alpha" not in u.entries and u.kind in ("lora", "hada") for u in self.updates.values()) if not self.settings else 0,
+            "without_alpha": sum("alpha" not in u.entries and u.kind in ("lora", "hada") for u in self.updates.values()) if not self.settings["known"] else 0,
             "parts": dict(Counter(part_of(key).split(".")[0] for key in self.updates)), "recipe": "alkahest" in self.metadata,
         }  # fmt: skip
 
@@ -215,14 +216,14 @@ def _of_module(keys: tuple[str, ...], found: dict[str, tuple[str, Entry, Name]],
             key=", ".join(names.values()), found=" and ".join(NAMES[kind] for kind in kinds) or None, fix="the file is damaged or was put together wrongly; get it again",
         )  # fmt: skip
     for role, entry in entries.items():
-        if entry.dtype not in BY_TAG:
+        if entry.dtype not in BY_TAG and not (role == "alpha" and entry.dtype in _NUMBERS):
             raise UnsupportedError("open_lora", "this number format is not handled", file=located.path, key=names[role], expected=", ".join(BY_TAG), found=entry.dtype)  # fmt: skip
     (kind,) = kinds
     rows, *rest = shape_of(kind, entries, names, located.path)
     if rows % len(keys):
         raise FileFormatError("open_lora", "a fused qkv whose rows cannot be split in three", file=located.path, key=next(iter(names.values())), found=f"{rows} rows", fix="the file is damaged; get it again")  # fmt: skip
     scale = scale_of(kind, entries, _alpha(located, entries, names, keys[0], settings))
-    if settings.get("use_rslora") and "alpha" not in entries and kind == "lora":
+    if settings["use_rslora"] and "alpha" not in entries and kind == "lora":
         scale *= math.sqrt(entries["down"].shape[0])
     height = rows // len(keys)
     for number, key in enumerate(keys):
@@ -231,11 +232,9 @@ def _of_module(keys: tuple[str, ...], found: dict[str, tuple[str, Entry, Name]],
 
 def _alpha(located: Located, entries: Mapping[str, Entry], names: Mapping[str, str], key: str, settings: Mapping[str, Any]) -> float | None:  # fmt: skip
     if "alpha" not in entries:
-        patterns = settings.get("alpha_pattern") or {}
         module = key.removesuffix(".weight")
-        chosen = next(
-            (value for pattern, value in patterns.items() if module.endswith(pattern)), settings.get("lora_alpha")
-        )
+        patterns = {name: value for name, value in settings["alpha_pattern"].items() if module.endswith(name)}
+        chosen = next(iter(patterns.values()), settings["lora_alpha"])
         return None if chosen is None else float(chosen)
     entry = entries["alpha"]
     if math.prod(entry.shape) != 1:
@@ -243,8 +242,11 @@ def _alpha(located: Located, entries: Mapping[str, Entry], names: Mapping[str, s
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     reader = next(reader for reader, one in located.tensors.values() if one is entry)
     reader.read_into(raw.numpy().data, entry.offset)
-    value = torch.empty(1)
-    decode(raw, BY_TAG[entry.dtype], value)
+    if entry.dtype in _NUMBERS:
+        value = raw.view(_NUMBERS[entry.dtype]).double()
+    else:
+        value = torch.empty(1)
+        decode(raw, BY_TAG[entry.dtype], value)
     if not math.isfinite(float(value)):
         raise FileFormatError("open_lora", "alpha is not a finite number", file=located.path, key=names["alpha"], found=float(value))  # fmt: skip
     return float(value)
@@ -263,9 +265,19 @@ def _settings(located: Located) -> dict[str, Any]:
             found = json.loads(reader.read(0, min(reader.size, 1 << 20)))
     except (ValueError, RecursionError):
         raise FileFormatError("open_lora", "the adapter's settings cannot be read", file=located.path, expected="JSON", fix="get the file again") from None  # fmt: skip
-    if not isinstance(found, dict):
-        return {}
-    return {str(name).removeprefix("transformer."): value for name, value in found.items()}
+    given = (
+        {str(name).removeprefix("transformer."): value for name, value in found.items()}
+        if isinstance(found, dict)
+        else {}
+    )
+    patterns = given.get("alpha_pattern") or {}
+    numbers = [given.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [math.nan])]
+    if not all(one is None or (isinstance(one, (int, float)) and math.isfinite(one)) for one in numbers):
+        raise FileFormatError("open_lora", "the adapter's settings make no sense", file=located.path, key="lora_alpha, alpha_pattern", expected="finite numbers", found=str(numbers)[:80], fix="get the file again")  # fmt: skip
+    return {
+        "lora_alpha": given.get("lora_alpha"), "use_rslora": bool(given.get("use_rslora")), "known": bool(given),
+        "alpha_pattern": {str(name): value for name, value in patterns.items() if value is not None},
+    }  # fmt: skip
 
 
 def _parsed(stored: str, file: Path) -> Name:

@@ -93,7 +93,8 @@ class Extracted:
         facts = [("size", f"{many}, {size_text(about['bytes'])} in {about['dtype']}")]
         if ranks:
             facts.append(("rank", f"{ranks[0]} to {ranks[1]}" if ranks[0] < ranks[1] else f"{ranks[0]}"))
-        facts.append(("energy", f"{about['energy_of_lora']:.4f} of these tensors' delta, {about['energy']:.4f} of all that changed"))  # fmt: skip
+        of_these = f"{about['energy_of_lora']:.4f} of these tensors' delta, " if about["tensors"] else ""
+        facts.append(("energy", f"{of_these}{about['energy']:.4f} of all that changed"))
         if about["capped"]:
             facts.append(("capped", f"rank_max decided the rank of {about['capped']} tensors: the rule asked for more"))
         if about["noise"] is not None:

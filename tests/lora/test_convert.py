@@ -50,6 +50,16 @@ def test_a_fused_file_that_is_not_block_diagonal(tmp_path: Path) -> None:
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
+def test_a_direction_of_zeros_stays_where_nothing_was_split(tmp_path: Path) -> None:
+    given = pairs()
+    key = next(iter(given))
+    given[key].up[:, 1] = 0
+    one = ak.open_lora(save_lora(tmp_path / "one.safetensors", given, {}))
+    back = ak.convert_lora(one, tmp_path / "back.safetensors")
+    before, after = load_file(one.path), load_file(back.path)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_loha_and_lokr_become_loras(tmp_path: Path) -> None:
     prefix = "lycoris_layers_0_attention_to_"
     tensors = {

@@ -260,6 +260,17 @@ def test_resizing_and_merging_need_no_models(tmp_path: Path, monkeypatch: pytest
     assert load_file(small.save(tmp_path / "kept.safetensors").path)["diffusion_model.layers.0.ffn_norm1.diff"].dtype == torch.bfloat16  # fmt: skip
 
 
+def test_loras_that_cancel_are_nothing(tmp_path: Path) -> None:
+    v, b = planted(tmp_path)
+    one = ak.extract_lora(v - b, rank=5).save(tmp_path / "one.safetensors")
+    (tmp_path / "copy.safetensors").write_bytes(one.path.read_bytes())
+    for nothing in (one - one, one - ak.open_lora(tmp_path / "copy.safetensors"), 3 * one - 1.5 * (one + one)):
+        with pytest.raises(AlgebraError, match="the delta is zero"):
+            ak.extract_lora(nothing, energy=1.0)
+    left = ak.extract_lora(one - one.without("layers.0"), energy=1.0, rank_max=None)
+    assert all(".0." in key and "layers" in key for key in left.pairs)
+
+
 def test_from_a_lora_that_is_not_thin(tmp_path: Path) -> None:
     name = LAYER.removesuffix(".weight")
     torch.manual_seed(1)

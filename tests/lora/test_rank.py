@@ -68,7 +68,7 @@ def test_caps() -> None:
         ({"energy": 0.0}, "energy is a share"), ({"energy": 1.5}, "energy=0.995 means 99.5 %"), ({"energy": 99}, "a share"),
         ({"ratio": -1}, "a share"), ({"sum": math.nan}, "a share"), ({"energy": True}, "a share"), ({"energy": "x"}, "a share"),
         ({"rank": 0}, "1 or more"), ({"rank": 2.5}, "whole number"), ({"rank": True}, "whole number"),
-        ({"rank": 4, "energy": 0.9}, "several rank rules"), ({"rank_max": 0}, "rank_max"), ({"rank_max": 1.5}, "rank_max"),
+        ({"rank": 4, "energy": 0.9}, "several rank rules"), ({"rank_max": 0}, "rank_max"), ({"rank_max": 1.5}, "rank_max"), ({"rank": 4, "rank_max": 2}, "larger than rank_max"),
     ],
 )  # fmt: skip
 def test_out_of_range(given: dict[str, Any], words: str) -> None:

@@ -291,6 +291,28 @@ def test_the_miniatures_lora_changes_pictures_as_diffusers_has_it() -> None:
     assert changed >= 28
 
 
+ONE = {"layers.1.attention.to_q.lora_A.weight": random(4, 96), "layers.1.attention.to_q.lora_B.weight": random(96, 4)}
+
+
+@pytest.mark.parametrize("given", ['{"lora_alpha": [8]}', '{"lora_alpha": "eight"}', '{"lora_alpha": NaN}', '{"lora_alpha": 8, "alpha_pattern": [1]}', '{"alpha_pattern": {"to_q": "x"}}'])  # fmt: skip
+def test_settings_that_make_no_sense(given: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.safetensors", ONE, lora_adapter_metadata=given)
+    with pytest.raises(FileFormatError, match="settings make no sense"):
+        open_lora(path)
+
+
+def test_settings_that_leave_something_out(tmp_path: Path) -> None:
+    for given, scale in (('{"lora_alpha": 8, "alpha_pattern": {"to_q": null}}', 2.0), ('{"alpha_pattern": {"to_q": 6}}', 1.5), ("[]", 1.0), ("{}", 1.0)):  # fmt: skip
+        path = write(tmp_path / "lora.safetensors", ONE, lora_adapter_metadata=given)
+        assert open_lora(path).summary()["scales"] == [scale]
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(2, dtype=torch.int64), torch.tensor([2], dtype=torch.int32), torch.tensor(2.0, dtype=torch.float64)])  # fmt: skip
+def test_an_alpha_of_any_kind_of_number(alpha: torch.Tensor, tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.safetensors", {**ONE, "layers.1.attention.to_q.alpha": alpha})
+    assert open_lora(path).summary()["scales"] == [0.5]
+
+
 BAD = {
     "missing half": ({"diffusion_model.layers.0.attention.to_q.lora_A.weight": random(4, 96)}, FileFormatError, "half of a pair is missing"),
     "unknown module": ({"diffusion_model.layers.0.attention.to_z.lora_A.weight": random(4, 96)}, UnknownNameError, r"(?s)fits no module.*lora\.safetensors.*did you mean 'layers\.0\.attention\.to_"),
