@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from alkahest.expr import Weights as Weights
     from alkahest.finetune.config import read_config as read_config
     from alkahest.finetune.loop import finetune as finetune
-    from alkahest.finetune.loop import read_history as read_history
+    from alkahest.finetune.monitor import read_history as read_history
     from alkahest.finetune.plan import memory_plan as memory_plan
     from alkahest.live_model import LiveModel as LiveModel
     from alkahest.lora.apply import apply_lora as apply_lora
@@ -99,7 +99,7 @@ _PUBLIC = {
     "picture_measures": "measures",
     "pipeline": "pipeline",
     "read_config": "finetune.config",
-    "read_history": "finetune.loop",
+    "read_history": "finetune.monitor",
     "read_recipe": "provenance",
     "refiner_check": "check",
     "rolled_up": "delta_table",

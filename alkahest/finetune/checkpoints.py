@@ -2,51 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from alkahest.errors import FileFormatError, MismatchError
-from alkahest.files import size_text, whole_folder
+from alkahest.errors import FileFormatError, MismatchError, OutputError
+from alkahest.files import as_output_error, size_text, whole_folder
+from alkahest.finetune import parallel
 
 _KEPT = 2  # the newest, and one before it in case the newest is lost with its disk's last minute
+_DAMAGED = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AssertionError,
+    CheckpointException,
+)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What was saved after ``step`` steps."""
+def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
+    """Write one checkpoint beside the others, then remove the oldest. OutputError leaves those that are there.
 
-    folder: Path
-    step: int
-    about: Mapping[str, Any]
-    trained: Mapping[str, Tensor]
-    optimiser: Mapping[str, Tensor]
-    ema: Mapping[str, Tensor]
-
-
-def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], **parts: Mapping[str, Tensor]) -> Path:
-    """Write one checkpoint beside the others, then remove the oldest. OutputError leaves those that are there."""
-    from safetensors.torch import save_file
-
+    Safetensors, one file from each process, as torch.distributed.checkpoint reads and divides them again.
+    """
     target = folder / f"step-{step:07}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        shutil.rmtree(target)
-    size = sum(tensor.nbytes for part in parts.values() for tensor in part.values())
-    with whole_folder(target, size + (1 << 20)) as partial:
-        for name, tensors in parts.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")  # fmt: skip
-        (partial / "state.json").write_text(json.dumps({"step": step, **about}, indent=1))
-    for old in existing(folder)[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    size = parallel.size() * sum(parallel.local(tensor).nbytes for tensor in state.values())
+    try:
+        with _shared_folder(target, size + (1 << 20)) as partial, as_output_error(target):
+            _write(partial, state)
+            if parallel.rank() == 0:
+                (partial / "state.json").write_text(json.dumps({"step": step, **about}, indent=1))
+    except (SafetensorError, CheckpointException) as error:
+        raise OutputError("finetune", "the checkpoint could not be written", file=target, found=str(error)[:200], fix="free some space: the run goes on from the checkpoint before") from None  # fmt: skip
+    if parallel.rank() == 0:
+        for old in existing(folder)[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _write(partial: Path, state: Mapping[str, Tensor]) -> None:
+    if parallel.size() > 1:
+        save(dict(state), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        return
+    path = partial / "state.safetensors"
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+    with path.open("r+b") as file:  # on the disk before the folder has its name
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _shared_folder(target: Path, size: int) -> Iterator[Path]:
+    """`whole_folder` that all processes fill: the first makes it and puts it in its place."""
+    with contextlib.ExitStack() as stack:
+        partial = ""
+        if parallel.rank() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            partial = str(stack.enter_context(whole_folder(target, size)))
+        yield Path(parallel.agreed(partial))
+        parallel.wait()
+    parallel.wait()
 
 
 def existing(folder: Path) -> list[Path]:
@@ -54,17 +88,41 @@ def existing(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint back; FileFormatError if it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def about_checkpoint(path: Path) -> dict[str, Any]:
+    """What was written beside a checkpoint's numbers, and its ``step``; FileFormatError if it is damaged."""
     try:
-        about = json.loads((path / "state.json").read_text())
-        parts = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "optimiser", "ema")}
-        return Checkpoint(path, int(about["step"]), about, **parts)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise FileFormatError("finetune", "this checkpoint is damaged", file=path, found=error, fix="delete it: the run goes on from the one before") from None  # fmt: skip
+        about: dict[str, Any] = json.loads((path / "state.json").read_text())
+        return {**about, "step": int(about["step"])}
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def load_checkpoint(path: Path, place: Callable[[str, tuple[int, ...], torch.dtype], Tensor | None], needed: Iterable[str]) -> dict[str, Tensor]:  # fmt: skip
+    """Read one checkpoint's numbers back, whatever number of processes wrote it; FileFormatError if it is damaged.
+
+    ``place`` gives the tensor to read a name into, or None if nothing of this name and shape belongs to the run.
+    """
+    try:
+        reader = HuggingFaceStorageReader(str(path))
+        state: dict[str, Tensor] = {}
+        for name, what in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(what, TensorStorageMetadata)  # safetensors hold nothing else
+            target = place(name, tuple(what.size), what.properties.dtype)
+            if target is None:
+                raise ValueError(f"{name} of shape {tuple(what.size)} is not of this run")
+            state[name] = target
+        if lacking := [name for name in needed if name not in state]:
+            raise ValueError(f"{lacking[0]} is not in it")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+            load(state, storage_reader=reader, no_dist=parallel.size() == 1)
+        return state
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: BaseException) -> FileFormatError:
+    return FileFormatError("finetune", "this checkpoint is damaged", file=path, found=str(error)[:200], fix="delete it: the run goes on from the one before")  # fmt: skip
 
 
 def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -72,7 +130,8 @@ def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = parallel.whole(tensor.detach()).cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

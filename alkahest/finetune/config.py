@@ -29,9 +29,12 @@ from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, UnsupportedError, nearest
 from alkahest.files import Reader
+from alkahest.keys import Pattern
 
 OPTIMISERS = ("adamw", "adamw8bit", "adafactor")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "mixed", "bf16")
+LOGS = ("", "tensorboard", "wandb")
+FROZEN = {"refiners": "refiner", "layers_only": "input, final", "nothing": ""}  # presets: what they freeze
 _MAX_BYTES = 1 << 20
 
 
@@ -62,15 +65,17 @@ class Config:
     data: Mapping[str, Mapping[str, Any]]
     stages: tuple[Stage, ...]
     components: str | None = None
-    frozen: str = "refiner"
+    frozen: str = "refiner"  # a pattern, or a preset: refiners, layers_only (all else is frozen), nothing
     reset: str = ""  # a pattern; these tensors start from random numbers of the same spread, as a control
     seed: int = 0
     optimiser: str = "adamw"
-    precision: str = "fp32"  # of what is trained: fp32 master weights, or bf16 with stochastic rounding
+    precision: str = "fp32"  # all in float32; mixed: what is trained in float32, all else and the arithmetic in bf16;
+    # bf16: everything, with stochastic rounding
     fused: bool = False  # update each tensor as soon as its gradient is there, and drop the gradient
     accumulate: int = 1  # batches whose gradients are added up for a step
     clip: float = 1.0  # norm that gradients are clipped to; 0: not
     weight_decay: float = 0.0
+    lora: Mapping[str, Any] = field(default_factory=dict)  # rank, alpha, targets: train a LoRA on the layers, by peft
     betas: tuple[float, float] = (0.9, 0.99)
     checkpointing: bool = False  # compute activations again on the way back, for memory
     ema: float = 0.0  # decay of a running mean of what is trained; 0: none
@@ -78,9 +83,22 @@ class Config:
     save_every: int = 500  # steps
     measure_every: int = 100
     held_out: int = 32  # examples of each dataset that are not trained on but measured
+    log: str = ""  # tensorboard or wandb, beside the history that is always written
     prompts: tuple[str, ...] = ()  # drawn at every measurement
     sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `alkahest.sample.sample` for them
     folder: Path = Path()
+
+    @property
+    def fixed(self) -> Pattern | None:
+        """The tensors that do not move."""
+        text = FROZEN.get(self.frozen, self.frozen)
+        return Pattern(text) if text else None
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter of this name is trained: of a LoRA run the LoRA's, else all that do not stay fixed."""
+        if self.lora:
+            return ".lora_" in name
+        return self.fixed is None or not self.fixed.matches(name)
 
     @property
     def steps(self) -> int:
@@ -97,7 +115,7 @@ class Config:
     @property
     def digest(self) -> str:
         """What tells one run from another: everything but how often it saves and measures."""
-        apart = {"save_every", "measure_every", "prompts", "sampling", "export", "folder"}
+        apart = {"save_every", "measure_every", "prompts", "sampling", "export", "log", "folder"}
         kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in apart}
         text = json.dumps(kept, default=lambda value: vars(value) if isinstance(value, Stage) else str(value))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -160,7 +178,7 @@ def _check(config: Config, file: object) -> None:
     def refuse(problem: str, **facts: Any) -> None:
         raise UnsupportedError("finetune", problem, file=file, **facts)
 
-    for name, value, options in (("optimiser", config.optimiser, OPTIMISERS), ("precision", config.precision, PRECISIONS)):  # fmt: skip
+    for name, value, options in (("optimiser", config.optimiser, OPTIMISERS), ("precision", config.precision, PRECISIONS), ("log", config.log, LOGS)):  # fmt: skip
         if value not in options:
             raise UnknownNameError("finetune", f"unknown {name}", file=file, found=repr(value), fix=nearest(value, options))  # fmt: skip
     if config.fused and (config.accumulate > 1 or config.clip):
@@ -179,11 +197,23 @@ def _check(config: Config, file: object) -> None:
             refuse(f"stage {stage.name!r}: drop is a share", found=stage.drop)
     for name, what in config.data.items():
         _check_data(name, what, config, file)
+    _check_lora(config.lora, config.export, file)
     for name, least in (("accumulate", 1), ("save_every", 1), ("measure_every", 1), ("held_out", 0), ("clip", 0), ("ema", 0)):  # fmt: skip
         if getattr(config, name) < least:
             refuse(f"{name} is too small", expected=f"at least {least}", found=getattr(config, name))
     if config.ema >= 1:
         refuse("ema is a decay below 1, such as 0.999", found=config.ema)
+
+
+def _check_lora(lora: Mapping[str, Any], export: str, file: object) -> None:
+    kinds: dict[str, Any] = {"rank": int, "alpha": (int, float), "targets": str}
+    if lora and not export:
+        raise UnsupportedError("finetune", "a LoRA is given out as a file", file=file, found='export = ""', fix='export = "bf16"')  # fmt: skip
+    for name, value in lora.items():
+        if name not in kinds:
+            raise UnknownNameError("finetune", "lora has an unknown key", file=file, key=name, fix=nearest(name, kinds))
+        if not isinstance(value, kinds[name]) or isinstance(value, bool) or (name != "targets" and value <= 0):
+            raise FileFormatError("finetune", "lora: this value is of the wrong kind", file=file, key=name, expected="rank and alpha above 0, targets a pattern", found=repr(value))  # fmt: skip
 
 
 def _check_data(name: str, what: Any, config: Config, file: object) -> None:

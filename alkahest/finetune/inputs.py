@@ -12,15 +12,21 @@ from torch import nn
 from alkahest import mini, random
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
+from alkahest.components import load_components
 from alkahest.dataset import Dataset, from_folder, from_scenes, make_dataset
+from alkahest.dtypes import FORMATS
 from alkahest.encoding import Encoded, encode
 from alkahest.errors import FileFormatError, RecipeError
 from alkahest.expr import Weights
+from alkahest.finetune import parallel
 from alkahest.finetune.config import Config
 from alkahest.finetune.events import StepEvent
 from alkahest.keys import Pattern
-from alkahest.pipeline import pipeline
+from alkahest.live import fill
+from alkahest.options import Options
+from alkahest.pipeline import empty_transformer, pipeline
 from alkahest.recipe import parse
+from alkahest.scalar import Rules
 
 _MINI = "mini:"
 
@@ -51,21 +57,68 @@ def reset(model: nn.Module, pattern: Pattern, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and pattern.matches(name):
                 numbers = random.generator(seed, "reset", name, 0).standard_normal(parameter.numel(), dtype="float32")
-                parameter.copy_(torch.from_numpy(numbers).view_as(parameter) * parameter.float().std().cpu())
+                spread = parallel.whole(parameter).float().std().cpu()
+                parallel.assign(parameter, torch.from_numpy(numbers).view(parameter.shape) * spread)
 
 
 def prepared(config: Config, start: Weights, folder: Path, device: str) -> Generator[StepEvent, None, tuple[dict[tuple[str, int], Encoded], Any]]:  # fmt: skip
     """Draw and encode the data, and load the model: events; returns data by name and resolution, and the pipeline."""
-    pipe = pipeline(start, config.components, dtype=config.precision, device=device)
+    pipe = _pipeline(start, config, device)
     encoded: dict[tuple[str, int], Encoded] = {}
     datasets: dict[str, Dataset] = {}
-    for stage in config.stages:
-        for name in stage.mix:
-            if name not in datasets:
-                datasets[name] = yield from _dataset(name, config, folder, pipe)
-            if (name, stage.resolution) not in encoded:
-                encoded[name, stage.resolution] = yield from _told(config, f"encoding {name}", encode(datasets[name], pipe, stage.resolution))  # fmt: skip
+    with parallel.first_here():
+        for stage in config.stages:
+            for name in stage.mix:
+                if name not in datasets:
+                    datasets[name] = yield from _dataset(name, config, folder, pipe)
+                if (name, stage.resolution) not in encoded:
+                    encoded[name, stage.resolution] = yield from _told(config, f"encoding {name}", encode(datasets[name], pipe, stage.resolution))  # fmt: skip
     return encoded, pipe
+
+
+def _pipeline(start: Weights, config: Config, device: str) -> Any:
+    """A pipeline whose transformer has the dtypes that the run wants."""
+    dtype = "bf16" if config.precision == "bf16" else "fp32"
+    if parallel.size() > 1:
+        return _sharded(start, config, dtype, device)
+    pipe = pipeline(start, config.components, dtype=dtype, device=device)
+    _lighten(pipe.transformer, config)
+    return pipe
+
+
+def _lighten(model: nn.Module, config: Config) -> None:
+    """Of a mixed run, keep in bf16 what is not trained."""
+    if config.precision == "mixed":
+        for name, parameter in model.named_parameters():
+            if not config.trains(name):
+                parameter.data = parameter.data.bfloat16()
+
+
+def _sharded(start: Weights, config: Config, dtype: str, device: str) -> Any:
+    """A pipeline whose transformer is spread over the processes, block by block: none of them ever holds all of it."""
+    from diffusers import ZImagePipeline
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    parts = load_components(start, config.components, FORMATS[dtype].torch)
+    model = empty_transformer(start, FORMATS[dtype].torch, device="meta")
+    _lighten(model, config)
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = mixed if config.precision == "mixed" else MixedPrecisionPolicy()
+    for module in (*model.noise_refiner, *model.context_refiner, *model.layers, model):
+        fully_shard(module, mesh=parallel.mesh(torch.device(device).type), mp_policy=policy)
+    model.to_empty(device=device)
+    options = Options.checked({})
+    for key, parameter in model.named_parameters():
+        values, term = torch.empty(start.shapes[key], dtype=parameter.dtype), start.at(key, Rules())
+        assert term is not None  # every key of the shapes has one
+        for _ in fill({key: term}, {key: values}, options):
+            pass
+        parallel.assign(parameter, values)
+    for name in ("vae", "text_encoder"):
+        parts[name].to(device)
+    pipe = ZImagePipeline(transformer=model, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[StepEvent, None, Dataset]:

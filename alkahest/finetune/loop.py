@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from alkahest.encoding import Encoded, Item
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError
+from alkahest.encoding import Encoded
+from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError
 from alkahest.expr import Weights
-from alkahest.finetune.checkpoints import Frozen, existing, load_checkpoint, save_checkpoint
+from alkahest.finetune import parallel
+from alkahest.finetune.adapter import add_lora, save_adapter
+from alkahest.finetune.checkpoints import Frozen, about_checkpoint, existing, load_checkpoint, save_checkpoint
 from alkahest.finetune.config import Config, Stage
 from alkahest.finetune.events import StepEvent
 from alkahest.finetune.inputs import prepared, reset, start_of
-from alkahest.finetune.objective import losses, noised
+from alkahest.finetune.monitor import Monitor, read_history, split
+from alkahest.finetune.objective import Arithmetic, losses, noised
 from alkahest.finetune.optimise import Updates, rate_at
+from alkahest.finetune.plan import out_of_memory
 from alkahest.finetune.trained import Finetuned, Tensors, snapshot
 from alkahest.keys import Pattern
+from alkahest.lora.read import open_lora
 from alkahest.order import Order
 
 if TYPE_CHECKING:
@@ -47,31 +51,20 @@ class Result:
         return f"{self.weights!r}\n  frozen tensors unchanged (digest {self.frozen})\n  {self.folder}"
 
 
-def read_history(folder: str | Path) -> pandas.DataFrame:
-    """What a run measured so far, while it trains or after: a DataFrame with a row for each measurement.
-
-    >>> read_history("runs/tb1").plot("step", "held_out")
-    """
-    import pandas as pd
-
-    path = Path(folder) / "history.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    return pd.DataFrame(rows)
-
-
 def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     """Train by a configuration; `stream_finetune` is the same as a generator of events.
 
     >>> result = ak.finetune(ak.read_config("tb1.toml"), "runs/tb1")
     >>> result.weights.save("tb1.safetensors", dtype="bf16")
 
-    Everything that is not selected by ``config.frozen`` is trained; what is frozen is checked by hash at every
-    checkpoint. A run in a folder that holds checkpoints of the same configuration goes on from the last, and
-    gives the same weights to the bit as one that was never stopped (one process, one machine). Raises
-    NonFiniteError if the loss is no number any more, MismatchError if the folder is another run's.
+    Everything that is not selected by ``config.frozen`` is trained, or with ``config.lora`` a LoRA beside it; what is
+    frozen is checked by hash at every checkpoint. A run in a folder that holds checkpoints of the same configuration
+    goes on from the last, and gives the same weights to the bit as one that was never stopped (one process, one
+    machine). Raises NonFiniteError if the loss is no number any more, MismatchError if the folder is another run's,
+    AlkahestError with what would fit if memory runs out.
     """
     *_, last = stream_finetune(config, folder, device)
-    assert last.result is not None  # the last event carries it
+    assert last.result is not None  # the last event carries it, of the first process
     return last.result
 
 
@@ -79,10 +72,28 @@ def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> 
     """`finetune` as a generator of events; closing it leaves the last checkpoint to go on from."""
     path = Path(folder).expanduser()
     start = start_of(config)
-    for pattern in filter(None, (config.frozen, config.reset)):
-        Pattern(pattern).require_match(start.shapes, "finetune")
-    data, pipe = yield from prepared(config, start, path, device)
-    yield from _Training(config, start, pipe, data, path).run()
+    _check_processes(config)
+    for pattern in filter(None, (config.fixed, Pattern(config.reset) if config.reset else None)):
+        pattern.require_match(start.shapes, "finetune")
+    try:
+        data, pipe = yield from prepared(config, start, path, device)
+        yield from _Training(config, start, pipe, data, path).run()
+    except (RuntimeError, MemoryError) as error:
+        raise out_of_memory(error, config, start) or error from None
+
+
+def _check_processes(config: Config) -> None:
+    """What several processes cannot do is refused."""
+    count = parallel.size()
+    if count == 1:
+        return
+    if config.optimiser != "adamw":
+        raise UnsupportedError("finetune", f"{config.optimiser} needs whole tensors, and {count} processes have rows of them", fix='optimiser = "adamw"')  # fmt: skip
+    if config.lora:
+        raise UnsupportedError("finetune", "a LoRA is trained by one process", found=f"{count} processes", fix="one process: it needs no more memory than the weights and a little")  # fmt: skip
+    for stage in config.stages:
+        if stage.batch % count:
+            raise UnsupportedError("finetune", f"stage {stage.name!r}: {count} processes cannot share its batch equally", found=f"batch = {stage.batch}", fix=f"a multiple of {count}")  # fmt: skip
 
 
 class _Training:
@@ -91,60 +102,70 @@ class _Training:
     def __init__(self, config: Config, start: Weights, pipe: Any, encoded: Mapping[tuple[str, int], Encoded], folder: Path) -> None:  # fmt: skip
         self.config, self.start, self.pipe, self.folder = config, start, pipe, folder
         self.model = pipe.transformer
-        self.device, self.dtype = self.model.device, self.model.dtype
         if config.reset:
             reset(self.model, Pattern(config.reset), config.seed)
-        frozen = Pattern(config.frozen) if config.frozen else None
-        names = [name for name, _ in self.model.named_parameters()]
-        fixed = [name for name in names if frozen is not None and frozen.matches(name)]
-        self.trained = {name: p for name, p in self.model.named_parameters() if name not in set(fixed)}
+        if config.lora:
+            add_lora(self.model, config)
+        parameters = dict(self.model.named_parameters())
+        self.trained = {name: p for name, p in parameters.items() if config.trains(name)}
         if not self.trained:
             raise AlkahestError("finetune", "everything is frozen", found=config.frozen, fix="freeze less, such as 'refiner'")  # fmt: skip
-        for name, parameter in self.model.named_parameters():
+        fixed = [name for name in parameters if name not in self.trained]
+        for name, parameter in parameters.items():
             parameter.requires_grad_(name in self.trained)
         if config.checkpointing:
             self.model.enable_gradient_checkpointing()
         self.frozen = Frozen(self.model, fixed)
         self.updates = Updates(self.trained, config)
-        self.ema = {name: p.detach().float().cpu().clone() for name, p in self.trained.items()} if config.ema else {}
-        self.data = {key: _split(one, config.held_out) for key, one in encoded.items()}
+        self.ema = {name: parallel.local(p.detach()).float().cpu().clone() for name, p in self.trained.items()} if config.ema else {}  # fmt: skip
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.how = Arithmetic(self.model.device, dtype, config.precision == "mixed")
+        sides = {key: split(one, config.held_out) for key, one in encoded.items()}
+        self.data = {key: train for key, (train, _) in sides.items()}
         self.orders = [self._order(stage) for stage in config.stages]
+        self.monitor = Monitor(config, folder, pipe, {key: held for key, (_, held) in sides.items()}, self.how)
         self.step = 0
 
     def run(self) -> Iterator[StepEvent]:
         self._resume()
         config, total = self.config, self.config.steps
         if self.step == 0:
-            yield self._measured()
+            yield self._measured("start", math.nan)
         self.model.train()
         while self.step < total:
             number, within = config.stage_at(self.step)
-            loss = self._one(config.stages[number], self.orders[number], within)
+            stage = config.stages[number]
+            rate = rate_at(within, stage.steps, stage.lr, stage.warmup, stage.decay)
+            loss = self._one(stage, self.orders[number], rate)
             self.step += 1
-            key = f"{config.stages[number].name}: loss {loss:.4f}"
+            self.monitor.step(self.step, loss, rate)
+            key = f"{stage.name}: loss {loss:.4f}"
             if self.step % config.measure_every == 0 or self.step == total:
                 yield self._measured(key, loss)
             else:
                 yield StepEvent(self.step, total, key, loss)
             if self.step % config.save_every == 0 or self.step == total:
                 self._save()
-            if config.export and within + 1 == config.stages[number].steps:
+            if config.export and within + 1 == stage.steps:
                 self._export(number)
         self.model.eval().requires_grad_(False)
+        self.monitor.close()
         yield StepEvent(self.step, total, "done", result=self._result())
 
-    def _one(self, stage: Stage, order: Order, within: int) -> float:
+    def _one(self, stage: Stage, order: Order, rate: float) -> float:
         """One step: as many batches as are accumulated, and the update."""
         config, mean = self.config, 0.0
-        self.updates.begin(self.step, rate_at(within, stage.steps, stage.lr, stage.warmup, stage.decay))
+        self.updates.begin(self.step, rate)
         for part in range(config.accumulate):
             batch = order.take()
-            picked = [(order.datasets[number], example) for number, example in batch.picks]
+            share = len(batch.picks) // parallel.size()
+            first = parallel.rank() * share
+            picked = [(order.datasets[number], example) for number, example in batch.picks[first : first + share]]
             latents = [dataset.latents(example) for dataset, example in picked]
             captions = [dataset.embedding(example) for dataset, example in picked]
-            made = noised(latents, captions, picked[0][0].empty, stage, config.seed, self.step, part * stage.batch)
-            loss = losses(self.model, made, self.device, self.dtype).mean()
-            value = float(loss.detach())
+            made = noised(latents, captions, picked[0][0].empty, stage, config.seed, self.step, part * stage.batch + first)  # fmt: skip
+            loss = losses(self.model, made, self.how).mean()
+            value = parallel.mean(float(loss.detach()))
             if not math.isfinite(value):
                 raise self._lost(value)
             mean += value / config.accumulate
@@ -153,7 +174,7 @@ class _Training:
             nn.utils.clip_grad_norm_(self.trained.values(), config.clip)
         self.updates.finish()
         for name, running in self.ema.items():
-            running.lerp_(self.trained[name].detach().float().cpu(), 1 - config.ema)
+            running.lerp_(parallel.local(self.trained[name].detach()).float().cpu(), 1 - config.ema)
         return mean
 
     def _lost(self, value: float) -> NonFiniteError:
@@ -161,98 +182,89 @@ class _Training:
         good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
         return NonFiniteError("finetune", f"the loss is no number any more at step {self.step + 1}", found=value, fix=f"a smaller lr, or clip above 0; {good}")  # fmt: skip
 
-    @torch.no_grad()
-    def _measured(self, key: str = "start", loss: float = math.nan) -> StepEvent:
-        """Loss on held-out examples at fixed noise, and pictures of the prompts, written to the history."""
-        from alkahest.measures import picture_measures
-        from alkahest.sample import sample
-
+    def _measured(self, key: str, loss: float) -> StepEvent:
         self.model.eval()
         number, _ = self.config.stage_at(max(0, self.step - 1))
-        row: dict[str, Any] = {"step": self.step, "stage": self.config.stages[number].name, "loss": loss}
-        for (name, resolution), (_, held) in self.data.items():
-            if len(held):
-                row[f"held_out {name} {resolution}"] = self._held_out(held)
-        if self.config.prompts:
-            images = sample(self.pipe, list(self.config.prompts), seed=0, **self.config.sampling).images
-            place = self.folder / "pictures"
-            place.mkdir(parents=True, exist_ok=True)
-            for n, image in enumerate(images):
-                image.save(place / f"{self.step:07}-{n:02}.png")
-            row |= {name: float(value) for name, value in picture_measures(images, self.pipe).mean().items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "history.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        row = self.monitor.measure(self.step, self.config.stages[number].name, loss)
         self.model.train()
         return StepEvent(self.step, self.config.steps, key, loss, row)
 
-    def _held_out(self, held: Encoded) -> float:
-        stage = Stage("held out", {}, 1, 1.0, drop=0.0)
-        total = 0.0
-        for first in range(0, len(held), 16):
-            chosen = list(range(first, min(first + 16, len(held))))
-            for bucket in {held.items[n].bucket for n in chosen}:
-                same = [n for n in chosen if held.items[n].bucket == bucket]
-                made = noised([held.latents(n) for n in same], [held.embedding(n) for n in same], held.empty, stage, self.config.seed, -1, first)  # fmt: skip
-                total += float(losses(self.model, made, self.device, self.dtype).sum())
-        return total / len(held)
-
     def _order(self, stage: Stage) -> Order:
-        datasets = [self.data[name, stage.resolution][0] for name in stage.mix]
+        datasets = [self.data[name, stage.resolution] for name in stage.mix]
         return Order(datasets, list(stage.mix.values()), stage.batch, self.config.seed)
 
     def _save(self) -> None:
         self.frozen.check(self.step)
         about = {"config": self.config.digest, "frozen": self.frozen.digest, "orders": [order.state for order in self.orders]}  # fmt: skip
-        save_checkpoint(
-            self.folder / "checkpoints", self.step, about,
-            trained=self.trained, optimiser=dict(self.updates.state()), ema=self.ema,
-        )  # fmt: skip
+        state: dict[str, Tensor] = {f"trained|{name}": p for name, p in self.trained.items()}
+        state |= {f"optimiser|{name}": value for name, value in self.updates.state()}
+        state |= {f"ema|{name}": parallel.like(value, self.trained[name]) for name, value in self.ema.items()}
+        save_checkpoint(self.folder / "checkpoints", self.step, about, state)
 
-    def _export(self, number: int) -> None:
-        """The model at the end of a stage, as a checkpoint for everybody."""
-        result = self._result()
-        target = self.folder / f"{number + 1}-{self.config.stages[number].name}.safetensors"
-        (result.ema or result.weights).save(target, dtype=self.config.export)
+    def _place(self, full: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A tensor to read back what `_save` wrote under this name."""
+        kind, _, name = full.partition("|")
+        parameter = self.trained.get(name.partition("|")[0])
+        if parameter is None or kind not in ("trained", "optimiser", "ema") or math.prod(shape) > parameter.numel():
+            return None
+        if shape != tuple(parameter.shape):
+            return torch.empty(shape, dtype=dtype) if kind == "optimiser" else None
+        if kind == "trained":
+            return parameter.detach() if dtype == parameter.dtype else None
+        rows = torch.empty_like(parallel.local(parameter.detach()), dtype=dtype, device="cpu")
+        return parallel.like(rows, parameter)
 
     def _resume(self) -> None:
         saved = existing(self.folder / "checkpoints")
-        if not saved:
-            (self.folder / "history.jsonl").unlink(missing_ok=True)
-            return
-        found = load_checkpoint(saved[-1])
+        if saved:
+            self._go_on(saved[-1])
+        self.monitor.resume(self.step)
+
+    def _go_on(self, saved: Path) -> None:
+        found = about_checkpoint(saved)
         for name, ours in (("config", self.config.digest), ("frozen", self.frozen.digest)):
-            if found.about[name] != ours:
+            if found[name] != ours:
                 what = "of another configuration" if name == "config" else "started from other weights"
-                raise MismatchError("finetune", f"the checkpoints in this folder are {what}", file=found.folder, fix="name another folder, or restore the configuration and inputs")  # fmt: skip
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(found.trained[name])
+                raise MismatchError("finetune", f"the checkpoints in this folder are {what}", file=saved, fix="name another folder, or restore the configuration and inputs")  # fmt: skip
+        needed = [f"trained|{name}" for name in self.trained] + [f"ema|{name}" for name in self.ema]
+        state = load_checkpoint(saved, self._place, needed)
         for name, running in self.ema.items():
-            running.copy_(found.ema[name])
-        self.updates.load(found.optimiser)
-        for order, state in zip(self.orders, found.about["orders"], strict=True):
-            order.go_to(state)
-        self.step = found.step
-        rows = [json.loads(line) for line in (self.folder / "history.jsonl").read_text().splitlines()]
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
-        (self.folder / "history.jsonl").write_text("".join(kept))
+            running.copy_(parallel.local(state[f"ema|{name}"]))
+        self.updates.load({name.removeprefix("optimiser|"): value for name, value in state.items() if name.startswith("optimiser|")})  # fmt: skip
+        for order, position in zip(self.orders, found["orders"], strict=True):
+            order.go_to(position)
+        self.step = found["step"]
 
-    def _result(self) -> Result:
-        run = f"{self.config.digest}, {self.step} steps"
-        ema = Finetuned(self.start, f"{run}, ema", Tensors(dict(self.ema))) if self.ema else None
-        return Result(Finetuned(self.start, run, snapshot(self.trained)), ema, self.folder, self.frozen.digest)
+    def _whole(self) -> tuple[Tensors | None, Tensors | None]:
+        """What is trained and its running mean; of several processes the first has it, the others give their rows."""
+        trained = snapshot(self.trained)
+        means = {name: parallel.like(value, self.trained[name]) for name, value in self.ema.items()}
+        return trained, snapshot(means) if means else None
 
+    @property
+    def _run(self) -> str:
+        return f"{self.config.digest}, {self.step} steps"
 
-def _split(whole: Encoded, held_out: int) -> tuple[Encoded, Encoded]:
-    """Examples to train on, and some to measure on: never more than a tenth."""
-    count = min(held_out, len(whole) // 10)
-    chosen = set(_spread(len(whole), count))
-    items = list(enumerate(whole.items))
-    sides: Sequence[list[Item]] = ([i for n, i in items if n not in chosen], [i for n, i in items if n in chosen])
-    train, held = (Encoded(whole.name, side, whole.empty, whole.skipped) for side in sides)
-    return train, held
+    def _target(self, number: int) -> Path:
+        return self.folder / f"{number + 1}-{self.config.stages[number].name}.safetensors"
 
+    def _export(self, number: int) -> None:
+        """The checkpoint or the LoRA at the end of a stage, for everybody."""
+        trained, ema = self._whole()
+        if trained is not None:
+            final, run = ema or trained, f"{self._run}{', ema' * (ema is not None)}"
+            if self.config.lora:
+                save_adapter(self._target(number), final.tensors, self.config, run)
+            else:
+                Finetuned(self.start, run, final).save(self._target(number), dtype=self.config.export)
+        parallel.wait()
 
-def _spread(length: int, count: int) -> list[int]:
-    return [n * length // count for n in range(count)] if count else []
+    def _result(self) -> Result | None:
+        trained, ema = self._whole()
+        if trained is None:
+            return None
+        if self.config.lora:
+            weights = self.start + open_lora(self._target(len(self.config.stages) - 1))
+            return Result(weights, None, self.folder, self.frozen.digest)
+        running = None if ema is None else Finetuned(self.start, f"{self._run}, ema", ema)
+        return Result(Finetuned(self.start, self._run, trained), running, self.folder, self.frozen.digest)

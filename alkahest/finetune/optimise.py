@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alkahest.dtypes import FORMATS, encode
 from alkahest.errors import UnsupportedError
+from alkahest.finetune import parallel
 from alkahest.finetune.config import Config
 
 
@@ -27,12 +28,10 @@ class Updates:
         self.config = config
         self.rate, self.step_number = 0.0, 0
         self._parameters = dict(parameters)
-        self._masters = {name: p if p.dtype == torch.float32 else nn.Parameter(torch.empty_like(p, dtype=torch.float32)) for name, p in parameters.items()}  # fmt: skip
+        # Each gets its numbers for the time of its update.
+        self._masters = {name: nn.Parameter(torch.empty(0, device=p.device)) for name, p in parameters.items()}
         make = _maker(config)
         self._optimisers = {name: make(master) for name, master in self._masters.items()}
-        for name, master in self._masters.items():
-            if master is not parameters[name]:
-                master.data = torch.empty(0, device=parameters[name].device)
         if config.fused:
             for name, parameter in parameters.items():
                 parameter.register_post_accumulate_grad_hook(self._hook(name))  # type: ignore[no-untyped-call]
@@ -49,19 +48,17 @@ class Updates:
 
     @torch.no_grad()
     def _update(self, name: str) -> None:
-        parameter, master = self._parameters[name], self._masters[name]
-        optimiser = self._optimisers[name]
-        optimiser.param_groups[0]["lr"] = self.rate
-        if master is parameter:
-            optimiser.step()
-            parameter.grad = None
-            return
+        parameter, master, optimiser = self._parameters[name], self._masters[name], self._optimisers[name]
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        master.data, master.grad = parameter.float(), gradient.float()
+        rows = parallel.local(parameter.detach())  # of a tensor that is spread over processes, this one's
+        optimiser.param_groups[0]["lr"] = self.rate
+        master.data, master.grad = rows.float(), parallel.local(gradient).float()
         optimiser.step()
-        parameter.copy_(rounded(master.data, self.config.seed, self.step_number, name))
-        master.grad, master.data = None, torch.empty(0, device=parameter.device)
+        if rows.dtype != torch.float32:
+            part = f" of process {parallel.rank()}" if rows.shape != parameter.shape else ""
+            rows.copy_(rounded(master.data, self.config.seed, self.step_number, name + part))
+        master.grad, master.data = None, torch.empty(0, device=rows.device)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         return lambda _: self._update(name)
@@ -70,7 +67,7 @@ class Updates:
         """Every tensor of the optimisers' state, named for a file."""
         for name, optimiser in self._optimisers.items():
             for key, value in optimiser.state[self._masters[name]].items():
-                yield f"{name}|{key}", value if isinstance(value, Tensor) else torch.tensor(value)
+                yield f"{name}|{key}", parallel.like(value, self._parameters[name]) if isinstance(value, Tensor) else torch.tensor(value)  # fmt: skip
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up the state that `state` gave, to the bit."""
@@ -81,11 +78,7 @@ class Updates:
             if key == "step":  # torch's own keeps a tensor on the CPU, the others a number
                 kept[key] = value if self.config.optimiser == "adamw" else int(value)
             else:
-                kept[key] = value.to(self._parameters[name].device)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for _, value in self.state())
+                kept[key] = parallel.local(value).to(self._parameters[name].device)
 
 
 def rounded(values: Tensor, seed: int, step: int, name: str) -> Tensor:

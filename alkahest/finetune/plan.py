@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from alkahest.errors import AlkahestError
 from alkahest.expr import Weights
+from alkahest.finetune import parallel
+from alkahest.finetune.config import FROZEN, Config
 from alkahest.keys import Pattern
 
 if TYPE_CHECKING:
@@ -27,7 +31,7 @@ _CARDS = (16, 24, 32, 48, 80, 96, 141, 192)
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to train: settings of `alkahest.finetune.config.Config`."""
+    """A way to train: settings of `alkahest.finetune.config.Config`. With mixed precision masters are fp32."""
 
     optimiser: str
     precision: str
@@ -35,10 +39,10 @@ class Mode:
 
     @property
     def text(self) -> str:
-        return f"{self.optimiser}, {'fp32 master' if self.precision == 'fp32' else 'bf16'}{', fused' if self.fused else ''}"
+        return f"{self.optimiser}, {'fp32 master' if self.precision == 'mixed' else 'bf16'}{', fused' if self.fused else ''}"
 
 
-MODES = [Mode(optimiser, precision, fused) for precision in ("bf16", "fp32") for optimiser in ("adafactor", "adamw8bit", "adamw") for fused in (True, False)]  # fmt: skip
+MODES = [Mode(optimiser, precision, fused) for precision in ("bf16", "mixed") for optimiser in ("adafactor", "adamw8bit", "adamw") for fused in (True, False)]  # fmt: skip
 
 
 def memory_plan(
@@ -60,11 +64,14 @@ def memory_plan(
     if resolution < 16 or batch < 1 or processes < 1:
         raise AlkahestError("plan", "resolution, batch and processes must be positive", found=f"{resolution}, {batch}, {processes}")  # fmt: skip
     shapes = weights.shapes
+    frozen = FROZEN.get(frozen, frozen)
     pattern = Pattern(frozen).require_match(shapes, "plan") if frozen else None
     trained = {key: shape for key, shape in shapes.items() if pattern is None or not pattern.matches(key)}
     active = _activations(weights, resolution, batch, checkpointing)
     rows = []
     for mode in MODES:
+        if processes > 1 and mode.optimiser != "adamw":  # the others need whole tensors
+            continue
         parts = _parts(mode, shapes, trained, processes) | {"activations": active}
         total = sum(parts.values()) + _CONTEXT
         card = next((size for size in _CARDS if size >= _SLACK * total), math.inf)
@@ -75,11 +82,25 @@ def memory_plan(
     return table
 
 
+def out_of_memory(error: Exception, config: Config, weights: Weights) -> AlkahestError | None:
+    """What to say when memory ran out, with the ways to train that would fit; None if the error is another."""
+    told = str(error)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in told:
+        return None
+    stage = max(config.stages, key=lambda one: one.resolution**2 * one.batch)
+    vram = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
+    table = memory_plan(weights, vram, frozen=config.frozen, resolution=stage.resolution, batch=stage.batch, checkpointing=config.checkpointing, processes=parallel.size())  # fmt: skip
+    least = memory_plan(weights, frozen=config.frozen, resolution=stage.resolution, processes=parallel.size()).iloc[0]
+    fitting = table[table.fits]["mode"].tolist() if vram is not None else []
+    fix = f"these fit {vram:.0f} GiB: {'; '.join(fitting)}" if fitting else f"checkpointing = true, batch = 1 and {least['mode']} take the least: {least.total:.1f} GiB"  # fmt: skip
+    return AlkahestError("finetune", "out of memory", found=told.splitlines()[0][:160], fix=f"{fix}; alkahest finetune --plan says more")  # fmt: skip
+
+
 def _parts(mode: Mode, shapes: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]], processes: int) -> dict[str, float]:  # fmt: skip
     count, frozen = (sum(map(math.prod, some.values())) for some in (trained, shapes))
     frozen -= count
     largest = max(map(math.prod, trained.values()))
-    size = 4 if mode.precision == "fp32" else 2
+    size = 4 if mode.precision == "mixed" else 2
     state = {
         "adamw": 8 * count,
         "adamw8bit": count * (2 + 8 / 256),  # two bytes, and two float32 scales for each block of 256

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alkahest.expr import ATOM, Leaf, Names, Weights
+from alkahest.finetune import parallel
 from alkahest.scalar import Rules
 from alkahest.term import Source, Term, Workspace
 
@@ -58,6 +58,11 @@ class Finetuned(Weights):
         return [f"trained: {len(trained)} tensors, {count:,} parameters", *super()._notes()]
 
 
-def snapshot(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
-    """What is trained as it stands, in float32 or its own dtype, on the CPU."""
-    return Tensors({name: value.detach().cpu().clone() for name, value in parameters.items()})
+def snapshot(parameters: Mapping[str, Tensor]) -> Tensors | None:
+    """What is trained as it stands, in float32 or its own dtype, on the CPU; of several processes, on the first."""
+    found = {}
+    for name, value in parameters.items():
+        values = parallel.whole(value.detach())
+        if parallel.rank() == 0:
+            found[name] = values.cpu().clone()
+    return Tensors(found) if parallel.rank() == 0 else None

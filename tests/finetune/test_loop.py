@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 import alkahest as ak
 from alkahest.dataset import from_scenes
 from alkahest.encoding import Encoded, Item
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError
+from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, OutputError, UnknownNameError
 from alkahest.finetune.checkpoints import existing
 from alkahest.finetune.config import Config, config_of
 from alkahest.finetune.events import StepEvent
@@ -119,6 +121,90 @@ def test_a_run_that_was_stopped_gives_the_same_bits(changes: dict[str, Any], tmp
     done: list[StepEvent] = list(stream_finetune(config(**changes), tmp_path / "stopped"))
     assert done[-1].result is not None
     assert not [event for event in done if event.done and event.done < 9], "a finished run has nothing to do"
+
+
+def test_mixed_precision_trains_in_float32_and_computes_in_bf16(tmp_path: Path) -> None:
+    exact, mixed = finetune(config(), tmp_path / "exact"), finetune(config(precision="mixed"), tmp_path / "mixed")
+    trained = weights_of(mixed)
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    name = "layers.1.feed_forward.w1.weight"
+    assert not torch.equal(trained[name], trained[name].bfloat16().float())
+    columns = ["held_out people 64", "held_out things 64"]
+    assert np.allclose(mixed.history[columns], exact.history[columns], rtol=0.02)
+    assert not mixed.history[columns].equals(exact.history[columns])
+    start = load_file(start_of(config()).save(tmp_path / "start.safetensors").path)
+    end = load_file(mixed.weights.save(tmp_path / "end.safetensors").path)
+    assert all(torch.equal(value, end[key]) for key, value in start.items() if "refiner" in key)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "moves"),
+    [
+        ("layers_only", lambda key: key.startswith("layers.")),
+        ("nothing", lambda key: True),
+        ("refiners", lambda key: "refiner" not in key),
+    ],
+)
+def test_presets(frozen: str, moves: Callable[[str], bool], tmp_path: Path) -> None:
+    result = finetune(config(frozen=frozen, measure_every=100, export=""), tmp_path / "run")
+    assert set(weights_of(result)) == {key for key in start_of(config()).shapes if moves(key)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed", "bf16"])
+def test_a_lora_is_what_diffusers_loads(precision: str, tmp_path: Path) -> None:
+    changes = {"lora": {"rank": 4, "alpha": 8, "targets": "attention"}, "precision": precision, "export": "fp32"}
+    result = finetune(config(**changes), tmp_path / "run")
+    path = tmp_path / "run" / "2-two.safetensors"
+    modules = {key.removesuffix(".alpha").partition(".lora")[0] for key in load_file(path)}
+    layers = {key for key in start_of(config()).shapes if key.startswith("layers.") and ".to_" in key and ".norm" not in key}  # fmt: skip
+    assert modules == {f"diffusion_model.{key.removesuffix('.weight')}" for key in layers}, "not the frozen refiners"
+    pipe = ak.pipeline(start_of(config()))
+    pipe.load_lora_weights(str(path), adapter_name="ours")
+    ours = ak.sample(ak.pipeline(result.weights), "a red ball", steps=2, cfg=1).images[0]
+    theirs = ak.sample(pipe, "a red ball", steps=2, cfg=1, loras={"ours": 1.0}).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    before = ak.sample(ak.pipeline(start_of(config())), "a red ball", steps=2, cfg=1).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(before, int)).max() > 1
+    stopped = stream_finetune(config(**changes), tmp_path / "stopped")
+    assert next(event for event in stopped if event.done == 4)
+    stopped.close()
+    finetune(config(**changes), tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "2-two.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_lora_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="no Linear is left for a LoRA"):
+        finetune(config(lora={"targets": "noise_refiner"}), tmp_path / "run")
+
+
+def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alkahest.finetune import loop
+
+    def greedy(*given: Any) -> torch.Tensor:
+        return torch.empty(10**15)
+
+    monkeypatch.setattr(loop, "losses", greedy)
+    with pytest.raises(AlkahestError, match=r"(?s)out of memory.*allocate.*checkpointing = true, batch = 1 and adafactor, bf16, fused take the least"):  # fmt: skip
+        finetune(config(), tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="POSIX has limits on file sizes, Windows has not")
+    events = stream_finetune(config(export=""), tmp_path / "run")
+    for event in events:
+        if event.done == 4:
+            break
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # from here on no file grows over a MB
+    try:
+        with pytest.raises(OutputError, match=r"(?s)could not be written.*step-0000006.*goes on from the checkpoint"):
+            list(events)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000003"]
+    again = finetune(config(export=""), tmp_path / "run")
+    whole = finetune(config(export=""), tmp_path / "whole")
+    assert all(torch.equal(value, weights_of(again)[name]) for name, value in weights_of(whole).items())
 
 
 def test_kill_9_in_the_middle(tmp_path: Path) -> None:

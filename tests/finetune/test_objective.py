@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import alkahest as ak
 from alkahest.finetune.config import Stage
-from alkahest.finetune.objective import losses, noised, shifted
+from alkahest.finetune.objective import Arithmetic, losses, noised, shifted
 from alkahest.sample import Settings, denoise
 
 STAGE = Stage("s", {}, 1, 1.0, shift=3.0, drop=0.25)
@@ -78,7 +78,7 @@ def test_the_loss_of_a_real_model() -> None:
     text = pipe.encode_prompt(["a red ball"], do_classifier_free_guidance=False)[0][0]
     data = list(torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0)))
     batch = noised(data, [text] * 3, text, STAGE, 0, 0)
-    found = losses(pipe.transformer, batch, torch.device("cpu"), torch.float32)
+    found = losses(pipe.transformer, batch, Arithmetic(torch.device("cpu"), torch.float32))
     said = pipe.transformer([one[:, None] for one in batch.latents], batch.time, [text] * 3, return_dict=False)[0]
     expected = [
         float(((one[:, 0] - target) ** 2).mean())
