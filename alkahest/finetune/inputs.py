@@ -82,11 +82,11 @@ def _pipeline(start: Weights, config: Config, device: str) -> Any:
     if parallel.size() > 1:
         return _sharded(start, config, dtype, device)
     pipe = pipeline(start, config.components, dtype=dtype, device=device)
-    _lighten(pipe.transformer, config)
+    lighten(pipe.transformer, config)
     return pipe
 
 
-def _lighten(model: nn.Module, config: Config) -> None:
+def lighten(model: nn.Module, config: Config) -> None:
     """Of a mixed run, keep in bf16 what is not trained."""
     if config.precision == "mixed":
         for name, parameter in model.named_parameters():
@@ -101,7 +101,7 @@ def _sharded(start: Weights, config: Config, dtype: str, device: str) -> Any:
 
     parts = load_components(start, config.components, FORMATS[dtype].torch)
     model = empty_transformer(start, FORMATS[dtype].torch, device="meta")
-    _lighten(model, config)
+    lighten(model, config)
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = mixed if config.precision == "mixed" else MixedPrecisionPolicy()
     for module in (*model.noise_refiner, *model.context_refiner, *model.layers, model):

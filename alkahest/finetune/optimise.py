@@ -15,6 +15,8 @@ from alkahest.errors import UnsupportedError
 from alkahest.finetune import parallel
 from alkahest.finetune.config import Config
 
+_BLOCK = 1 << 22  # elements
+
 
 class Updates:
     """One optimiser for each trained tensor, so that a tensor can be updated as soon as its gradient is there.
@@ -54,11 +56,13 @@ class Updates:
         rows = parallel.local(parameter.detach())  # of a tensor that is spread over processes, this one's
         optimiser.param_groups[0]["lr"] = self.rate
         master.data, master.grad = rows.float(), parallel.local(gradient).float()
+        del gradient
         optimiser.step()
+        master.grad = None
         if rows.dtype != torch.float32:
             part = f" of process {parallel.rank()}" if rows.shape != parameter.shape else ""
             rows.copy_(rounded(master.data, self.config.seed, self.step_number, name + part))
-        master.grad, master.data = None, torch.empty(0, device=rows.device)
+        master.data = torch.empty(0, device=rows.device)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         return lambda _: self._update(name)
@@ -85,9 +89,12 @@ def rounded(values: Tensor, seed: int, step: int, name: str) -> Tensor:
     """float32 to bf16 stochastically, by seed, step and name."""
     digest = hashlib.blake2b(f"{seed} {step} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little"))
-    flat = values.reshape(-1)
-    noise = torch.randint(0, 1 << 16, flat.shape, generator=generator, device=values.device, dtype=torch.int32)
-    return encode(flat, FORMATS["bf16"], noise).view(values.shape)
+    flat, out = values.reshape(-1), torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    for start in range(0, flat.numel(), _BLOCK):  # in pieces: rounding takes several copies of what it is given
+        piece = flat[start : start + _BLOCK]
+        noise = torch.randint(0, 1 << 16, piece.shape, generator=generator, device=values.device, dtype=torch.int32)
+        out.view(-1)[start : start + _BLOCK] = encode(piece, FORMATS["bf16"], noise)
+    return out
 
 
 def rate_at(step: int, steps: int, lr: float, warmup: int, decay: str) -> float:

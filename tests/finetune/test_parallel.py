@@ -104,11 +104,24 @@ def test_each_goes_on_where_the_other_stopped(runs: tuple[Path, Path, Path], pro
     assert read_history(tmp_path / "run").step.tolist() == [0, 4, 6]
 
 
-def test_bf16_with_a_fused_backward(tmp_path: Path) -> None:
-    config = written(tmp_path, 'precision = "bf16"\nfused = true\nclip = 0.0\ncheckpointing = true')
+@pytest.mark.parametrize(
+    "more",
+    [
+        'precision = "bf16"\nfused = true\nclip = 0.0\ncheckpointing = true',
+        'precision = "mixed"\nfrozen = "layers_only"',
+    ],
+    ids=["bf16", "mixed"],
+)
+def test_half_the_memory(more: str, tmp_path: Path) -> None:
+    config = written(tmp_path, more)
     train(config, tmp_path / "run", 2)
     losses = read_history(tmp_path / "run")["held_out people 64"]
     assert losses.iloc[-1] < losses.iloc[0]
+    end = export(tmp_path / "run")
+    start = load_file(start_of(read_config(config)).save(tmp_path / "start.safetensors", dtype="fp32").path)
+    fixed = [key for key in start if not read_config(config).trains(key)]
+    assert all(torch.equal(start[key], end[key]) for key in fixed)
+    assert not torch.equal(start["layers.1.feed_forward.w1.weight"], end["layers.1.feed_forward.w1.weight"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""Plots of training runs and of what came over: a table in, a `Plot` out, as in `alkahest.lab.plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.lab.plots import COLOURS, MARKERS, Plot
+
+if TYPE_CHECKING:
+    import pandas
+
+_LINES = ("-", "--", "-.", ":")
+# What a picture measure says about an axis.
+MEASURES = {
+    "latent_lag1": "correlation of neighbouring\nlatents, unitless",
+    "grid": "gradient at patch borders /\nelsewhere, unitless",
+    "lag1": "correlation of neighbouring\npixels, unitless",
+    "high_freq": "share of energy in high\nfrequencies, unitless",
+}
+
+
+def training_curve(history: pandas.DataFrame, measure: str = "latent_lag1", of: Mapping[str, float] | None = None, title: str | None = None, figure: Figure | None = None) -> Plot:  # fmt: skip
+    """A run from noise to pictures: held-out loss of each dataset above, a picture measure below, stages marked.
+
+    >>> training_curve(ak.read_history("runs/tb1"), of={"base": 0.24, "1:1 merge": -0.08})
+
+    ``of`` gives the measure of models to compare with. A run that drew no pictures has the losses alone.
+    """
+    held = [name for name in history.columns if name.startswith("held_out ")]
+    if not len(history) or not held:
+        raise AlkahestError("plot", "this history has no held-out loss", fix="ak.read_history(folder) of a run with held_out above 0")  # fmt: skip
+    if measure not in MEASURES:
+        raise UnknownNameError("plot", "no such measure", found=repr(measure), fix=nearest(measure, MEASURES))
+    shown = measure in history.columns
+    figure = figure or Figure(figsize=(8, 5.2 if shown else 3.2), layout="constrained", facecolor="white")
+    upper, *lower = np.atleast_1d(figure.subplots(1 + shown, 1, sharex=True))
+    for number, name in enumerate(held):
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "ls": _LINES[number % len(_LINES)]}
+        upper.plot(history.step, history[name], lw=2, label=name.removeprefix("held_out "), **style)
+    upper.set_ylabel("held-out flow loss,\nmean square error")
+    upper.set_ylim(bottom=0)
+    upper.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, title="data, pixels")
+    for ax in lower:
+        ax.plot(history.step, history[measure], color=COLOURS[0], marker=MARKERS[0], ms=3, lw=1, label="this run")
+        for number, (name, value) in enumerate((of or {}).items(), 1):
+            ax.axhline(value, color=COLOURS[number], ls=_LINES[number % len(_LINES)], lw=1.2, label=name)
+        ax.set_ylabel(MEASURES[measure])
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    _mark_stages([upper, *lower], history)
+    (lower or [upper])[-1].set_xlabel("step")
+    upper.set_title(title or "From noise to pictures", pad=18)
+    first, last = history.iloc[0], history.iloc[-1]
+    words = ", ".join(f"{name.removeprefix('held_out ')} {first[name]:.3g} to {last[name]:.3g}" for name in held)
+    return Plot(upper, f"{upper.get_title()}: held-out loss over {int(last.step)} steps: {words}.")
+
+
+def _mark_stages(axes: list[Axes], history: pandas.DataFrame) -> None:
+    """A line where each stage begins, and its name above the first plot."""
+    start = float(history.step.iloc[0])
+    for stage, rows in history.groupby("stage", sort=False):
+        end = float(rows.step.iloc[-1])
+        for ax in axes:
+            ax.axvline(start, color="0.6", lw=0.8)
+        axes[0].annotate(str(stage), ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+        start = end
+
+
+def import_curve(table: pandas.DataFrame, title: str | None = None, ax: Axes | None = None) -> Plot:
+    """What comes over at which k: a line for the new thing and one for following prompts without it, for each import.
+
+    ``table`` has the columns ``name``, ``k``, ``new`` and ``plain``, shares from 0 to 1. Zero has its place on the axis.
+    """
+    if not len(table):
+        raise AlkahestError("plot", "the table has no rows", fix="judge something first")
+    if ax is None:
+        ax = Figure(figsize=(8, 4.2), layout="constrained", facecolor="white").subplots()
+    for number, (name, rows) in enumerate(table.groupby("name", sort=False)):
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "ms": 5}
+        ax.plot(rows.k, 100 * rows.new, ls="-", lw=2, label=f"{name}: the new thing", **style)
+        ax.plot(rows.k, 100 * rows.plain, ls="--", lw=1, mfc="none", label=f"{name}: all else as asked", **style)
+    ks = np.unique(table.k)
+    smallest = float(ks[ks > 0].min()) if (ks > 0).any() else 1.0
+    ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
+    ax.set_xticks(ks, [f"{k:g}" for k in ks])
+    ax.set_xlabel(f"multiplier k (log scale from {smallest:g}, and zero)")
+    ax.set_ylabel("pictures that the judge finds\nas asked (%)")
+    ax.set_ylim(-3, 103)
+    ax.grid(axis="y", color="0.9")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    ax.set_title(title or "What comes over")
+    best = table.loc[table.groupby("name", sort=False).new.idxmax()]
+    words = "; ".join(f"{row.name_} {100 * row.new:.0f} % at k = {row.k:g}, all else {100 * row.plain:.0f} %" for row in best.rename(columns={"name": "name_"}).itertuples())  # fmt: skip
+    return Plot(ax, f"{ax.get_title()}: at its best {words}.")
