@@ -22,10 +22,11 @@ from alkahest.finetune import parallel
 from alkahest.finetune.config import Config
 from alkahest.finetune.events import StepEvent
 from alkahest.keys import Pattern
-from alkahest.live import fill
+from alkahest.live import fill, load_into
 from alkahest.options import Options
 from alkahest.pipeline import empty_transformer, pipeline
 from alkahest.recipe import parse
+from alkahest.sample import embed
 from alkahest.scalar import Rules
 
 _MINI = "mini:"
@@ -41,6 +42,14 @@ def open_inputs(config: Config) -> dict[str, Checkpoint]:
             found = config.folder / Path(source).expanduser()
             inputs[name] = open_checkpoint(found if found.exists() else source, name=name)
     return inputs
+
+
+def _components(config: Config) -> str | None:
+    """A folder beside the configuration, or a hub id."""
+    if config.components is None:
+        return None
+    found = config.folder / Path(config.components).expanduser()
+    return str(found) if found.exists() else config.components
 
 
 def start_of(config: Config) -> Weights:
@@ -62,8 +71,16 @@ def reset(model: nn.Module, pattern: Pattern, seed: int) -> None:
 
 
 def prepared(config: Config, start: Weights, folder: Path, device: str) -> Generator[StepEvent, None, tuple[dict[tuple[str, int], Encoded], Any]]:  # fmt: skip
-    """Draw and encode the data, and load the model: events; returns data by name and resolution, and the pipeline."""
-    pipe = _pipeline(start, config, device)
+    """Draw and encode the data, then load the model: events; returns data by name and resolution, and the pipeline.
+
+    The text encoder has left the device by then: a model that is trained needs the room.
+    """
+    from diffusers import ZImagePipeline
+
+    form = FORMATS["bf16" if config.precision == "bf16" else "fp32"].torch
+    pipe = ZImagePipeline(transformer=None, **load_components(start, _components(config), form))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
     encoded: dict[tuple[str, int], Encoded] = {}
     datasets: dict[str, Dataset] = {}
     with parallel.first_here():
@@ -73,17 +90,18 @@ def prepared(config: Config, start: Weights, folder: Path, device: str) -> Gener
                     datasets[name] = yield from _dataset(name, config, folder, pipe)
                 if (name, stage.resolution) not in encoded:
                     encoded[name, stage.resolution] = yield from _told(config, f"encoding {name}", encode(datasets[name], pipe, stage.resolution))  # fmt: skip
+    for prompt in (*config.prompts, "", str(config.sampling.get("negative_prompt", ""))):
+        embed(pipe, prompt)  # remembered for the pictures to come
+    pipe.text_encoder.to("cpu")
+    pipe.transformer = (_transformer if parallel.size() == 1 else _sharded)(start, config, form, device)
     return encoded, pipe
 
 
-def _pipeline(start: Weights, config: Config, device: str) -> Any:
-    """A pipeline whose transformer has the dtypes that the run wants."""
-    dtype = "bf16" if config.precision == "bf16" else "fp32"
-    if parallel.size() > 1:
-        return _sharded(start, config, dtype, device)
-    pipe = pipeline(start, config.components, dtype=dtype, device=device)
-    lighten(pipe.transformer, config)
-    return pipe
+def _transformer(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
+    model = empty_transformer(start, form, device=device)
+    load_into(start, model)
+    lighten(model, config)
+    return model
 
 
 def lighten(model: nn.Module, config: Config) -> None:
@@ -94,13 +112,11 @@ def lighten(model: nn.Module, config: Config) -> None:
                 parameter.data = parameter.data.bfloat16()
 
 
-def _sharded(start: Weights, config: Config, dtype: str, device: str) -> Any:
-    """A pipeline whose transformer is spread over the processes, block by block: none of them ever holds all of it."""
-    from diffusers import ZImagePipeline
+def _sharded(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
+    """A transformer that is spread over the processes, block by block: none of them ever holds all of it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    parts = load_components(start, config.components, FORMATS[dtype].torch)
-    model = empty_transformer(start, FORMATS[dtype].torch, device="meta")
+    model = empty_transformer(start, form, device="meta")
     lighten(model, config)
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = mixed if config.precision == "mixed" else MixedPrecisionPolicy()
@@ -114,11 +130,7 @@ def _sharded(start: Weights, config: Config, dtype: str, device: str) -> Any:
         for _ in fill({key: term}, {key: values}, options):
             pass
         parallel.assign(parameter, values)
-    for name in ("vae", "text_encoder"):
-        parts[name].to(device)
-    pipe = ZImagePipeline(transformer=model, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return model
 
 
 def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[StepEvent, None, Dataset]:

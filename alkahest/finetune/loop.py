@@ -27,6 +27,7 @@ from alkahest.finetune.plan import out_of_memory
 from alkahest.finetune.trained import Finetuned, Tensors, snapshot
 from alkahest.keys import Pattern
 from alkahest.lora.read import open_lora
+from alkahest.options import existing_device
 from alkahest.order import Order
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> 
     """`finetune` as a generator of events; closing it leaves the last checkpoint to go on from."""
     path = Path(folder).expanduser()
     start = start_of(config)
+    existing_device(device, "finetune")
     _check_processes(config)
     for pattern in filter(None, (config.fixed, Pattern(config.reset) if config.reset else None)):
         pattern.require_match(start.shapes, "finetune")

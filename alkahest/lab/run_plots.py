@@ -81,7 +81,11 @@ def import_curve(table: pandas.DataFrame, title: str | None = None, ax: Axes | N
     if ax is None:
         ax = Figure(figsize=(8, 4.2), layout="constrained", facecolor="white").subplots()
     for number, (name, rows) in enumerate(table.groupby("name", sort=False)):
-        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "ms": 5}
+        style: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "ms": 5,
+        }
         ax.plot(rows.k, 100 * rows.new, ls="-", lw=2, label=f"{name}: the new thing", **style)
         ax.plot(rows.k, 100 * rows.plain, ls="--", lw=1, mfc="none", label=f"{name}: all else as asked", **style)
     ks = np.unique(table.k)

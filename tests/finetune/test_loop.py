@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 import alkahest as ak
 from alkahest.dataset import from_scenes
 from alkahest.encoding import Encoded, Item
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, OutputError, UnknownNameError
+from alkahest.errors import (
+    AlkahestError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    UnknownNameError,
+    UnsupportedError,
+)
 from alkahest.finetune.checkpoints import existing
 from alkahest.finetune.config import Config, config_of
 from alkahest.finetune.events import StepEvent
@@ -175,6 +182,11 @@ def test_a_lora_is_what_diffusers_loads(precision: str, tmp_path: Path) -> None:
 def test_a_lora_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no Linear is left for a LoRA"):
         finetune(config(lora={"targets": "noise_refiner"}), tmp_path / "run")
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"finetune: the device is not there(?s:.*)'cuda:99'"):
+        finetune(config(), tmp_path / "run", device="cuda:99")
 
 
 def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
