@@ -1,0 +1,154 @@
+"""Judge the bridges of the miniature family, what comes over to them and what does not; writes results/*.csv.
+
+    python experiments/bridges/measure.py runs           # folders of runs by name: runs/tb1, runs/tb0, runs/...
+
+Every number is a share of held-out prompts whose pictures the judge finds as asked, 12 steps, cfg 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import alkahest as ak
+from alkahest.mini.judge import attributes
+from alkahest.mini.report import READ
+from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
+
+HERE = Path(__file__).parent
+PROMPTS = 60
+HOW = {"steps": 12, "cfg": 3.0, "batch": 60, "seed": 1000}
+KS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+CYAN, HEART = {"colour": NEW_COLOUR}, {"subject": NEW_SUBJECT}
+
+
+def drawn(weights: Any, asked: list[Scene], without: tuple[str, ...] = ()) -> pd.DataFrame:
+    """What the judge sees where these scenes were asked for."""
+    return attributes(ak.sample(ak.pipeline(weights), [scene.caption(without) for scene in asked], **HOW).images)
+
+
+def judged(weights: Any, changed: Mapping[str, str] | None = None, count: int = PROMPTS) -> dict[str, float]:
+    """Share as asked, attribute by attribute, and the share of each style."""
+    asked = [replace(scene, **(changed or {})) for scene in held_out_prompts(count)]
+    read = drawn(weights, asked)
+    right = {name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)])) for name in READ[:-1]}  # fmt: skip
+    return right | {style: float((read["style"] == style).mean()) for style in ("photo", "anime", NEW_STYLE)}
+
+
+def imported(weights: Any, new: Mapping[str, str]) -> dict[str, float]:
+    """``new``: the new thing where it is asked for; ``plain``: all asked attributes right on average where it is not."""
+    (attribute,) = new
+    asked, plain = judged(weights, new), judged(weights)
+    mean = float(np.mean([plain[name] for name in READ[:-1]]))
+    styles = {f"new {style}": asked[style] for style in ("photo", "anime", NEW_STYLE)}
+    return {"new": asked[attribute], "plain": mean, **{f"plain {name}": value for name, value in plain.items()}, **styles}  # fmt: skip
+
+
+def stages(runs: Path) -> Iterator[dict[str, Any]]:
+    """Each bridge after each of its stages: what follows prompts, and what comes where a prompt does not say."""
+    for run in sorted(path for path in runs.iterdir() if (path / "history.jsonl").exists()):
+        for path in sorted(run.glob("?-*.safetensors")):
+            weights = ak.open(path)
+            unsaid = drawn(weights, held_out_prompts(PROMPTS), ("light",))
+            shares = {f"unsaid {light}": float((unsaid["light"] == light).mean()) for light in ("day", "sunset", "night")}  # fmt: skip
+            people = [replace(scene, subject=subject) for scene, subject in zip(held_out_prompts(PROMPTS), ("man", "woman") * PROMPTS, strict=False)]  # fmt: skip
+            unplaced = drawn(weights, people, ("place",))
+            shares |= {f"unsaid {place}": float((unplaced["place"] == place).mean()) for place in dict.fromkeys(unplaced["place"])}  # fmt: skip
+            yield {"run": run.name, "stage": path.stem, **judged(weights, count=2 * PROMPTS), **shares}
+    for name, weights in (("1:1 merge, De-Turbo", ak.lerp(ak.mini.load("deturbo"), ak.mini.load("base"), 0.5)), ("1:1 merge, Turbo", ak.lerp(ak.mini.load("turbo"), ak.mini.load("base"), 0.5))):  # fmt: skip
+        yield {"run": name, "stage": "start", **judged(weights, count=2 * PROMPTS)}
+
+
+def over_k(bridges: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Both lineages' derivatives on each bridge."""
+    cases = {"base-variant": ("base", CYAN), "turbo-variant": ("deturbo", HEART)}
+    for bridge, weights in bridges.items():
+        for name, (base, new) in cases.items():
+            delta = ak.mini.load(name) - ak.mini.load(base)
+            for k in KS:
+                yield {"bridge": bridge, "name": name, "k": k, **imported(weights.protect("refiner") + k * delta, new)}
+
+
+def failures(bridge: Any) -> Iterator[dict[str, Any]]:
+    """A changed refiner, protected and not; the wrong base."""
+    trained = ak.mini.load("base-refiner-trained") - ak.mini.load("base")
+    wrong = {"turbo-variant - base": ("turbo-variant", "base", HEART), "base-variant - deturbo": ("base-variant", "deturbo", CYAN)}  # fmt: skip
+    for k in KS[1:]:
+        for protect in (True, False):
+            kept = bridge.protect("refiner") if protect else bridge
+            found = judged(kept + k * trained)
+            yield {"name": "base-refiner-trained - base", "k": k, "protected": protect, "new": found[NEW_STYLE], "plain": float(np.mean([found[name] for name in READ[:-1]]))}  # fmt: skip
+        for name, (variant, base, new) in wrong.items():
+            delta = ak.mini.load(variant) - ak.mini.load(base)
+            yield {"name": name, "k": k, "protected": True, **imported(bridge.protect("refiner") + k * delta, new)}
+
+
+def combined(bridge: Any, ks: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """The two imports merged with each other, and a Turbo derivative whose base is Turbo with a LoRA in it."""
+    kept = bridge.protect("refiner")
+    base, deturbo = ak.mini.load("base"), ak.mini.load("deturbo")
+    cyan = kept + ks["base-variant"] * (ak.mini.load("base-variant") - base)
+    heart = kept + ks["turbo-variant"] * (ak.mini.load("turbo-variant") - deturbo)
+    for t in (0.0, 0.25, 0.5, 0.75, 1.0):
+        both = ak.lerp(cyan, heart, t)
+        found = judged(both, {**CYAN, **HEART})
+        yield {"name": "lerp of the two imports", "t": t, "cyan": judged(both, CYAN)["colour"], "heart": judged(both, HEART)["subject"], "cyan hearts": min(found["colour"], found["subject"]), **judged(both)}  # fmt: skip
+    lora = ak.open_lora(ak.mini.lora("turbo-lora"))
+    with_lora = deturbo + lora
+    derived = with_lora + (ak.mini.load("turbo-variant") - deturbo)
+    for name, taken in (("De-Turbo with its LoRA", with_lora), ("De-Turbo", deturbo)):
+        yield {"name": f"derivative of De-Turbo with a LoRA, base: {name}", **judged(kept + ks["turbo-variant"] * (derived - taken), HEART)}  # fmt: skip
+
+
+def weak(bridge: Any, k: float) -> Iterator[dict[str, Any]]:
+    """The weak derivative at 1x, at its computed multiplier, and around it; saved in float32 and in bf16."""
+    base = ak.mini.load("base")
+    good = ak.mini.load("base-variant") - base
+    for name in ("base-weak", "base-weak-bf16"):
+        delta = ak.mini.load(name) - base
+        computed = float(ak.needed_multiplier(delta, on=bridge, basis="reference", reference=k * good))
+        for factor in (1.0, computed / 2, computed, 2 * computed):
+            yield {"name": name, "k": factor, "computed": computed, **imported(bridge.protect("refiner") + factor * delta, CYAN)}  # fmt: skip
+
+
+def written(rows: Iterator[dict[str, Any]], name: str) -> pd.DataFrame:
+    found = []
+    for row in rows:
+        found.append(row)
+        print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    table = pd.DataFrame(found).round(4)
+    table.to_csv(HERE / "results" / f"{name}.csv", index=False)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder with a folder for each run")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    (HERE / "results").mkdir(exist_ok=True)
+    final = {run.name: sorted(run.glob("?-*.safetensors"))[-1] for run in sorted(options.runs.iterdir()) if (run / "history.jsonl").exists()}  # fmt: skip
+    history = [ak.read_history(options.runs / name).assign(run=name) for name in final]
+    pd.concat(history).to_csv(HERE / "results" / "history.csv", index=False)
+    written(stages(options.runs), "stages")
+    table = written(over_k({name: ak.open(path) for name, path in final.items()}), "imports")
+    bridge = ak.open(final["tb1"])
+    good = table[(table.bridge == "tb1") & (table.plain >= table[(table.bridge == "tb1") & (table.k == 0)].plain.max() - 0.1)]  # fmt: skip
+    ks = {name: float(rows.k[rows.new.idxmax()]) for name, rows in good.groupby("name")}
+    print("k with prompt following within 10 points:", ks)
+    written(failures(bridge), "failures")
+    written(combined(bridge, ks), "combined")
+    written(weak(bridge, ks["base-variant"]), "weak")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
