@@ -42,15 +42,20 @@ def finetune(
             return
         if folder is None:
             raise typer.BadParameter("name the run's folder: -o FOLDER")
-        import torch
-
-        from alkahest.finetune.config import read_config
-        from alkahest.finetune.loop import stream_finetune
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        result = drain(stream_finetune(read_config(config), folder, device), quiet, unit="step").result
+        result = trained(config, folder, device, threads, quiet)
         print(json.dumps({"folder": str(result.folder), "frozen": result.frozen, "history": result.history.to_dict("records")}) if as_json else result)  # fmt: skip
+
+
+def trained(config: Path, folder: Path, device: str, threads: int | None, quiet: bool) -> Any:
+    """Run a configuration to its end behind a progress bar; its result, of several processes the first's."""
+    import torch
+
+    from alkahest.finetune.config import read_config
+    from alkahest.finetune.loop import stream_finetune
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return drain(stream_finetune(read_config(config), folder, device), quiet, unit="step").result
 
 
 @app.command("make-dataset")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import drain, reported
-from alkahest.cli.train import Threads
+from alkahest.cli.shared import reported
+from alkahest.cli.train import Threads, trained
 
 
 def main(
@@ -18,19 +18,13 @@ def main(
 ) -> None:
     """Fine-tune over the GPUs that torchrun gives, or over processors where there is none."""
     with reported():
-        import torch
-
         from alkahest.finetune import parallel
-        from alkahest.finetune.config import read_config
-        from alkahest.finetune.loop import stream_finetune
 
-        if threads is not None:
-            torch.set_num_threads(threads)
         with parallel.processes() as device:
             first = parallel.rank() == 0
-            event = drain(stream_finetune(read_config(config), folder, device), quiet=not first, unit="step")
+            result = trained(config, folder, device, threads, quiet=not first)
             if first:
-                print(event.result)
+                print(result)
 
 
 if __name__ == "__main__":

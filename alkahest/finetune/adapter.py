@@ -31,24 +31,29 @@ def add_lora(model: Any, config: Config) -> None:
     chosen = [name for name in linears if targets.matches(f"{name}.weight") and not (fixed and fixed.matches(f"{name}.weight"))]  # fmt: skip
     if not chosen:
         raise UnknownNameError("finetune", "no Linear is left for a LoRA", found=f"targets {targets.text!r}, frozen {config.frozen!r}")  # fmt: skip
-    rank = config.lora.get("rank", 16)
+    rank, alpha = _size(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=config.lora.get("alpha", rank), target_modules=chosen), _NAME)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), _NAME)
     for name, parameter in model.named_parameters():
         if config.trains(name):
             parameter.data = parameter.data.float()  # it is small; its steps would be lost in bf16
 
 
+def _size(config: Config) -> tuple[int, float]:
+    """Rank and alpha."""
+    rank: int = config.lora.get("rank", 16)
+    return rank, config.lora.get("alpha", rank)
+
+
 def save_adapter(path: Path, trained: Mapping[str, Tensor], config: Config, recipe: str) -> Path:
     """Write a trained LoRA under the names that ComfyUI and diffusers both load."""
-    rank = config.lora.get("rank", 16)
-    scale = config.lora.get("alpha", rank) / rank
+    rank, alpha = _size(config)
     dtype = FORMATS[config.export].torch
     pairs = {}
     for name, down in trained.items():
         if name.endswith(_DOWN):
             module = name.removesuffix(_DOWN)
             up = trained[module + _UP]
-            pairs[f"{module}.weight"] = Pair(up.cpu().to(dtype), down.cpu().to(dtype), scale)
+            pairs[f"{module}.weight"] = Pair(up.cpu().to(dtype), down.cpu().to(dtype), alpha / rank)
     return save_lora(path, pairs, {}, metadata={"alkahest": json.dumps({"trained": recipe})})

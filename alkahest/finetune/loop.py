@@ -134,6 +134,7 @@ class _Training:
         if self.step == 0:
             yield self._measured("start", math.nan)
         self.model.train()
+        whole = None
         while self.step < total:
             number, within = config.stage_at(self.step)
             stage = config.stages[number]
@@ -148,11 +149,13 @@ class _Training:
                 yield StepEvent(self.step, total, key, loss)
             if self.step % config.save_every == 0 or self.step == total:
                 self._save()
+            whole = None
             if config.export and within + 1 == stage.steps:
-                self._export(number)
+                whole = self._whole()
+                self._export(number, *whole)
         self.model.eval().requires_grad_(False)
         self.monitor.close()
-        yield StepEvent(self.step, total, "done", result=self._result())
+        yield StepEvent(self.step, total, "done", result=self._result(*(whole or self._whole())))
 
     def _one(self, stage: Stage, order: Order, rate: float) -> float:
         """One step: as many batches as are accumulated, and the update."""
@@ -250,9 +253,8 @@ class _Training:
     def _target(self, number: int) -> Path:
         return self.folder / f"{number + 1}-{self.config.stages[number].name}.safetensors"
 
-    def _export(self, number: int) -> None:
+    def _export(self, number: int, trained: Tensors | None, ema: Tensors | None) -> None:
         """The checkpoint or the LoRA at the end of a stage, for everybody."""
-        trained, ema = self._whole()
         if trained is not None:
             final, run = ema or trained, f"{self._run}{', ema' * (ema is not None)}"
             if self.config.lora:
@@ -261,8 +263,7 @@ class _Training:
                 Finetuned(self.start, run, final).save(self._target(number), dtype=self.config.export)
         parallel.wait()
 
-    def _result(self) -> Result | None:
-        trained, ema = self._whole()
+    def _result(self, trained: Tensors | None, ema: Tensors | None) -> Result | None:
         if trained is None:
             return None
         if self.config.lora:

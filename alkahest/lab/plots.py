@@ -78,10 +78,10 @@ def image_tag(picture: bytes, alt: str) -> str:
 def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
     """Every tensor's change by part and depth, one marker each, on a log axis with a strip for zeros."""
     values = _statistic(table, statistic)
-    ax = _axes(ax, (10, 4.2))
+    ax = axes_for(ax, (10, 4.2))
     _by_depth(ax, table, values, _log_axis(ax, values))
     ax.set_ylabel(f"{STATISTICS[statistic]}\n(log scale)")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    legend_beside(ax, fontsize=None)
     ax.set_title(title or _titled(table, "Where it differs"))
     untouched = int((values == 0).sum())
     by_part = _by_part(table, values)
@@ -99,7 +99,7 @@ def magnitude_heatmap(table: pandas.DataFrame, statistic: str = "relative", ax: 
     grid = np.full((len(modules), len(places.of)), np.nan)
     for part, block, module, value in zip(table.part[inside], table.block[inside], table.module[inside], values[inside], strict=True):  # fmt: skip
         grid[modules.index(module), places.of[part, block]] = value
-    ax = _axes(ax, (10, 0.25 * len(modules) + 1.6))
+    ax = axes_for(ax, (10, 0.25 * len(modules) + 1.6))
     positive = grid[grid > 0]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
     norm = mpl.colors.LogNorm(low, max(high, low * 1.001))
@@ -126,7 +126,7 @@ def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = 
 
     >>> plots.lineage_comparison({"from Base": ak.delta_table(bridge - base), "from Turbo": ak.delta_table(bridge - turbo)})
     """
-    ax = _axes(ax, (10, 4.2))
+    ax = axes_for(ax, (10, 4.2))
     places = _Places(next(iter(tables.values())))
     lines = {}
     for name, table in tables.items():
@@ -145,7 +145,7 @@ def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = 
             ax.plot(x[some == 0], np.full((some == 0).sum(), zero), marker, mfc="none", mec=colour, ms=5)
     places.draw(ax)
     ax.set_ylabel(f"{STATISTICS[statistic]}\n(median over a block's tensors, log scale)")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    legend_beside(ax, fontsize=None)
     small = " (miniatures)" if any("(miniatures)" in one.attrs.get("of", "") for one in tables.values()) else ""
     ax.set_title(title or f"By depth{small}")
     words = "; ".join(f"{name}: layers {_number(_median(lines[name], places, 'layers'))}, noise refiner {_number(_median(lines[name], places, 'noise_refiner'))}" for name in lines)  # fmt: skip
@@ -154,7 +154,7 @@ def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = 
 
 def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | None = None, most: int = 6) -> Plot:
     """Singular values of the ``most`` largest matrices of `alkahest.delta_spectra`, each over its noise edge."""
-    ax = _axes(ax, (8, 4.2))
+    ax = axes_for(ax, (8, 4.2))
     chosen = spectra.nlargest(most, "delta_norm")
     for number, row in enumerate(chosen.itertuples()):
         index = np.arange(1, len(row.singular_values) + 1)
@@ -166,7 +166,7 @@ def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | Non
     ax.set_yscale("log")
     ax.set_xlabel("number of the singular value (log scale)")
     ax.set_ylabel("singular value / noise edge, unitless (log scale)")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    legend_beside(ax)
     ax.set_title(title or _titled(spectra, "Spectrum"))
     ranks = chosen.stable_rank
     above = (
@@ -177,7 +177,7 @@ def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | Non
 
 def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
     """What is left of a delta after adding and rounding, over k, with 1x, 10x and 20x marked."""
-    ax = _axes(ax, (8, 4.2))
+    ax = axes_for(ax, (8, 4.2))
     lines = {
         "elements that change": 1 - curve.absorbed_count, "energy that survives": 1 - curve.absorbed_energy,
         "kept along the delta (1 = no bias)": curve.nearest_kept,
@@ -195,7 +195,7 @@ def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None 
 
 def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
     """What multiplying costs: the delta's size and the noise in it, relative to the weights, over k."""
-    ax = _axes(ax, (8, 4.2))
+    ax = axes_for(ax, (8, 4.2))
     ax.plot(curve.k, curve["size"], color=COLOURS[0], lw=2, label="k |delta|")
     ax.plot(curve.k, curve["size"] * curve.nearest_error, color=COLOURS[1], ls="--", label="error of nearest rounding")
     ax.plot(curve.k, curve["size"] * curve.stochastic_error, color=COLOURS[2], ls="-.", label="error of stochastic rounding")  # fmt: skip
@@ -215,7 +215,7 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     parts = multiplier.per_part
     own = "k" in parts
     values = (parts.k if own else parts.relative_at_k).to_numpy(float)
-    ax = _axes(ax, (8, 0.45 * len(parts) + 1.8))
+    ax = axes_for(ax, (8, 0.45 * len(parts) + 1.8))
     some = np.isfinite(values) & (values > 0)
     y = np.arange(len(parts))
     ax.plot(values[some], y[some], "o", color=COLOURS[0], ms=8)
@@ -244,7 +244,7 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
 
 def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
     """Delta against delta, from `alkahest.comparison_matrix`: colours are symmetric about zero where signs matter."""
-    ax = _axes(ax, (1.1 * len(square) + 2.4, 0.8 * len(square) + 1.6))
+    ax = axes_for(ax, (1.1 * len(square) + 2.4, 0.8 * len(square) + 1.6))
     values = square.to_numpy(float)
     signed = statistic == "cosine"
     top = 1.0 if statistic != "interference" else max(float(np.nanmax(values, initial=0.0)), 1e-9)
@@ -273,7 +273,7 @@ def multiplier_overview(curve: pandas.DataFrame, multiplier: Any, k: float | Non
     drawn = [survival(curve, upper), noise(curve, middle), multiplier_by_part(multiplier, lower)]
     for axes in (upper, middle):
         axes.axvline(k, color=COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        legend_beside(axes)
     return Plot(upper, " ".join(one.alt for one in drawn))
 
 
@@ -364,11 +364,17 @@ class _Places:
         ax.set_xlabel("part and block, in the order of the data flow", labelpad=26)
 
 
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+def axes_for(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The Axes that were given, or new ones of a size in inches."""
     if ax is not None:
         return ax
     # No pyplot: its state is not for worker threads, and a plot shows itself.
     return Figure(figsize=size, layout="constrained", facecolor="white").subplots()
+
+
+def legend_beside(ax: Axes, **how: Any) -> None:
+    """A legend to the right of a plot, where it hides nothing; small unless told otherwise."""
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, **{"fontsize": 8, **how})
 
 
 def _statistic(table: pandas.DataFrame, name: str) -> np.ndarray[Any, Any]:
@@ -408,7 +414,7 @@ def _mark_multipliers(ax: Axes, ks: Any, axis_label: str = "multiplier k (log sc
     for (k, name), style in zip(MARKED.items(), (":", "-.", "--"), strict=True):
         if low / 10 <= k <= high * 10:
             ax.axvline(k, color="0.35", ls=style, lw=1, label=name)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    legend_beside(ax)
 
 
 def _inside(ks: Any) -> Iterator[float]:

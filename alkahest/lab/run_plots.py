@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, UnknownNameError, nearest
-from alkahest.lab.plots import COLOURS, MARKERS, Plot
+from alkahest.lab.plots import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 if TYPE_CHECKING:
     import pandas
@@ -45,13 +45,13 @@ def training_curve(history: pandas.DataFrame, measure: str = "latent_lag1", of: 
         upper.plot(history.step, history[name], lw=2, label=name.removeprefix("held_out "), **style)
     upper.set_ylabel("held-out flow loss,\nmean square error")
     upper.set_ylim(bottom=0)
-    upper.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, title="data, pixels")
+    legend_beside(upper, title="data, pixels")
     for ax in lower:
         ax.plot(history.step, history[measure], color=COLOURS[0], marker=MARKERS[0], ms=3, lw=1, label="this run")
         for number, (name, value) in enumerate((of or {}).items(), 1):
             ax.axhline(value, color=COLOURS[number], ls=_LINES[number % len(_LINES)], lw=1.2, label=name)
         ax.set_ylabel(MEASURES[measure])
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        legend_beside(ax)
     _mark_stages([upper, *lower], history)
     (lower or [upper])[-1].set_xlabel("step")
     upper.set_title(title or "From noise to pictures", pad=18)
@@ -78,8 +78,7 @@ def import_curve(table: pandas.DataFrame, title: str | None = None, ax: Axes | N
     """
     if not len(table):
         raise AlkahestError("plot", "the table has no rows", fix="judge something first")
-    if ax is None:
-        ax = Figure(figsize=(8, 4.2), layout="constrained", facecolor="white").subplots()
+    ax = axes_for(ax, (8, 4.2))
     for number, (name, rows) in enumerate(table.groupby("name", sort=False)):
         style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
@@ -96,7 +95,7 @@ def import_curve(table: pandas.DataFrame, title: str | None = None, ax: Axes | N
     ax.set_ylabel("pictures that the judge finds\nas asked (%)")
     ax.set_ylim(-3, 103)
     ax.grid(axis="y", color="0.9")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    legend_beside(ax)
     ax.set_title(title or "What comes over")
     best = table.loc[table.groupby("name", sort=False).new.idxmax()]
     words = "; ".join(f"{row.name_} {100 * row.new:.0f} % at k = {row.k:g}, all else {100 * row.plain:.0f} %" for row in best.rename(columns={"name": "name_"}).itertuples())  # fmt: skip

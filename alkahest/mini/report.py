@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -140,11 +140,16 @@ def judged(case: Case) -> dict[str, Any]:
     asked = case.asked
     images = sample(pipe, [scene.caption() for scene in asked], batch=50, seed=1000, loras=loras, **case.how).images
     read = attributes(images)
-    right = {name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)])) for name in READ}  # fmt: skip
+    right = as_asked(asked, read)
     known = [replace(scene, style=case.changed["style"]) for scene in held_out_prompts(60)]
     loss = flow_loss(pipe, [draw(scene) for scene in known], [scene.caption() for scene in known]).loss.mean()
     asked_for = ", ".join(value for name, value in case.changed.items() if value in (NEW_COLOUR, NEW_SUBJECT, NEW_STYLE))  # fmt: skip
     return {"model": case.name, "asked": asked_for, **case.how, "count": case.count, **right, **picture_measures(images, pipe).mean(), "flow_loss": float(loss)}  # fmt: skip
+
+
+def as_asked(asked: Sequence[Scene], read: pd.DataFrame) -> dict[str, float]:
+    """Share of pictures that show what was asked for, attribute by attribute."""
+    return {name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)])) for name in READ}  # fmt: skip
 
 
 def shared() -> pd.DataFrame:

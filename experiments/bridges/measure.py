@@ -20,7 +20,7 @@ import torch
 
 import alkahest as ak
 from alkahest.mini.judge import attributes
-from alkahest.mini.report import READ
+from alkahest.mini.report import READ, as_asked
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
 
 HERE = Path(__file__).parent
@@ -39,8 +39,10 @@ def judged(weights: Any, changed: Mapping[str, str] | None = None, count: int = 
     """Share as asked, attribute by attribute, and the share of each style."""
     asked = [replace(scene, **(changed or {})) for scene in held_out_prompts(count)]
     read = drawn(weights, asked)
-    right = {name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)])) for name in READ[:-1]}  # fmt: skip
-    return right | {style: float((read["style"] == style).mean()) for style in ("photo", "anime", NEW_STYLE)}
+    right = as_asked(asked, read)
+    return {name: right[name] for name in READ[:-1]} | {
+        style: float((read["style"] == style).mean()) for style in ("photo", "anime", NEW_STYLE)
+    }
 
 
 def imported(weights: Any, new: Mapping[str, str]) -> dict[str, float]:
