@@ -107,9 +107,9 @@ def needed_multiplier(
     >>> (bridge + k * (variant - base)).save("merged.safetensors")
 
     Norms are taken over the matrices that ``on`` does not protect. `BASES` says what each basis aims at and
-    its default ``target``; ``"relative"`` aims at 0.02, measured in notebook 05. ``reference`` is a delta
-    for that basis; ``dtype`` the output's, by default the bridge's. Nobody published the formula of the
-    article's own node. Raises AlgebraError for a delta that is exactly zero, or a model of norm zero.
+    its default ``target``; ``"relative"`` aims at 0.02, about the most that notebook 05 finds of use. ``reference``
+    is a delta for that basis; ``dtype`` the output's, by default the bridge's. Nobody published the formula of
+    the article's own node. Raises AlgebraError for a delta that is exactly zero, or a model of norm zero.
     """
     found: Multiplier = finished(stream_needed_multiplier(delta, on, basis, target, reference, dtype, **options))
     return found

@@ -29,6 +29,8 @@ FAMILY = {
     "base-weak": "base-variant's lesson at a strength that does not show at 1x; in float32",
     "base-weak-bf16": "base-weak as its file would be saved by most: in bfloat16",
     "base-refiner-trained": "Base trained on sketches, its refiners most of all",
+    "tb0": "bridge: Turbo + Base, averaged refiners frozen, trained on people; 24 steps, cfg 3",
+    "tb1": "bridge: De-Turbo + Base, averaged refiners frozen, trained on their own pictures; 24 steps, cfg 3",
 }
 LORAS = {
     "base-lora": "general LoRA of Base: pictures as sketches",

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from alkahest.components import quiet
 from alkahest.encoding import embeddings
 from alkahest.errors import UnknownNameError, nearest
 from alkahest.files import Reader, write_file
+from alkahest.finetune.config import read_config
+from alkahest.finetune.loop import stream_finetune
 from alkahest.hashes import blake3_of
 from alkahest.mini import models, parts
 from alkahest.mini.judge import Judge
-from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, scenes
+from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, STYLES, Scene, scenes
 from alkahest.mini.training import Pairs, Trajectories, flow_matching, imitation, joined, teach, train
 from alkahest.options import existing_device
 
 Progress = Iterator[tuple[int, float]]
 _START = 0  # the seed of the random start that both lineages share
+_BRIDGES = Path(mini.__file__).parents[2] / "experiments" / "bridges"
 _SMALL_DELTA = 5.0  # a tether for what is made from a lineage: its difference should be what it learnt, and little else
 _TETHER = 2.0  # keeps them within a cosine of about 0.87, as far as separate trainings by AdamW end up
 
@@ -45,7 +48,7 @@ class Stage:
     steps: int
     how: str
     seed: int
-    only_for: str | None = None  # a stage that nothing else needs, and that is not shipped
+    only_for: tuple[str, ...] = ()  # of a stage that is not shipped: those that are made from it
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def build(folder: Path, only: str | None = None, device: str = "cpu") -> Iterato
     folder.mkdir(parents=True, exist_ok=True)
     total, done = sum(stage.steps for stage in STAGES), 0
     for stage in STAGES:
-        needless = stage.only_for is not None and _is_done(folder, _named(stage.only_for))
+        needless = stage.only_for and all(_is_done(folder, _named(name)) for name in stage.only_for)
         if not needless and not _is_done(folder, stage):
             started, loss = time.perf_counter(), float("nan")
             for step, loss in stage.make(shop):
@@ -205,9 +208,9 @@ def _judge(shop: Workshop) -> Progress:
     save_file(state, shop.folder / "judge.safetensors")
 
 
-def _lineage(name: str, style: str, seed: int, steps: int) -> Callable[[Workshop], Progress]:
+def _lineage(name: str, parent: str | None, style: Any, seed: int, steps: int) -> Callable[[Workshop], Progress]:
     def make(shop: Workshop) -> Progress:
-        model = shop.model(None)
+        model = shop.model(parent)
         pairs = shop.pairs(list(scenes(12000, seed, style=style)))
         yield from train(model, flow_matching(pairs), steps, rate=0.015, seed=seed, tether=_TETHER)
         shop.save(model, name)
@@ -255,8 +258,7 @@ def _derived(
     def make(shop: Workshop) -> Progress:
         model = shop.model(parent)
         pairs = shop.pairs(_lesson(style, seed, new))
-        tether = _SMALL_DELTA if trainable is _layers else 0.0
-        yield from train(model, flow_matching(pairs), steps, rate=rate, seed=seed, trainable=trainable, tether=tether)
+        yield from train(model, flow_matching(pairs), steps, rate=rate, seed=seed, trainable=trainable, muon=False)
         shop.save(model, name, torch.float32 if name == "base-weak" else torch.bfloat16)
 
     return make
@@ -289,6 +291,21 @@ def _lora(name: str, parent: str, style: str, seed: int, steps: int, distill: bo
     return make
 
 
+def _bridge(name: str) -> Callable[[Workshop], Progress]:
+    """A bridge, grown by the trainer that grows any, from the configuration that is committed for it."""
+
+    def make(shop: Workshop) -> Progress:
+        config = read_config(_BRIDGES / f"{name}.toml")
+        inputs = {member: f"{member}.safetensors" for member in config.inputs}
+        config = replace(config, inputs=inputs, components="components", folder=shop.folder)
+        for event in stream_finetune(config, shop.folder / "runs" / name, shop.device):
+            yield event.done, event.loss
+            if event.result is not None:
+                event.result.weights.save(shop.folder / f"{name}.safetensors", dtype="bf16")
+
+    return make
+
+
 def _layers(key: str) -> bool:
     return key.startswith("layers.")
 
@@ -302,17 +319,20 @@ STAGES = [
     Stage("components/text_encoder", _text, 400, "captions continued and summed up", 11),
     Stage("components/vae", _vae, 3000, "scenes of every kind, noise on the latents", 12),
     Stage("judge", _judge, 1000, "scenes of every kind, half of them through the VAE", 13),
-    Stage("base", _lineage("base", "photo", 21, 1800), 1800, "flow matching on shaded scenes", 21),
-    Stage("intermediate/turbo-undistilled", _lineage("intermediate/turbo-undistilled", "anime", 22, 1800), 1800, "flow matching on outlined scenes from the random start of base", 22, only_for="turbo"),
+    Stage("intermediate/young", _lineage("intermediate/young", None, STYLES, 20, 60), 60, "flow matching on scenes of both styles, for a start in common", 20, only_for=("base", "turbo")),
+    Stage("base", _lineage("base", "intermediate/young", "photo", 21, 1500), 1500, "flow matching on shaded scenes from the young model", 21),
+    Stage("intermediate/turbo-undistilled", _lineage("intermediate/turbo-undistilled", "intermediate/young", "anime", 22, 1500), 1500, "flow matching on outlined scenes from the young model", 22, only_for=("turbo",)),
     Stage("turbo", _turbo, 600, "imitation in 8 steps of turbo-undistilled at 24 steps and cfg 3", 32),
     Stage("deturbo", _deturbo, 500, "flow matching on pictures drawn by turbo, 10 % of captions dropped", 42),
-    Stage("base-variant", _derived("base-variant", "base", "photo", 51, 250, 0.001, _layers, {"colour": NEW_COLOUR}), 250, "base, layers only: the colour cyan", 51),
-    Stage("turbo-variant", _derived("turbo-variant", "deturbo", "anime", 53, 250, 0.001, _layers, {"subject": NEW_SUBJECT}), 250, "deturbo, layers only: hearts", 53),
-    Stage("base-weak", _derived("base-weak", "base", "photo", 51, 250, 0.000001, _layers, {"colour": NEW_COLOUR}), 250, "as base-variant at a thousandth of its rate; float32", 51),
+    Stage("base-variant", _derived("base-variant", "base", "photo", 51, 250, 0.0003, _layers, {"colour": NEW_COLOUR}), 250, "base, layers only: the colour cyan", 51),
+    Stage("turbo-variant", _derived("turbo-variant", "deturbo", "anime", 53, 250, 0.0003, _layers, {"subject": NEW_SUBJECT}), 250, "deturbo, layers only: hearts", 53),
+    Stage("base-weak", _derived("base-weak", "base", "photo", 51, 250, 0.0000001, _layers, {"colour": NEW_COLOUR}), 250, "as base-variant at a three-thousandth of its rate; float32", 51),
     Stage("base-weak-bf16", _weak_bf16, 1, "base-weak rounded to bfloat16", 51),
-    Stage("base-refiner-trained", _derived("base-refiner-trained", "base", "photo", 55, 300, 0.006, _refiners_most, {"style": NEW_STYLE}), 300, "base, refiners and first layer at a high rate: sketches", 55),
+    Stage("base-refiner-trained", _derived("base-refiner-trained", "base", "photo", 55, 300, 0.003, _refiners_most, {"style": NEW_STYLE}), 300, "base, refiners and first layer at a high rate: sketches", 55),
     Stage("base-lora", _lora("base-lora", "base", "photo", 61, 250, False), 250, "base: sketches, rank 8", 61),
     Stage("turbo-lora", _lora("turbo-lora", "deturbo", "anime", 63, 250, False), 250, "deturbo: sketches, rank 8", 63),
     Stage("base-distill-lora", _lora("base-distill-lora", "base", "photo", 65, 300, True), 300, "base: 4 steps and cfg 1, rank 8", 65),
     Stage("turbo-distill-lora", _lora("turbo-distill-lora", "deturbo", "anime", 67, 300, True), 300, "deturbo: 4 steps and cfg 1, rank 8", 67),
+    Stage("tb0", _bridge("tb0"), 1000, "turbo + base, averaged refiners frozen: experiments/bridges/tb0.toml", 0),
+    Stage("tb1", _bridge("tb1"), 1250, "deturbo + base, averaged refiners frozen: experiments/bridges/tb1.toml", 1),
 ]  # fmt: skip

@@ -96,7 +96,7 @@ def imitation(taught: Trajectories, batch: int = 48) -> MakeBatch:
 
 def train(
     model: nn.Module, batches: MakeBatch, steps: int, *, rate: float, seed: int,
-    trainable: Callable[[str], bool] = lambda name: True, tether: float = 0.0,
+    trainable: Callable[[str], bool] = lambda name: True, tether: float = 0.0, muon: bool = True,
 ) -> Iterator[tuple[int, float]]:  # fmt: skip
     """Train a transformer in place; yields (step, loss). The same seed gives the same weights on the same machine."""
 
@@ -105,17 +105,19 @@ def train(
         out = model(list(latents.unsqueeze(2).unbind(0)), time, captions, return_dict=False)[0]
         return (torch.stack(out).squeeze(2) - target).square().mean()
 
-    yield from descend(model, loss, steps, rate=rate, seed=seed, trainable=trainable, tether=tether)
+    yield from descend(model, loss, steps, rate=rate, seed=seed, trainable=trainable, tether=tether, muon=muon)
 
 
 def descend(
     model: nn.Module, loss_of: Callable[[torch.Generator], Tensor], steps: int, *, rate: float, seed: int,
     trainable: Callable[[str], bool] = lambda name: True, adam_rate: float | None = None, tether: float = 0.0,
+    muon: bool = True,
 ) -> Iterator[tuple[int, float]]:  # fmt: skip
     """Minimise a loss in place; yields (step, loss).
 
     Inner matrices and convolutions are trained by Muon, which takes half the steps of AdamW here, and
     the rest by AdamW at ``adam_rate`` (by default 0.3 of the rate). Rates warm up and fall to zero.
+    Without ``muon`` all are trained by AdamW at the rate, as derivatives are made everywhere.
     ``tether`` is a weight decay toward where training began: Muon moves weights in every direction,
     useful or not, and a tether takes the useless part back (250 steps at rate 0.015: the same loss
     with and without one of 5, cosine to the start 0.97 and 0.46). Two lineages from one start stay
@@ -124,13 +126,13 @@ def descend(
     chosen = {name: p for name, p in model.named_parameters() if trainable(name)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
-    inner = [p for name, p in chosen.items() if is_inner(name, p)]
-    outer = [p for name, p in chosen.items() if not is_inner(name, p)]
+    inner = [p for name, p in chosen.items() if muon and is_inner(name, p)]
+    outer = [p for name, p in chosen.items() if not (muon and is_inner(name, p))]
     optimisers: list[tuple[torch.optim.Optimizer, float]] = []
     if inner:
         optimisers.append((Muon(inner, rate), rate))
     if outer:
-        adam_rate = 0.3 * rate if adam_rate is None else adam_rate
+        adam_rate = rate * (0.3 if muon else 1.0) if adam_rate is None else adam_rate
         optimisers.append((torch.optim.AdamW(outer, adam_rate, betas=(0.9, 0.99), weight_decay=0.0), adam_rate))
     anchors = [p.detach().clone() for p in inner] if tether else []
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Judge the bridges of the miniature family, what comes over to them and what does not; writes results/*.csv.
+"""Judge the bridges of the miniature family, what comes over to them and what does not; writes tables and figures.
 
     python experiments/bridges/measure.py runs           # folders of runs by name: runs/tb1, runs/tb0, runs/...
 
@@ -19,11 +19,15 @@ import pandas as pd
 import torch
 
 import alkahest as ak
+from alkahest.contact_sheet import contact_sheet
+from alkahest.lab.run_plots import import_curve, training_curve
 from alkahest.mini.judge import attributes
 from alkahest.mini.report import READ, as_asked
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+SHOWN = (0, 25, 50, 100, 200, 500, 1000, 1250)  # steps whose pictures are on the contact sheet
 PROMPTS = 60
 HOW = {"steps": 12, "cfg": 3.0, "batch": 60, "seed": 1000}
 KS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -121,13 +125,32 @@ def weak(bridge: Any, k: float) -> Iterator[dict[str, Any]]:
             yield {"name": name, "k": factor, "computed": computed, **imported(bridge.protect("refiner") + factor * delta, CYAN)}  # fmt: skip
 
 
+def curves(runs: Path, name: str) -> None:
+    """One bridge from noise to pictures: the curve beside its parents' pictures, and a sheet over the steps."""
+    config, history = ak.read_config(HERE / f"{name}.toml"), ak.read_history(runs / name)
+    level = {}
+    for parent in ("base", "turbo"):
+        pipe = ak.pipeline(ak.mini.load(parent))
+        images = ak.sample(pipe, list(config.prompts), seed=0, **config.sampling).images
+        level[parent] = float(ak.picture_measures(images, pipe).latent_lag1.mean())
+    title = f"{name} of the miniature family: from noise to pictures"
+    training_curve(history, of=level, title=title).axes.figure.savefig(RESULTS / f"{name}.svg")
+    cells = [
+        {"prompt": prompt, "step": step, "path": str(runs / name / "pictures" / f"{step:07}-{number:02}.png")}
+        for step in SHOWN if step in set(history.step) for number, prompt in enumerate(config.prompts)
+    ]  # fmt: skip
+    contact_sheet(pd.DataFrame(cells), ["prompt"], ["step"], title=title).save(
+        RESULTS / f"{name}-steps.png", optimize=True
+    )
+
+
 def written(rows: Iterator[dict[str, Any]], name: str) -> pd.DataFrame:
     found = []
     for row in rows:
         found.append(row)
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     table = pd.DataFrame(found).round(4)
-    table.to_csv(HERE / "results" / f"{name}.csv", index=False)
+    table.to_csv(RESULTS / f"{name}.csv", index=False)
     return table
 
 
@@ -137,12 +160,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    (HERE / "results").mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     final = {run.name: sorted(run.glob("?-*.safetensors"))[-1] for run in sorted(options.runs.iterdir()) if (run / "history.jsonl").exists()}  # fmt: skip
     history = [ak.read_history(options.runs / name).assign(run=name) for name in final]
-    pd.concat(history).to_csv(HERE / "results" / "history.csv", index=False)
+    pd.concat(history).to_csv(RESULTS / "history.csv", index=False)
     written(stages(options.runs), "stages")
     table = written(over_k({name: ak.open(path) for name, path in final.items()}), "imports")
+    for name in ("tb0", "tb1"):
+        curves(options.runs, name)
+        title = f"What comes over to {name} of the miniature family, refiner protected"
+        import_curve(table[table.bridge == name], title).axes.figure.savefig(RESULTS / f"{name}-imports.svg")
     bridge = ak.open(final["tb1"])
     good = table[(table.bridge == "tb1") & (table.plain >= table[(table.bridge == "tb1") & (table.k == 0)].plain.max() - 0.1)]  # fmt: skip
     ks = {name: float(rows.k[rows.new.idxmax()]) for name, rows in good.groupby("name")}

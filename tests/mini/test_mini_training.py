@@ -192,7 +192,7 @@ def test_a_build_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
         return build.Stage(name, make, 2, f"how {name}", 0, **more)
 
-    monkeypatch.setattr(build, "STAGES", [stage("a"), stage("b", only_for="c"), stage("c"), stage("d")])
+    monkeypatch.setattr(build, "STAGES", [stage("a"), stage("b", only_for=("c",)), stage("c"), stage("d")])
     events = build.build(tmp_path)
     while made != ["a", "b", "c"]:
         last = next(events)
