@@ -30,7 +30,7 @@ RESULTS = HERE / "results"
 SHOWN = (0, 25, 50, 100, 200, 500, 1000, 1250)  # steps whose pictures are on the contact sheet
 PROMPTS = 60
 HOW = {"steps": 12, "cfg": 3.0, "batch": 60, "seed": 1000}
-KS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+KS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 CYAN, HEART = {"colour": NEW_COLOUR}, {"subject": NEW_SUBJECT}
 
 
@@ -115,14 +115,15 @@ def combined(bridge: Any, ks: Mapping[str, float]) -> Iterator[dict[str, Any]]:
 
 
 def weak(bridge: Any, k: float) -> Iterator[dict[str, Any]]:
-    """The weak derivative at 1x, at its computed multiplier, and around it; saved in float32 and in bf16."""
+    """The weak derivative at 1x, at the multipliers that two bases compute, and between; in float32 and in bf16."""
     base = ak.mini.load("base")
     good = ak.mini.load("base-variant") - base
     for name in ("base-weak", "base-weak-bf16"):
         delta = ak.mini.load(name) - base
-        computed = float(ak.needed_multiplier(delta, on=bridge, basis="reference", reference=k * good))
-        for factor in (1.0, computed / 2, computed, 2 * computed):
-            yield {"name": name, "k": factor, "computed": computed, **imported(bridge.protect("refiner") + factor * delta, CYAN)}  # fmt: skip
+        relative = float(ak.needed_multiplier(delta, on=bridge))
+        reference = float(ak.needed_multiplier(delta, on=bridge, basis="reference", reference=k * good))
+        for factor in sorted({1.0, 100.0, 171.1, 400.0, 700.0, 1000.0, relative, reference}):
+            yield {"name": name, "k": factor, "relative": relative, "reference": reference, **imported(bridge.protect("refiner") + factor * delta, CYAN)}  # fmt: skip
 
 
 def curves(runs: Path, name: str) -> None:
@@ -144,13 +145,18 @@ def curves(runs: Path, name: str) -> None:
     )
 
 
-def written(rows: Iterator[dict[str, Any]], name: str) -> pd.DataFrame:
+def written(rows: Iterator[dict[str, Any]], name: str, of: str | None = None) -> pd.DataFrame:
+    """The table of these rows, as it is on disk: with ``of``, rows of other bridges stay there from before."""
     found = []
     for row in rows:
         found.append(row)
         print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    path = RESULTS / f"{name}.csv"
     table = pd.DataFrame(found).round(4)
-    table.to_csv(RESULTS / f"{name}.csv", index=False)
+    if of and path.exists():
+        before = pd.read_csv(path)
+        table = pd.concat([before[~before[of].isin(table[of])], table])
+    table.to_csv(path, index=False)
     return table
 
 
@@ -162,14 +168,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     RESULTS.mkdir(exist_ok=True)
     final = {run.name: sorted(run.glob("?-*.safetensors"))[-1] for run in sorted(options.runs.iterdir()) if (run / "history.jsonl").exists()}  # fmt: skip
-    history = [ak.read_history(options.runs / name).assign(run=name) for name in final]
-    pd.concat(history).to_csv(RESULTS / "history.csv", index=False)
-    written(stages(options.runs), "stages")
-    table = written(over_k({name: ak.open(path) for name, path in final.items()}), "imports")
-    for name in ("tb0", "tb1"):
+    history = (
+        row for name in final for row in ak.read_history(options.runs / name).assign(run=name).to_dict("records")
+    )
+    written(history, "history", "run")
+    written(stages(options.runs), "stages", "run")
+    table = written(over_k({name: ak.open(path) for name, path in final.items()}), "imports", "bridge")
+    for name in {"tb0", "tb1"} & set(final):
         curves(options.runs, name)
         title = f"What comes over to {name} of the miniature family, refiner protected"
         import_curve(table[table.bridge == name], title).axes.figure.savefig(RESULTS / f"{name}-imports.svg")
+    if "tb1" not in final:
+        return
     bridge = ak.open(final["tb1"])
     good = table[(table.bridge == "tb1") & (table.plain >= table[(table.bridge == "tb1") & (table.k == 0)].plain.max() - 0.1)]  # fmt: skip
     ks = {name: float(rows.k[rows.new.idxmax()]) for name, rows in good.groupby("name")}
