@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+import alkahest as ak
+
 pytestmark = pytest.mark.browser
 WAIT = 60_000  # milliseconds: a kernel's start and imports, beside other tests
 FAMILY = "import alkahest as ak\nfrom alkahest.lab import panels, plots\nv, b, w = (ak.mini.load(n) for n in ('base-weak', 'base', 'turbo'))"  # fmt: skip
@@ -18,10 +20,12 @@ def picture(page: Any, words: str) -> Any:
 
 
 def test_a_typed_multiplier_is_used_as_typed(opened: Callable[..., Any], tmp_path: Path) -> None:
+    delta, on = ak.mini.load("base-weak") - ak.mini.load("base"), ak.mini.load("turbo").protect("refiner")
+    k, survival = (float(ak.needed_multiplier(delta, on=on, basis=basis)) for basis in ("relative", "survival"))
     page = opened("multiplier", FAMILY, "panels.multiplier_panel(v - b, on=w.protect('refiner'))")  # fmt: skip
     page.get_by_role("button", name="Measure").click(timeout=WAIT)
-    picture(page, "k = 93.98")
-    assert page.get_by_text("subtract 10 x add 9.4").first.is_visible()
+    picture(page, f"k = {k:.4g}")
+    assert page.get_by_text(f"subtract 10 x add {k / 10:.4g}").first.is_visible()
     number = page.get_by_label("k", exact=True)
     number.fill("171.1")
     number.press("Enter")
@@ -32,7 +36,7 @@ def test_a_typed_multiplier_is_used_as_typed(opened: Callable[..., Any], tmp_pat
     picture(page, "k = 5000")
     page.get_by_text("k = 5000 lies outside the slider's 0.1 to 1000").wait_for(timeout=WAIT)
     page.get_by_label("basis", exact=True).select_option("survival")
-    picture(page, "k = 13.75")
+    picture(page, f"k = {survival:.4g}")
     assert page.get_by_label("target", exact=True).input_value() == "0.9"
     page.screenshot(path=tmp_path / "multiplier.png")
 
