@@ -134,7 +134,7 @@ def curves(runs: Path, name: str) -> None:
         pipe = ak.pipeline(ak.mini.load(parent))
         images = ak.sample(pipe, list(config.prompts), seed=0, **config.sampling).images
         level[parent] = float(ak.picture_measures(images, pipe).latent_lag1.mean())
-    title = f"{name} of the miniature family: from noise to pictures"
+    title = f"{name} of the miniature family: from the merge to pictures"
     training_curve(history, of=level, title=title).axes.figure.savefig(RESULTS / f"{name}.svg")
     cells = [
         {"prompt": prompt, "step": step, "path": str(runs / name / "pictures" / f"{step:07}-{number:02}.png")}
