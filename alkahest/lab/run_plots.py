@@ -71,6 +71,37 @@ def _mark_stages(axes: list[Axes], history: pandas.DataFrame) -> None:
         start = end
 
 
+def runs_compared(history: pandas.DataFrame, column: str, names: Mapping[str, str] | None = None, title: str | None = None, ax: Axes | None = None) -> Plot:  # fmt: skip
+    """One column of several runs' histories over their steps, a line for each run.
+
+    >>> runs_compared(history, "held_out subjects 64", {"tb1": "averaged refiners", "free": "nothing frozen"})
+
+    ``history`` has a column ``run``; ``names`` choose runs, in order, and say what they are called.
+    """
+    names = dict(names or {run: run for run in history.run.unique()})
+    for run in names:
+        if run not in set(history.run):
+            raise UnknownNameError("plot", "no such run", found=repr(run), fix=nearest(run, set(history.run)))
+    if column not in history.columns:
+        raise UnknownNameError("plot", "no such column", found=repr(column), fix=nearest(column, history.columns))
+    ax = axes_for(ax, (8, 3.6))
+    ends = []
+    for number, (run, name) in enumerate(names.items()):
+        rows = history[history.run == run].dropna(subset=[column])
+        if not len(rows):
+            raise AlkahestError("plot", f"this run measured no {column}", found=repr(run), fix="leave it out of names")
+        ax.plot(rows.step, rows[column], lw=2, label=name, color=COLOURS[number % len(COLOURS)], ls=_LINES[number % len(_LINES)])  # fmt: skip
+        ends.append(f"{name} {rows[column].iloc[-1]:.3g} at step {int(rows.step.iloc[-1])}")
+    ax.set_xlabel("step")
+    what = column.removeprefix("held_out ")
+    ax.set_ylabel(MEASURES.get(column, f"held-out flow loss ({what}),\nmean square error" if what != column else column))  # fmt: skip
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    ax.grid(axis="y", color="0.9")
+    legend_beside(ax)
+    ax.set_title(title or "Runs compared")
+    return Plot(ax, f"{ax.get_title()}: {column}: {'; '.join(ends)}.")
+
+
 def import_curve(table: pandas.DataFrame, title: str | None = None, ax: Axes | None = None) -> Plot:
     """What comes over at which k: a line for the new thing and one for following prompts without it, for each import.
 

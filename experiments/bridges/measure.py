@@ -1,6 +1,7 @@
 """Judge the bridges of the miniature family, what comes over to them and what does not; writes tables and figures.
 
     python experiments/bridges/measure.py runs           # folders of runs by name: runs/tb1, runs/tb0, runs/...
+    python experiments/bridges/measure.py                # the shipped TB-0 and TB-1: what fails, combines, is too weak
 
 Every number is a share of held-out prompts whose pictures the judge finds as asked, 12 steps, cfg 3.
 """
@@ -20,7 +21,7 @@ import torch
 
 import alkahest as ak
 from alkahest.contact_sheet import contact_sheet
-from alkahest.lab.run_plots import import_curve, training_curve
+from alkahest.lab.run_plots import import_curve, runs_compared, training_curve
 from alkahest.mini.judge import attributes
 from alkahest.mini.report import READ, as_asked
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
@@ -29,6 +30,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SHOWN = (0, 25, 50, 100, 200, 500, 1000, 1250)  # steps whose pictures are on the contact sheet
 PROMPTS = 60
+CONTROLS = {
+    "tb1": "averaged refiners, frozen (TB-1)", "base-refiners": "Base's refiners, frozen",
+    "turbo-refiners": "De-Turbo's refiners, frozen", "free": "averaged, nothing frozen",
+    "random-layers": "averaged, frozen; random layers",
+}  # fmt: skip
 HOW = {"steps": 12, "cfg": 3.0, "batch": 60, "seed": 1000}
 KS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 CYAN, HEART = {"colour": NEW_COLOUR}, {"subject": NEW_SUBJECT}
@@ -41,7 +47,10 @@ def drawn(weights: Any, asked: list[Scene], without: tuple[str, ...] = ()) -> pd
 
 def judged(weights: Any, changed: Mapping[str, str] | None = None, count: int = PROMPTS) -> dict[str, float]:
     """Share as asked, attribute by attribute, and the share of each style."""
-    asked = [replace(scene, **(changed or {})) for scene in held_out_prompts(count)]
+    return judged_on(weights, [replace(scene, **(changed or {})) for scene in held_out_prompts(count)])
+
+
+def judged_on(weights: Any, asked: list[Scene]) -> dict[str, float]:
     read = drawn(weights, asked)
     right = as_asked(asked, read)
     return {name: right[name] for name in READ[:-1]} | {
@@ -71,6 +80,15 @@ def stages(runs: Path) -> Iterator[dict[str, Any]]:
             yield {"run": run.name, "stage": path.stem, **judged(weights, count=2 * PROMPTS), **shares}
     for name, weights in (("1:1 merge, De-Turbo", ak.lerp(ak.mini.load("deturbo"), ak.mini.load("base"), 0.5)), ("1:1 merge, Turbo", ak.lerp(ak.mini.load("turbo"), ak.mini.load("base"), 0.5))):  # fmt: skip
         yield {"run": name, "stage": "start", **judged(weights, count=2 * PROMPTS)}
+
+
+def people(bridges: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each bridge asked for people, and for anything else: TB-0 was shown people only."""
+    asked = held_out_prompts(10 * PROMPTS)
+    for name, weights in bridges.items():
+        for what, of in (("people", True), ("anything else", False)):
+            chosen = [scene for scene in asked if (scene.subject in ("man", "woman")) == of][: 2 * PROMPTS]
+            yield {"bridge": name, "asked for": what, "prompts": len(chosen), **judged_on(weights, chosen)}
 
 
 def over_k(bridges: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -103,10 +121,10 @@ def combined(bridge: Any, ks: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     base, deturbo = ak.mini.load("base"), ak.mini.load("deturbo")
     cyan = kept + ks["base-variant"] * (ak.mini.load("base-variant") - base)
     heart = kept + ks["turbo-variant"] * (ak.mini.load("turbo-variant") - deturbo)
-    for t in (0.0, 0.25, 0.5, 0.75, 1.0):
-        both = ak.lerp(cyan, heart, t)
+    sum_of_both = cyan + ks["turbo-variant"] * (ak.mini.load("turbo-variant") - deturbo)
+    for name, t, both in [("lerp of the two imports", t, ak.lerp(cyan, heart, t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("both deltas added", None, sum_of_both)]:  # fmt: skip
         found = judged(both, {**CYAN, **HEART})
-        yield {"name": "lerp of the two imports", "t": t, "cyan": judged(both, CYAN)["colour"], "heart": judged(both, HEART)["subject"], "cyan hearts": min(found["colour"], found["subject"]), **judged(both)}  # fmt: skip
+        yield {"name": name, "t": t, "cyan": judged(both, CYAN)["colour"], "heart": judged(both, HEART)["subject"], "cyan hearts": min(found["colour"], found["subject"]), **judged(both)}  # fmt: skip
     lora = ak.open_lora(ak.mini.lora("turbo-lora"))
     with_lora = deturbo + lora
     derived = with_lora + (ak.mini.load("turbo-variant") - deturbo)
@@ -160,33 +178,47 @@ def written(rows: Iterator[dict[str, Any]], name: str, of: str | None = None) ->
     return table
 
 
+def judge_runs(runs: Path) -> None:
+    """Every run that this folder holds: its history, its stages, what comes over to it, and the bridges' figures."""
+    final = {run.name: sorted(run.glob("?-*.safetensors"))[-1] for run in sorted(runs.iterdir()) if (run / "history.jsonl").exists()}  # fmt: skip
+    rows = (row for name in final for row in ak.read_history(runs / name).assign(run=name).to_dict("records"))
+    history = written(rows, "history", "run")
+    if set(CONTROLS) <= set(history.run):
+        title = "TB-1's first stage and its controls (miniatures)"
+        chosen = history[history.step <= 500]
+        runs_compared(chosen, "held_out subjects 64", CONTROLS, title).axes.figure.savefig(RESULTS / "controls.svg")
+    written(stages(runs), "stages", "run")
+    table = written(over_k({name: ak.open(path) for name, path in final.items()}), "imports", "bridge")
+    for name in {"tb0", "tb1"} & set(final):
+        curves(runs, name)
+        title = f"What comes over to {name} of the miniature family, refiner protected"
+        import_curve(table[table.bridge == name], title).axes.figure.savefig(RESULTS / f"{name}-imports.svg")
+
+
+def judge_shipped() -> None:
+    """The bridges that ship with the package, at the multipliers that `judge_runs` found best on TB-1."""
+    bridge = ak.mini.load("tb1")
+    written(people({"tb0": ak.mini.load("tb0"), "tb1": bridge}), "people")
+    table = pd.read_csv(RESULTS / "imports.csv").query("bridge == 'tb1'")
+    good = table[table.plain >= table[table.k == 0].plain.max() - 0.1]
+    ks = {name: float(rows.k[rows.new.idxmax()]) for name, rows in good.groupby("name")}
+    print("k with prompt following within 10 points:", ks)
+    written(combined(bridge, ks), "combined")
+    written(failures(bridge), "failures")
+    written(weak(bridge, ks["base-variant"]), "weak")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder with a folder for each run")
+    parser.add_argument("runs", type=Path, nargs="?", help="folder with a folder for each run")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     RESULTS.mkdir(exist_ok=True)
-    final = {run.name: sorted(run.glob("?-*.safetensors"))[-1] for run in sorted(options.runs.iterdir()) if (run / "history.jsonl").exists()}  # fmt: skip
-    history = (
-        row for name in final for row in ak.read_history(options.runs / name).assign(run=name).to_dict("records")
-    )
-    written(history, "history", "run")
-    written(stages(options.runs), "stages", "run")
-    table = written(over_k({name: ak.open(path) for name, path in final.items()}), "imports", "bridge")
-    for name in {"tb0", "tb1"} & set(final):
-        curves(options.runs, name)
-        title = f"What comes over to {name} of the miniature family, refiner protected"
-        import_curve(table[table.bridge == name], title).axes.figure.savefig(RESULTS / f"{name}-imports.svg")
-    if "tb1" not in final:
-        return
-    bridge = ak.open(final["tb1"])
-    good = table[(table.bridge == "tb1") & (table.plain >= table[(table.bridge == "tb1") & (table.k == 0)].plain.max() - 0.1)]  # fmt: skip
-    ks = {name: float(rows.k[rows.new.idxmax()]) for name, rows in good.groupby("name")}
-    print("k with prompt following within 10 points:", ks)
-    written(failures(bridge), "failures")
-    written(combined(bridge, ks), "combined")
-    written(weak(bridge, ks["base-variant"]), "weak")
+    if options.runs:
+        judge_runs(options.runs)
+    else:
+        judge_shipped()
 
 
 if __name__ == "__main__":
