@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import alkahest as ak
-from alkahest.errors import AlgebraError, NonFiniteError, OutputError, UnknownNameError, UnsupportedError
+from alkahest.errors import AlgebraError, MismatchError, NonFiniteError, OutputError, UnknownNameError, UnsupportedError
 
 Trio = dict[str, Path]
 
@@ -38,6 +38,22 @@ def test_set_equals_a_fresh_load(trio: Trio, parts: dict[str, Any], tmp_path: Pa
         assert_fresh(live, tmp_path)
         assert live.held_bytes <= live.budget
     assert {name: value.data_ptr() for name, value in live.pipe.transformer.named_parameters()} == places
+
+
+def test_it_becomes_another_expression(trio: Trio, parts: dict[str, Any], tmp_path: Path) -> None:
+    bridge, variant, base = (ak.open(trio[name]) for name in ("bridge", "variant", "base"))
+    live = ak.LiveModel(bridge, parts)
+    protected = live.become(bridge.protect("refiner") + 3 * (variant - base))
+    assert protected.tensors == sum("refiner" not in key for key in bridge.shapes)
+    assert_fresh(live, tmp_path)
+    opened = live.become(bridge + 3 * (variant - base))
+    assert opened.tensors == sum("refiner" in key for key in bridge.shapes)
+    assert_fresh(live, tmp_path)
+    assert live.become(bridge + 3 * (variant - base)).tensors == 0
+    small = ak.open(tiny.write(tmp_path / "small.safetensors", tiny.state(layers=1)))
+    with pytest.raises(MismatchError):
+        live.become(small)
+    assert_fresh(live, tmp_path)
 
 
 def test_only_what_changes_is_rewritten_and_memory_is_counted(trio: Trio, parts: dict[str, Any]) -> None:

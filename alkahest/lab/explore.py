@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import inspect
-import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, UnknownNameError, nearest
-from alkahest.lab.plots import image_tag, png
+from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, number_with_slider
+from alkahest.lab.plots import png
 
-_WAIT = 0.15  # seconds without a change before drawing: a drag of a slider draws once or twice
 _DRAWING = threading.Lock()  # callbacks come from several threads, and matplotlib's caches are shared
-_WIDE = widgets.Layout(width="auto", min_width="16em")
-_STYLE = {"description_width": "initial"}
 
 
-class Explorer(widgets.VBox):  # type: ignore[misc]
+class Explorer(Panel):
     """A picture and the controls that redraw it; see `explore`."""
 
     def __init__(self, draw: Callable[..., str], size: tuple[float, float], controls: dict[str, Any]) -> None:
+        super().__init__()
         self._draw = draw
         self._size = size
-        self._timer: threading.Timer | None = None
         self._ranges: dict[str, tuple[float, float]] = {}
-        self._png = b""
-        self.alt = ""
+        self._redraw = Redraw(self._drawn, self.alert)
         self.controls: dict[str, Any] = {}
         rows = [self._row(name, default, controls.get(name)) for name, default in _defaults(draw, controls).items()]
-        self.picture = widgets.HTML()
-        self.status = widgets.HTML()
-        super().__init__([widgets.HBox(rows, layout=widgets.Layout(flex_flow="row wrap")), self.picture, self.status])
+        self.children = [widgets.HBox(rows, layout=widgets.Layout(flex_flow="row wrap")), self.picture, self.status]
         for control in self.controls.values():
-            control.observe(lambda _: self._later(), names="value")
+            control.observe(lambda _: self._redraw.request(), names="value")
         self.redraw()
 
     @property
@@ -48,17 +41,16 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
 
     def redraw(self) -> None:
         """Draw now, in this thread; what goes wrong is said in the status line."""
+        self._redraw.now()
+
+    def _drawn(self) -> Iterator[None]:
         with _DRAWING:
             values = self.values
             figure = Figure(figsize=self._size, layout="constrained", facecolor="white")
-            try:
-                self.alt = str(self._draw(figure, **values))
-                self._png = png(figure)
-            except Exception as error:
-                self.status.value = f"<pre role='alert'>{html.escape(reason_of(error))}</pre>"
-                return
-            self.picture.value = image_tag(self._png, self.alt)
+            alt = str(self._draw(figure, **values))
+            self.show(png(figure), alt)
             self.status.value = "<br>".join(html.escape(line, quote=False) for line in self._outside(values))
+        yield
 
     def _row(self, name: str, default: Any, given: Any) -> Any:
         control, slider, bounds = _control(name, default, given)
@@ -67,21 +59,9 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
             self._ranges[name] = bounds
         return control if slider is None else widgets.VBox([control, slider])
 
-    def _later(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = threading.Timer(_WAIT, self.redraw)
-        self._timer.daemon = True
-        self._timer.start()
-
     def _outside(self, values: dict[str, Any]) -> list[str]:
         found = [(name, values[name], *bounds) for name, bounds in self._ranges.items()]
         return [f"{name} = {value:g} lies outside the slider's {low:g} to {high:g}; it is used as it stands" for name, value, low, high in found if not low <= value <= high]  # fmt: skip
-
-    def _repr_mimebundle_(self, **given: Any) -> Any:
-        # The picture goes with the notebook, so that it reads without a kernel.
-        bundle = super()._repr_mimebundle_(**given)
-        return {**(bundle or {}), "image/png": base64.b64encode(self._png).decode(), "text/plain": self.alt}
 
 
 def explore(draw: Callable[..., str], *, size: tuple[float, float] = (9, 4.5), **controls: Any) -> Explorer:
@@ -111,7 +91,7 @@ def _defaults(draw: Callable[..., str], controls: dict[str, Any]) -> dict[str, A
 
 def _control(name: str, default: Any, given: Any) -> tuple[Any, Any, tuple[float, float] | None]:
     """A control for one argument; a slider that writes into it and its range, if one was asked for."""
-    label = {"description": name.replace("_", " "), "style": _STYLE, "layout": _WIDE}
+    label = {"description": name.replace("_", " "), "style": STYLE, "layout": WIDE}
     if isinstance(given, tuple):
         return _number_with_slider(name, default, given, label)
     if isinstance(given, Sequence) and not isinstance(given, str):
@@ -130,18 +110,4 @@ def _number_with_slider(name: str, default: Any, given: tuple[Any, ...], label: 
     log = kind == ["log"]
     if not low < high or (log and low <= 0) or (kind and not log):
         raise AlkahestError("explore", f"the range of {name} cannot be a slider", expected="(low, high) or (low, high, 'log')", found=given)  # fmt: skip
-    box = widgets.FloatText(value=float(default), **label)
-    # readout=False: the box shows the number, and the slider's own is rounded to its step.
-    common = {"description": f"{label['description']} (slider)", "readout": False, "style": _STYLE}
-    inside = min(max(float(default), low), high)
-    if log:
-        slider = widgets.FloatLogSlider(value=inside, min=math.log10(low), max=math.log10(high), step=0.01, **common)
-    else:
-        slider = widgets.FloatSlider(value=inside, min=low, max=high, step=(high - low) / 200, **common)
-    slider.observe(lambda change: setattr(box, "value", float(f"{change['new']:.4g}")), names="value")
-    return box, slider, (float(low), float(high))
-
-
-def reason_of(error: Exception) -> str:
-    """What a person is told of an error: ours explain themselves, others need their kind."""
-    return str(error) if isinstance(error, AlkahestError) else f"{type(error).__name__}: {error}"
+    return *number_with_slider(label["description"], default, low, high, log), (float(low), float(high))

@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from alkahest.files import size_text
-from alkahest.lab.explore import reason_of
+from alkahest.lab.panel import reason_of
 
 
 class Job(widgets.VBox):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The workbench's panels: a delta browser, a multiplier panel, and the ranks of a LoRA."""
+"""The workbench's panels, all of them: what measures a delta is here, the others are imported from their modules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from alkahest.delta_table import stream_delta_table
 from alkahest.errors import AlgebraError, AlkahestError
 from alkahest.expr import Delta, Weights, ends
 from alkahest.lab import plots
+from alkahest.lab.checkpoint_picker import checkpoint_picker as checkpoint_picker
 from alkahest.lab.explore import Explorer, explore
 from alkahest.lab.jobs import Job
+from alkahest.lab.live_merge import live_merge as live_merge
+from alkahest.lab.sampling_grid import sampling_grid as sampling_grid
+from alkahest.lab.training_monitor import training_monitor as training_monitor
 from alkahest.lora.rank import RULES
 from alkahest.lora.ranks import lora_ranks
 from alkahest.multiplier import BASES, Multiplier, multiplier_of, not_protected

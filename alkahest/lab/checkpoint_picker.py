@@ -1,0 +1,128 @@
+"""The checkpoint picker: what lies in a folder, what each file's header says, and which lineage it comes from."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from alkahest.check import stream_nearest_base
+from alkahest.checkpoint import Checkpoint
+from alkahest.checkpoint import open as open_checkpoint
+from alkahest.errors import AlkahestError
+from alkahest.expr import Weights
+from alkahest.files import size_text
+from alkahest.lab.jobs import Job
+from alkahest.lab.panel import STYLE, reason_of
+from alkahest.work import Event
+
+_DEPTH, _MOST, _ENTRIES = 4, 500, 20_000  # folders deep, checkpoints listed, files looked at: a disk is not searched
+_WIDE = widgets.Layout(width="100%")
+
+
+def checkpoint_picker(folder: str | Path = ".", bases: Mapping[str, Weights] | None = None) -> CheckpointPicker:
+    """Choose a checkpoint among a folder's: its header at once, and on request which base it was trained from.
+
+    >>> picker = panels.checkpoint_picker("~/ComfyUI/models/diffusion_models", bases={"base": base, "turbo": turbo})
+    >>> picker.checkpoint                        # the chosen one, opened
+
+    Single files, sharded ones and diffusers folders are found. Candidates for the lineage are the ``bases``
+    given and the files marked in the second list; the nearest one is the base, in one pass over both.
+    """
+    return CheckpointPicker(Path(folder), dict(bases or {}))
+
+
+class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
+    """See `checkpoint_picker`. ``value`` is the path chosen, ``lineage`` what `nearest_base` found."""
+
+    def __init__(self, folder: Path, bases: Mapping[str, Weights]) -> None:
+        self._bases = bases
+        self.checkpoint: Checkpoint | None = None
+        self.lineage: Any = None
+        self.folder = widgets.Text(
+            value=str(folder), description="folder", continuous_update=False, style=STYLE, layout=_WIDE
+        )
+        self.files = widgets.Select(description="checkpoints", rows=8, style=STYLE, layout=_WIDE)
+        self.candidates = widgets.SelectMultiple(description="bases to try", rows=4, style=STYLE, layout=_WIDE)
+        self.header, self.answer, self.status = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.job = Job(self._guessed, on_result=self._answered, title="Guess lineage")
+        self.folder.observe(lambda _: self.look(), "value")
+        self.files.observe(lambda _: self._chosen(), "value")
+        super().__init__([self.folder, self.status, self.files, self.header, self.candidates, self.job, self.answer])
+        self.look()
+
+    @property
+    def value(self) -> Path | None:
+        """The path of the chosen checkpoint."""
+        return self.files.value  # type: ignore[no-any-return]
+
+    def look(self) -> None:
+        """Read the folder again."""
+        place = Path(self.folder.value).expanduser()
+        found = list(checkpoints_in(place))
+        options = [(f"{path.relative_to(place)}  {size_text(size)}", path) for path, size in found]
+        self.candidates.options = options
+        self.files.options = options
+        self.files.index = 0 if options else None
+        text = f"{len(found)} checkpoints" + (f" (the first {_MOST})" if len(found) == _MOST else "")
+        self._say(text if place.is_dir() else f"there is no folder {place}")
+        self._chosen()
+
+    def _chosen(self) -> None:
+        self.checkpoint, self.answer.value = None, ""
+        if self.value is None:
+            self.header.value = ""
+            return
+        try:
+            self.checkpoint = open_checkpoint(self.value)
+            self.header.value = self.checkpoint._repr_html_()
+        except AlkahestError as error:
+            self.header.value = f"<pre role='alert' style='white-space:pre-wrap'>{html.escape(reason_of(error))}</pre>"
+
+    def _guessed(self) -> Iterator[Event]:
+        if self.checkpoint is None:
+            raise AlkahestError("guess lineage", "no checkpoint is chosen", fix="choose one in the first list")
+        marked = {path.stem: open_checkpoint(path) for path in self.candidates.value}
+        tried = {name: one for name, one in {**self._bases, **marked}.items() if one != self.checkpoint}
+        if not tried:
+            raise AlkahestError("guess lineage", "there is nothing to compare with", fix="mark its possible bases in the second list")  # fmt: skip
+        yield from stream_nearest_base(self.checkpoint, tried)
+
+    def _answered(self, found: Any) -> None:
+        self.lineage = found
+        self.answer.value = found._repr_html_()
+
+    def _say(self, text: str) -> None:
+        self.status.value = f"<pre role='status' style='margin:0'>{html.escape(text)}</pre>"
+
+
+def checkpoints_in(folder: Path, depth: int = _DEPTH) -> Iterator[tuple[Path, int]]:
+    """Checkpoints in a folder and below it, with their bytes: files, indices of shards, diffusers transformers."""
+    yield from islice(_in_order(folder, depth, count()), _MOST)
+
+
+def _in_order(folder: Path, depth: int, looked_at: Iterator[int]) -> Iterator[tuple[Path, int]]:
+    try:
+        entries = sorted(path for path in folder.iterdir() if next(looked_at) < _ENTRIES)
+    except OSError:  # not there, not a folder, not for us to read
+        return
+    if (folder / "config.json").exists() and (shards := [path for path in entries if path.suffix == ".safetensors"]):
+        yield folder, sum(path.stat().st_size for path in shards)
+        return
+    sharded = [path for path in entries if path.name.endswith(".safetensors.index.json")]
+    for index in sharded:
+        stem = index.name.removesuffix(".safetensors.index.json")
+        yield index, sum(path.stat().st_size for path in entries if _is_shard(path, stem))
+    for path in entries:
+        if path.is_dir() and depth > 0 and not path.name.startswith("."):
+            yield from _in_order(path, depth - 1, looked_at)
+        elif path.suffix == ".safetensors" and path.is_file() and not any(_is_shard(path, i.name.removesuffix(".safetensors.index.json")) for i in sharded):  # fmt: skip
+            yield path, path.stat().st_size
+
+
+def _is_shard(path: Path, stem: str) -> bool:
+    return path.suffix == ".safetensors" and path.name.startswith(f"{stem}-")

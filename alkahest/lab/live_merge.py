@@ -1,0 +1,242 @@
+"""The live merge: a multiplier for each delta, by part if wanted, LoRA strengths, and the picture that follows."""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+import pandas as pd
+
+from alkahest.errors import AlgebraError, OutputError
+from alkahest.expr import Delta, Weights
+from alkahest.files import write_file
+from alkahest.hashes import blake3_of
+from alkahest.keys import part_of
+from alkahest.lab.jobs import Job
+from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, number_with_slider
+from alkahest.lab.plots import image_tag
+from alkahest.lab.strip import strip
+from alkahest.live_model import LiveModel
+from alkahest.measures import picture_measures
+from alkahest.options import Options
+from alkahest.sample import sample
+from alkahest.stream import readers_of, recipe_of
+from alkahest.work import Event
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_DRAWING = threading.Lock()  # one live merge draws at a time: two would halve each other's speed
+_PREVIEW = 0.25  # seconds between previews
+_AREA = widgets.Layout(width="auto", min_width="28em", height="4.5em")
+_WRAP = widgets.Layout(flex_flow="row wrap")
+
+
+def live_merge(
+    bridge: Weights, deltas: Mapping[str, Delta], prompts: str | Sequence[str], components: Any = None, *,
+    loras: Mapping[str, Delta] | None = None, protect: str = "refiner", parts: Sequence[str] = (), k: float | Mapping[str, float] = 1.0,
+    sampling: Mapping[str, Any] | None = None, look: Callable[[Sequence[Image]], pd.DataFrame] = picture_measures,
+    **options: Any,
+) -> LiveMerge:  # fmt: skip
+    """Merge while looking: numbers for every delta and LoRA, and the picture and its measures follow.
+
+    >>> panels.live_merge(bridge, {"artshoot": variant - base}, ["a red fox at night"], "Tongyi-MAI/Z-Image")
+
+    ``k`` is where multipliers begin, by name if they differ; LoRAs begin at 0. Number boxes take any
+    value. ``parts`` are patterns with a factor of their own, such as ``"layers.0-9"``; by default every part has one. ``look`` turns pictures into a table of measures whose means are shown. ``sampling`` are the
+    first settings (``steps``, ``cfg``, ``shift``, ``seed``, ``negative_prompt``); ``options`` are the
+    `LiveModel`'s. ``.expression`` is what the controls say, and *Save recipe* writes it for
+    ``alkahest merge --recipe``. Raises AlgebraError if something is no delta.
+    """
+    for name, delta in {**deltas, **(loras or {})}.items():
+        if not isinstance(delta, Delta):
+            raise AlgebraError("live_merge", f"{name} is no difference", expected="variant - base, or ak.open_lora(path)", found=type(delta).__name__)  # fmt: skip
+    starts = k if isinstance(k, Mapping) else dict.fromkeys(deltas, k)
+    rows = [
+        _Row(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts) for name, delta in deltas.items()
+    ]
+    rows += [_Row(name, lora, 0.0, (0.0, 2.0), False, parts) for name, lora in (loras or {}).items()]
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return LiveMerge(bridge, rows, texts, LiveModel(bridge, components, **options), protect, dict(sampling or {}), look)
+
+
+class _Row(widgets.VBox):  # type: ignore[misc]
+    """One delta's multiplier, and one for each of its parts behind a checkbox."""
+
+    def __init__(
+        self, name: str, delta: Delta, k: float, bounds: tuple[float, float], log: bool, parts: Sequence[str]
+    ) -> None:
+        self.delta, self.name = delta, name
+        self.k, slider = number_with_slider(f"k of {name}" if log else f"strength of {name}", k, *bounds, log)
+        parts = parts or list(dict.fromkeys(part_of(key).split(".")[0] for key in delta.shapes))
+        self.parts = {part: widgets.FloatText(value=1.0, description=f"{name}: {part} x", style=STYLE, layout=WIDE) for part in parts}  # fmt: skip
+        self.by_part = widgets.Checkbox(value=False, description=f"{name}: by part", style=STYLE, indent=False)
+        box = widgets.VBox(list(self.parts.values()), layout=widgets.Layout(display="none"))
+        self.by_part.observe(lambda change: setattr(box.layout, "display", None if change["new"] else "none"), "value")
+        super().__init__([self.k, slider, self.by_part, box])
+
+    @property
+    def controls(self) -> list[Any]:
+        return [self.k, self.by_part, *self.parts.values()]
+
+    @property
+    def scaled(self) -> Delta | None:
+        """The delta times what the boxes say; None at 0."""
+        if self.k.value == 0:
+            return None
+        factors = {part: box.value for part, box in self.parts.items() if box.value != 1} if self.by_part.value else {}
+        delta = self.delta.scaled(factors) if factors else self.delta
+        return delta * float(self.k.value)
+
+
+class LiveMerge(Panel):
+    """See `live_merge`. ``images`` and ``measures`` are those of the picture shown, ``kept`` a row for each kept one."""
+
+    def __init__(self, bridge: Weights, rows: list[_Row], prompts: list[str], live: LiveModel, protect: str, sampling: dict[str, Any], look: Callable[[Sequence[Image]], pd.DataFrame]) -> None:  # fmt: skip
+        super().__init__()
+        self.bridge, self.rows, self.live, self._pattern, self._look = bridge, rows, live, protect, look
+        self.images: list[Image] = []
+        self.measures: dict[str, float] = {}
+        self._shown: Weights = bridge
+        self._kept: list[dict[str, Any]] = []
+        self._redraw = Redraw(self._drawn, self.alert)
+        self.protect = widgets.Checkbox(value=True, description=f"protect {', '.join(bridge.protection) or protect}", disabled=bool(bridge.protection), style=STYLE, indent=False)  # fmt: skip
+        self.settings = _sampling_controls(prompts, sampling)
+        self._arrange()
+        for control in [self.protect, *self.settings.values(), *(c for row in rows for c in row.controls)]:
+            control.observe(lambda _: self._redraw.request(), names="value")
+        self._redraw.now()
+
+    @property
+    def expression(self) -> Weights:
+        """What the controls say: what is drawn, and what a recipe records."""
+        whole = self.bridge
+        if self.protect.value and not whole.protection:
+            whole = whole.protect(self._pattern)
+        for row in self.rows:
+            if (delta := row.scaled) is not None:
+                whole = whole + delta
+        return whole
+
+    @property
+    def kept(self) -> pd.DataFrame:
+        """Recipe text and measures of what was kept."""
+        return pd.DataFrame([{"recipe": one["recipe"], **one["measures"]} for one in self._kept])
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Block until the picture follows the controls; for scripts and tests."""
+        self._redraw.wait(seconds)
+
+    def cancel(self) -> None:
+        """Stop drawing; the picture that was there stays."""
+        self._redraw.cancel()
+        self.say("cancelled")
+
+    def keep(self) -> None:
+        """Put the picture aside, to compare with what comes."""
+        if self.images:
+            self._kept.append({"recipe": self._shown.text(), "png": self._png, "measures": self.measures})
+            self._set_beside()
+
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._kept.clear()
+        self._set_beside()
+
+    def _arrange(self) -> None:
+        self.bar = widgets.FloatProgress(min=0.0, max=1.0)
+        self.cancel_button = widgets.Button(description="Cancel", disabled=True, tooltip="Stop drawing")
+        keep = widgets.Button(description="Keep", tooltip="Put this picture aside, to compare")
+        forget = widgets.Button(description="Forget kept", tooltip="Drop the pictures that were kept")
+        for button, pressed in ((self.cancel_button, self.cancel), (keep, self.keep), (forget, self.forget)):
+            button.on_click(lambda _, pressed=pressed: pressed())
+        self.table, self.comparison = widgets.HTML(), widgets.HTML()
+        self.recipe_path = widgets.Text(value="merge.json", description="recipe file", style=STYLE)
+        self.model_path = widgets.Text(value="merged.safetensors", description="model file", style=STYLE)
+        self.save_recipe = Job(self._recipe_saved, title="Save recipe")
+        self.save_model = Job(lambda: self.expression.stream(self.model_path.value), unit="B", title="Save model")
+        self.children = [
+            widgets.HBox([*self.rows, widgets.VBox([self.protect, *list(self.settings.values())[2:]])], layout=_WRAP),
+            widgets.HBox(list(self.settings.values())[:2], layout=_WRAP),
+            widgets.HBox([self.cancel_button, keep, forget, self.bar]),
+            widgets.HBox([self.picture, self.table], layout=_WRAP),
+            self.status,
+            self.comparison,
+            widgets.HBox([self.recipe_path, self.save_recipe], layout=_WRAP),
+            widgets.HBox([self.model_path, self.save_model], layout=_WRAP),
+        ]
+
+    def _drawn(self) -> Iterator[None]:
+        self.cancel_button.disabled = False
+        while not _DRAWING.acquire(timeout=0.1):
+            self.say("waiting: another live merge is drawing")
+            yield
+        try:
+            with self.live.lock:
+                yield from self._sampled(time.monotonic())
+        finally:
+            _DRAWING.release()
+            self.bar.value, self.cancel_button.disabled = 0.0, True
+            if self._png:
+                self.show(self._png, self.alt)  # a preview may be in its place
+
+    def _sampled(self, started: float) -> Iterator[None]:
+        wanted, shown = self.expression, started
+        values = {name: control.value for name, control in self.settings.items()}
+        prompts = [line.strip() for line in values.pop("prompts").splitlines() if line.strip()]
+        change = self.live.become(wanted)
+        yield
+        run = sample(self.live, prompts, **values)
+        previews: list[Image] = []
+        for step in run:
+            self.bar.value = step.done / step.total
+            if time.monotonic() - shown > _PREVIEW and step.result is None:
+                shown, previews = time.monotonic(), step.previews()
+                self.picture.value = image_tag(strip(previews), "preview of what is being drawn")
+            yield
+        self.images, self._shown = run.images, wanted
+        self.measures = {name: float(value) for name, value in self._look(self.images).mean(numeric_only=True).items()}
+        pictured = "; ".join(f"{number}. {text}" for number, text in enumerate(prompts, 1))
+        self.show(strip(self.images), f"{wanted.text()}: {pictured}")
+        self._set_beside()
+        took = (
+            f"{change.tensors} tensors rewritten in {change.seconds:.2f} s, drawn in {time.monotonic() - started:.1f} s"
+        )
+        self.say("\n".join([wanted.text(), took, *wanted.dropped()]))
+
+    def _set_beside(self) -> None:
+        columns = {"now": self.measures} | {f"kept {n}": one["measures"] for n, one in enumerate(self._kept, 1)}
+        self.table.value = pd.DataFrame(columns).to_html(float_format="{:.4g}".format, border=0)
+        figures = [
+            f"<figure style='margin:0.5em 0'>{image_tag(one['png'], one['recipe'])}<figcaption>kept {number}: <code>{html.escape(one['recipe'])}</code></figcaption></figure>"
+            for number, one in enumerate(self._kept, 1)
+        ]
+        self.comparison.value = "".join(figures)
+
+    def _recipe_saved(self) -> Iterator[Event]:
+        expression, path = self.expression, Path(self.recipe_path.value).expanduser()
+        if path.suffix != ".json":
+            raise OutputError("save recipe", "a recipe is a .json file", file=path, fix=str(path.with_suffix(".json")))
+        readers, hashes = readers_of(expression), {}
+        for number, reader in enumerate(readers):
+            yield Event(number, len(readers), reader.path.name)
+            (hashes[reader],) = blake3_of([reader])
+        write_file(path, (recipe_of(expression, Options(), hashes).to_json() + "\n").encode())
+        yield Event(len(readers), len(readers), path.name, path)
+
+
+def _sampling_controls(prompts: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    style: dict[str, Any] = {"style": STYLE, "continuous_update": False}
+    return {
+        "prompts": widgets.Textarea(value="\n".join(prompts), description="prompts, one a line", layout=_AREA, **style),
+        "negative_prompt": widgets.Textarea(value=given.get("negative_prompt", ""), description="negative prompt", layout=_AREA, **style),
+        "seed": widgets.IntText(value=given.get("seed", 0), description="seed", layout=WIDE, **style),
+        "steps": widgets.IntText(value=given.get("steps", 24), description="steps", layout=WIDE, **style),
+        "cfg": widgets.FloatText(value=given.get("cfg", 2.0), description="cfg", layout=WIDE, **style),
+        "shift": widgets.FloatText(value=given.get("shift", 3.0), description="shift", layout=WIDE, **style),
+    }  # fmt: skip

@@ -1,0 +1,126 @@
+"""What every panel is made of: a picture, a line of status, and drawing in a thread that the newest request wins."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ipywidgets as widgets
+
+from alkahest.errors import AlkahestError
+from alkahest.lab.plots import image_tag
+
+REST = 0.15  # seconds without a change before drawing: a drag of a slider draws once or twice
+WIDE = widgets.Layout(width="auto", min_width="16em")
+STYLE = {"description_width": "initial"}
+
+
+class Panel(widgets.VBox):  # type: ignore[misc]
+    """Controls, a picture with alt text, and a status line. The picture goes with the notebook, for who has no kernel."""
+
+    def __init__(self) -> None:
+        self.alt = ""
+        self._png = b""
+        self.picture = widgets.HTML()
+        self.status = widgets.HTML()
+        super().__init__()
+
+    def show(self, png: bytes, alt: str) -> None:
+        """Put a picture in place of the one before."""
+        self._png, self.alt = png, alt
+        self.picture.value = image_tag(png, alt)
+
+    def say(self, text: str) -> None:
+        """A line under the picture, which screen readers speak when they are idle."""
+        self.status.value = f"<pre role='status' style='margin:0; white-space:pre-wrap'>{html.escape(text, quote=False)}</pre>" if text else ""  # fmt: skip
+
+    def alert(self, error: Exception) -> None:
+        """Say what went wrong, where the person looks."""
+        self.status.value = f"<pre role='alert' style='white-space:pre-wrap'>{html.escape(reason_of(error))}</pre>"
+
+    def _repr_mimebundle_(self, **given: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**given) or {}
+        still = {"image/png": base64.b64encode(self._png).decode()} if self._png else {}
+        return {**bundle, **still, "text/plain": self.alt or type(self).__name__}
+
+
+class Redraw:
+    """Does the work of the newest request, once requests rest, in a thread of its own.
+
+    >>> redraw = Redraw(lambda: draw(), panel.alert); redraw.request(); redraw.cancel()
+
+    ``work`` returns a generator for each request. A newer request or `cancel` closes it at its next
+    event; what it raises goes to ``failed``.
+    """
+
+    def __init__(self, work: Callable[[], Iterator[Any]], failed: Callable[[Exception], None]) -> None:
+        self._work, self._failed = work, failed
+        self._number = 0
+        self._counting, self._working = threading.Lock(), threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def request(self) -> None:
+        """Work soon, instead of whatever was asked for before."""
+        self._timer = threading.Timer(REST, self._run, [self._next()])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def now(self) -> None:
+        """Work in this thread, and return when it is done."""
+        self._run(self._next())
+
+    def cancel(self) -> None:
+        """Stop after the event at hand, and forget what waits."""
+        self._next()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Block until nothing is asked for; for scripts and tests."""
+        if self._timer is not None:
+            self._timer.join(seconds)
+
+    @property
+    def working(self) -> bool:
+        return self._working.locked()
+
+    def _next(self) -> int:
+        with self._counting:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._number += 1
+            return self._number
+
+    def _run(self, number: int) -> None:
+        with self._working:
+            if number != self._number:
+                return
+            try:
+                with contextlib.closing(self._work()) as events:  # type: ignore[type-var]
+                    for _ in events:
+                        if number != self._number:
+                            return
+            except Exception as error:  # shown where the person looks, instead of in a thread's traceback
+                self._failed(error)
+
+
+def reason_of(error: Exception) -> str:
+    """What a person is told of an error: ours explain themselves, others need their kind."""
+    return str(error) if isinstance(error, AlkahestError) else f"{type(error).__name__}: {error}"
+
+
+def number_with_slider(name: str, value: float, low: float, high: float, log: bool = False) -> tuple[Any, Any]:
+    """A number box that takes any number, and a slider that writes into it and never back."""
+    box = widgets.FloatText(value=float(value), description=name, style=STYLE, layout=WIDE)
+    # readout=False: the box shows the number, and the slider's own is rounded to its step.
+    common = {"description": f"{name} (slider)", "readout": False, "style": STYLE}
+    inside = min(max(float(value), low), high)
+    if log:
+        slider = widgets.FloatLogSlider(value=inside, min=math.log10(low), max=math.log10(high), step=0.01, **common)
+    else:
+        slider = widgets.FloatSlider(value=inside, min=low, max=high, step=(high - low) / 200, **common)
+    slider.observe(lambda change: setattr(box, "value", float(f"{change['new']:.4g}")), names="value")
+    return box, slider

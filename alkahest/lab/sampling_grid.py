@@ -1,0 +1,99 @@
+"""The sampling grid: lists of values for named scalars and sampling settings, and the pictures of every combination."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+
+from alkahest.errors import AlkahestError
+from alkahest.lab.jobs import Job
+from alkahest.lab.panel import STYLE, WIDE, Panel
+from alkahest.lab.strip import png_bytes
+from alkahest.live_model import LiveModel
+from alkahest.sweep import Cells, SweepEvent, stream_sweep
+
+_AREA = widgets.Layout(width="auto", min_width="28em", height="4.5em")
+_FIRST: dict[str, Sequence[float]] = {"shift": [3.0], "cfg": [2.0], "steps": [24]}
+
+
+def sampling_grid(live: LiveModel, prompts: str | Sequence[str], *, over: Mapping[str, Sequence[float]] | None = None, negative_prompts: Sequence[str] = ("",), seeds: Sequence[int] = (0,), **fixed: Any) -> SamplingGrid:  # fmt: skip
+    """Draw a prompt over shift, cfg, steps, negative prompts, seeds and the model's named scalars, and compare.
+
+    >>> panels.sampling_grid(live, "a red fox at night", over={"k": [0, 171.1], "shift": [3, 6, 12]})
+
+    Every box takes numbers with commas between them; ``over`` says what is in them at first. What was drawn
+    before is not drawn again. ``.table`` is the `sweep`'s DataFrame. ``fixed`` settings (``width``) have no box.
+    """
+    numbers: dict[str, Sequence[float]] = {name: [value] for name, value in live.params.items()}
+    numbers |= _FIRST | dict(over or {})
+    return SamplingGrid(live, [prompts] if isinstance(prompts, str) else list(prompts), numbers, negative_prompts, seeds, fixed)  # fmt: skip
+
+
+class SamplingGrid(Panel):
+    """See `sampling_grid`."""
+
+    def __init__(self, live: LiveModel, prompts: Sequence[str], numbers: Mapping[str, Sequence[float]], negative: Sequence[str], seeds: Sequence[int], fixed: Mapping[str, Any]) -> None:  # fmt: skip
+        super().__init__()
+        self.live, self._fixed = live, fixed
+        self.table: Cells | None = None
+        self.prompts = _lines("prompts, one a line", prompts)
+        self.negative_prompts = _lines("negative prompts, one a line", negative)
+        self.boxes = {name: _listed(name, values) for name, values in {**numbers, "seed": seeds}.items()}
+        self.job = Job(self._drawn, on_result=self._show_table, title="Draw")
+        self.children = [
+            widgets.HBox([self.prompts, self.negative_prompts], layout=widgets.Layout(flex_flow="row wrap")),
+            widgets.HBox(list(self.boxes.values()), layout=widgets.Layout(flex_flow="row wrap")),
+            self.job,
+            self.picture,
+            self.status,
+        ]
+
+    def _drawn(self) -> Iterator[SweepEvent]:
+        values = {name: numbers(box.value, name, whole=name in ("seed", "steps")) for name, box in self.boxes.items()}
+        seeds = [int(seed) for seed in values.pop("seed")]
+        # An empty line among several is a negative prompt: none at all.
+        negative = list(dict.fromkeys(line.strip() for line in self.negative_prompts.value.split("\n")))
+        prompts = [line.strip() for line in self.prompts.value.splitlines() if line.strip()]
+        if not prompts:
+            raise AlkahestError("sampling_grid", "there is no prompt", fix="write one a line")
+        yield from stream_sweep(self.live, prompts, {**values, "negative_prompt": negative}, seeds=seeds, **self._fixed)
+
+    def _show_table(self, table: Cells) -> None:
+        self.table = table
+        varying = [name for name in table.columns[: list(table.columns).index("seed") + 1] if table[name].nunique() > 1]
+        failed = int(table.path.isna().sum())
+        over = ", ".join(varying) or "nothing varied"
+        self.show(
+            png_bytes(table.contact_sheet()),
+            f"{len(table)} pictures over {over}" + (f", {failed} failed" if failed else ""),
+        )
+        self.say("; ".join(dict.fromkeys(table.error.dropna())) if failed else "")
+
+
+def numbers(text: str, name: str, whole: bool = False) -> list[Any]:
+    """Numbers with commas between them: ``"0, 10, 171.1"``. AlkahestError says which one is none."""
+    found: list[Any] = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        try:
+            value = int(piece) if whole else float(piece)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            kind = "whole numbers" if whole else "numbers"
+            raise AlkahestError("sampling_grid", f"{name} takes {kind} with commas between them", found=repr(piece))
+        found.append(value)
+    if not found:
+        raise AlkahestError("sampling_grid", f"{name} is empty", expected="at least one number")
+    return list(dict.fromkeys(found))
+
+
+def _listed(name: str, values: Sequence[float]) -> Any:
+    text = ", ".join(f"{value:.10g}" for value in values)
+    return widgets.Text(value=text, description=name.replace("_", " "), style=STYLE, layout=WIDE)
+
+
+def _lines(label: str, texts: Sequence[str]) -> Any:
+    return widgets.Textarea(value="\n".join(texts), description=label, style=STYLE, layout=_AREA)

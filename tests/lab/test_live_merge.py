@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import base64
+import html
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import until
+
+import alkahest as ak
+from alkahest.errors import AlgebraError
+from alkahest.lab.live_merge import LiveMerge, live_merge
+from alkahest.provenance import build, read_recipe
+
+SAMPLING = {"steps": 2, "cfg": 1.0, "seed": 3}
+PROMPTS = ["a red ball by day", "a blue house at night"]
+
+
+@pytest.fixture
+def parts() -> tuple[Any, Any, Any]:
+    bridge, base, deturbo = (ak.mini.load(name) for name in ("tb1", "base", "deturbo"))
+    return bridge, ak.mini.load("base-variant") - base, ak.mini.load("turbo-variant") - deturbo
+
+
+@pytest.fixture
+def panel(parts: tuple[Any, Any, Any]) -> LiveMerge:
+    bridge, cyan, heart = parts
+    lora = ak.open_lora(ak.mini.lora("turbo-lora"))
+    return live_merge(bridge, {"cyan": cyan, "heart": heart}, PROMPTS, loras={"style": lora}, k={"cyan": 2.0, "heart": 0.0}, sampling=SAMPLING)  # fmt: skip
+
+
+def drawn(weights: Any) -> list[bytes]:
+    return [image.tobytes() for image in ak.sample(ak.pipeline(weights), PROMPTS, **SAMPLING).images]
+
+
+def shown(panel: LiveMerge) -> list[bytes]:
+    return [image.tobytes() for image in panel.images]
+
+
+def test_the_picture_is_that_of_the_expression(panel: LiveMerge, parts: tuple[Any, Any, Any]) -> None:
+    bridge, cyan, heart = parts
+    assert panel.expression.text() == (bridge.protect("refiner") + 2.0 * cyan).text()
+    assert shown(panel) == drawn(bridge.protect("refiner") + 2.0 * cyan)
+    cyan_row, heart_row, style = panel.rows
+    cyan_row.k.value, heart_row.k.value = 171.1, 1.5
+    cyan_row.by_part.value = True
+    cyan_row.parts["layers"].value = 0.5
+    style.k.value = 0.25
+    panel.wait(60)
+    lora = style.delta
+    wanted = bridge.protect("refiner") + 171.1 * cyan.scaled({"layers": 0.5}) + 1.5 * heart + 0.25 * lora
+    assert panel.expression.text() == wanted.text()
+    assert shown(panel) == drawn(wanted)
+    assert "171.1" in panel.alt
+    assert PROMPTS[1] in panel.alt
+    panel.protect.value = False
+    cyan_row.by_part.value = False
+    panel.wait(60)
+    assert shown(panel) == drawn(bridge + 171.1 * cyan + 1.5 * heart + 0.25 * lora)
+    assert panel.measures == pytest.approx(ak.picture_measures(panel.images).mean().to_dict())
+
+
+def test_the_whole_input_can_be_left_out(panel: LiveMerge, parts: tuple[Any, Any, Any]) -> None:
+    panel.rows[0].k.value = 0.0
+    panel.wait(60)
+    assert panel.expression.text() == "tb1.protect('refiner')"
+    assert shown(panel) == drawn(parts[0])
+
+
+def test_pictures_are_kept_beside_what_comes(panel: LiveMerge) -> None:
+    first = panel.measures
+    panel.keep()
+    panel.rows[0].k.value = 30.0
+    panel.wait(60)
+    assert panel.kept.recipe.tolist() == ["tb1.protect('refiner') + 2 * (base_variant - base)"]
+    assert panel.kept.iloc[0]["lag1"] == first["lag1"] != panel.measures["lag1"]
+    assert panel.comparison.value.count("<img") == 1
+    assert "kept 1" in panel.table.value
+    panel.forget()
+    assert panel.comparison.value == ""
+    assert not len(panel.kept)
+
+
+def test_what_fails_is_said_and_the_picture_stays(panel: LiveMerge) -> None:
+    before, alt = panel._png, panel.alt
+    panel.settings["cfg"].value = 0.5
+    panel.wait(60)
+    assert "role='alert'" in panel.status.value
+    assert "cfg counts as ComfyUI" in panel.status.value
+    assert panel._png == before
+    panel.settings["cfg"].value = 1.0
+    panel.rows[0].k.value = 1e39
+    panel.wait(60)
+    assert "role='alert'" in panel.status.value
+    panel.rows[0].k.value = 2.0
+    panel.wait(60)
+    assert (panel._png, panel.alt) == (before, alt)
+    assert "tensors rewritten" in panel.status.value
+
+
+def test_a_newer_number_and_cancel_stop_a_drawing(panel: LiveMerge) -> None:
+    before = panel.alt
+    panel.settings["steps"].value = 5000
+    assert until(lambda: panel.bar.value > 0, 30)
+    panel.cancel_button.click()
+    panel.wait(30)
+    assert "cancelled" in panel.status.value
+    assert panel.alt == before
+    assert html.escape(before) in panel.picture.value  # and no preview is left
+    assert panel.cancel_button.disabled
+    panel.settings["steps"].value = 4000
+    assert until(lambda: panel.bar.value > 0, 30)
+    panel.settings["steps"].value = 2
+    panel.rows[0].k.value = 3.0
+    panel.wait(30)
+    assert "+ 3 * (base_variant" in panel.alt
+    assert panel.bar.value == 0
+
+
+def test_two_live_merges_take_turns(panel: LiveMerge, parts: tuple[Any, Any, Any]) -> None:
+    other = live_merge(parts[0], {"heart": parts[2]}, PROMPTS, sampling=SAMPLING, k=1.5)
+    panel.settings["steps"].value = 300
+    assert until(lambda: panel.bar.value > 0, 30)
+    other.rows[0].k.value = 2.0
+    assert until(lambda: "another live merge is drawing" in other.status.value, 30)
+    panel.cancel()
+    other.wait(60)
+    assert shown(other) == drawn(parts[0].protect("refiner") + 2.0 * parts[2])
+
+
+def test_the_recipe_and_the_model_are_saved(panel: LiveMerge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    panel.rows[2].k.value = 0.5
+    panel.save_recipe.start_button.click()
+    panel.save_recipe.wait(60)
+    what, recipe = read_recipe(tmp_path / "merge.json")
+    assert what == "a recipe"
+    assert recipe.text == panel.expression.text()
+    assert {entry["blake3"] for files in recipe.inputs.values() for entry in files} != set()
+    panel.save_model.start_button.click()
+    saved = panel.save_model.wait(60)
+    build(recipe, {}, tmp_path).save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == Path(saved.path).read_bytes()
+    panel.recipe_path.value = str(saved.path)  # a recipe must not replace a model
+    panel.save_recipe.start_button.click()
+    panel.save_recipe.wait(60)
+    assert "a recipe is a .json file" in panel.save_recipe.status.value
+    assert (tmp_path / "again.safetensors").read_bytes() == Path(saved.path).read_bytes()
+
+
+def test_every_control_has_a_name_and_the_picture_goes_with_the_notebook(panel: LiveMerge) -> None:
+    for control in (*panel.settings.values(), panel.protect, *(c for row in panel.rows for c in row.controls)):
+        assert control.description
+    bundle = panel._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+    assert bundle["text/plain"] == panel.alt
+    assert not [thread for thread in threading.enumerate() if not thread.daemon and "alkahest" in thread.name]
+    json.dumps(bundle)
+
+
+def test_bad_input(parts: tuple[Any, Any, Any]) -> None:
+    bridge, cyan, _ = parts
+    with pytest.raises(AlgebraError, match="cyan is no difference"):
+        live_merge(bridge, {"cyan": bridge}, PROMPTS)
+    fixed = live_merge(bridge.protect("embedders"), {"cyan": cyan}, PROMPTS[0], sampling=SAMPLING)
+    assert fixed.protect.disabled
+    assert fixed.expression.text().startswith("tb1.protect('embedders')")
