@@ -54,6 +54,7 @@ def training_curve(history: pandas.DataFrame, measure: str = "latent_lag1", of: 
         legend_beside(ax)
     _mark_stages([upper, *lower], history)
     (lower or [upper])[-1].set_xlabel("step")
+    upper.xaxis.get_major_locator().set_params(integer=True)
     upper.set_title(title or "From noise to pictures", pad=18)
     first, last = history.iloc[0], history.iloc[-1]
     words = ", ".join(f"{name.removeprefix('held_out ')} {first[name]:.3g} to {last[name]:.3g}" for name in held)
