@@ -15,12 +15,12 @@ PACKAGE = Path(alkahest.__file__).parent
 
 # Each module imports only modules above it. A new module takes its place here.
 ORDER = [
-    "__init__", "errors", "files", "cache", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
+    "__init__", "errors", "files", "settings", "cache", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
     "layouts.diffusers", "layouts", "layouts.lora", "random", "dtypes", "term", "scalar", "expr", "mixture", "methods", "recipe", "quantised",
     "locate", "checkpoint", "lora", "lora.factors", "lora.read", "lora.apply", "lora.write", "lora.convert", "made_up", "options", "output", "work", "write", "stream", "live", "provenance", "rounding", "remembered",
     "compiled", "tally", "delta_table", "spectrum", "lora.rank", "lora.ranks", "lora.decompose", "lora.noise", "lora.parts", "lora.result", "lora.extract", "compare", "check", "multiplier",
     "mini", "components", "pipeline", "sample", "live_model", "measures", "contact_sheet", "sweep", "mini.scenes", "mini.drawing", "dataset", "encoding", "order", "finetune", "finetune.config", "finetune.events", "finetune.parallel", "finetune.plan", "finetune.inputs", "finetune.objective", "finetune.optimise", "finetune.checkpoints", "finetune.trained", "finetune.adapter", "finetune.monitor", "finetune.loop",
-    "mini.models", "mini.muon", "mini.training", "mini.judge", "mini.parts", "mini.build", "mini.report", "lab", "lab.plots", "lab.run_plots", "lab.explore", "lab.jobs", "lab.panels", "lab.report", "cli.shared", "cli.checkpoints", "cli.lora", "cli.measure", "cli.mini", "cli.train", "cli", "finetune.__main__",
+    "mini.models", "mini.muon", "mini.training", "mini.judge", "mini.parts", "mini.build", "mini.report", "lab", "lab.plots", "lab.run_plots", "lab.strip", "lab.panel", "lab.explore", "lab.jobs", "lab.checkpoint_picker", "lab.live_merge", "lab.sampling_grid", "lab.training_monitor", "lab.panels", "lab.report", "cli.shared", "cli.checkpoints", "cli.lora", "cli.measure", "cli.mini", "cli.train", "cli", "finetune.__main__",
     "__main__",
 ]  # fmt: skip
 # The late imports that the design allows: an expression saves itself.

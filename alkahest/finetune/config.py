@@ -21,21 +21,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, UnsupportedError, nearest
-from alkahest.files import Reader
 from alkahest.keys import Pattern
+from alkahest.settings import made, read_toml
 
 OPTIMISERS = ("adamw", "adamw8bit", "adafactor")
 PRECISIONS = ("fp32", "mixed", "bf16")
 LOGS = ("", "tensorboard", "wandb")
 FROZEN = {"refiners": "refiner", "layers_only": "input, final", "nothing": ""}  # presets: what they freeze
-_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,14 +122,7 @@ class Config:
 def read_config(path: str | Path) -> Config:
     """Read a run from a TOML file. FileFormatError if it is none, UnknownNameError for a key that means nothing."""
     path = Path(path).expanduser()
-    reader = Reader(path)
-    if reader.size > _MAX_BYTES:
-        raise FileFormatError("finetune", "this is too long for a configuration", file=path, found=f"{reader.size:,} bytes")  # fmt: skip
-    try:
-        given = tomllib.loads(reader.read(0, reader.size).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileFormatError("finetune", "this is not TOML", file=path, found=error) from None
-    return config_of(given, path.resolve().parent, path)
+    return config_of(read_toml(path, "finetune"), path.resolve().parent, path)
 
 
 def config_of(given: Mapping[str, Any], folder: Path = Path(), file: object = None) -> Config:
@@ -140,38 +131,10 @@ def config_of(given: Mapping[str, Any], folder: Path = Path(), file: object = No
     stages = top.pop("stage", [])
     if not isinstance(stages, list) or not stages:
         raise FileFormatError("finetune", "a run needs stages", file=file, expected="[[stage]]", fix="[[stage]]\\nname = ...")  # fmt: skip
-    made = tuple(_made(Stage, {"name": f"stage {n + 1}", **one}, file, f"stage {n + 1}") for n, one in enumerate(stages))  # fmt: skip
-    config: Config = _made(Config, {**top, "stages": made, "folder": folder}, file, "the run")
+    each = tuple(made(Stage, {"name": f"stage {n + 1}", **one}, "finetune", file, f"stage {n + 1}") for n, one in enumerate(stages))  # fmt: skip
+    config: Config = made(Config, {**top, "stages": each, "folder": folder}, "finetune", file, "the run")
     _check(config, file)
     return config
-
-
-def _made(kind: type[Any], given: Mapping[str, Any], file: object, where: str) -> Any:
-    known = {item.name: item for item in fields(kind)}
-    for name in given:
-        if name not in known:
-            raise UnknownNameError("finetune", f"{where} has an unknown key", file=file, key=str(name), fix=nearest(str(name), known))  # fmt: skip
-    values = {}
-    for name, value in given.items():
-        wanted = str(known[name].type)
-        value = tuple(value) if wanted.startswith("tuple") and isinstance(value, (list, tuple)) else value
-        value = float(value) if wanted == "float" and type(value) is int else value
-        if not _fits(value, wanted):
-            raise FileFormatError("finetune", f"{where}: this value is of the wrong kind", file=file, key=name, expected=wanted, found=repr(value))  # fmt: skip
-        values[name] = value
-    try:
-        return kind(**values)
-    except TypeError:
-        needed = [name for name, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
-        lacking = [name for name in needed if name not in values]
-        raise FileFormatError("finetune", f"{where} lacks {', '.join(lacking)}", file=file, fix="see help(alkahest.finetune.config)") from None  # fmt: skip
-
-
-def _fits(value: Any, wanted: str) -> bool:
-    kinds = {"str": str, "int": int, "float": float, "bool": bool, "Path": Path, "str | None": (str, type(None))}
-    if wanted in kinds:
-        return isinstance(value, kinds[wanted]) and (wanted == "bool" or not isinstance(value, bool))  # type: ignore[arg-type]
-    return isinstance(value, tuple) if wanted.startswith("tuple") else isinstance(value, Mapping)
 
 
 def _check(config: Config, file: object) -> None:
