@@ -17,7 +17,7 @@ from alkahest.lab import plots
 from alkahest.multiplier import Multiplier
 from alkahest.rounding import absorbed, rounding_curve
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
 img { max-width: 100%; background: white; border-radius: 4px; }
@@ -79,7 +79,7 @@ def _table(table: pd.DataFrame, columns: list[str]) -> str:
 
 
 def _page(title: str, parts: list[str]) -> str:
-    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{chr(10).join(parts)}</body></html>\n'
 
 

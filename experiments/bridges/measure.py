@@ -121,10 +121,15 @@ def combined(bridge: Any, ks: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     base, deturbo = ak.mini.load("base"), ak.mini.load("deturbo")
     cyan = kept + ks["base-variant"] * (ak.mini.load("base-variant") - base)
     heart = kept + ks["turbo-variant"] * (ak.mini.load("turbo-variant") - deturbo)
-    sum_of_both = cyan + ks["turbo-variant"] * (ak.mini.load("turbo-variant") - deturbo)
-    for name, t, both in [("lerp of the two imports", t, ak.lerp(cyan, heart, t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("both deltas added", None, sum_of_both)]:  # fmt: skip
-        found = judged(both, {**CYAN, **HEART})
-        yield {"name": name, "t": t, "cyan": judged(both, CYAN)["colour"], "heart": judged(both, HEART)["subject"], "cyan hearts": min(found["colour"], found["subject"]), **judged(both)}  # fmt: skip
+    mixed = [
+        ({"name": "lerp of the two imports", "t": t}, ak.lerp(cyan, heart, t)) for t in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    deltas = ak.mini.load("base-variant") - base, ak.mini.load("turbo-variant") - deturbo
+    pairs = ((3.0, 1.0), (4.0, 1.0), (4.0, 1.5), (5.0, 1.0), (ks["base-variant"], ks["turbo-variant"]))
+    mixed += [({"name": f"both added, {a:g} x cyan + {b:g} x hearts", "t": None}, kept + a * deltas[0] + b * deltas[1]) for a, b in pairs]  # fmt: skip
+    for told, both in mixed:
+        found, plain = judged(both, {**CYAN, **HEART}), judged(both)
+        yield {**told, "cyan": judged(both, CYAN)["colour"], "heart": judged(both, HEART)["subject"], "cyan hearts": min(found["colour"], found["subject"]), "plain": float(np.mean([plain[name] for name in READ[:-1]])), **plain}  # fmt: skip
     lora = ak.open_lora(ak.mini.lora("turbo-lora"))
     with_lora = deturbo + lora
     derived = with_lora + (ak.mini.load("turbo-variant") - deturbo)

@@ -1,0 +1,191 @@
+"""What an experiment is made of, read from its ``experiment.toml`` and checked before anything is drawn.
+
+title = "A derivative comes over"
+claim = "What the article says, in our words."
+method = "What is done about it."
+
+[inputs]
+bridge = "mini:tb1"                                   # a member or a LoRA of the miniature family
+base8 = { of = "mini:base", dtype = "fp8_e4m3fn" }    # saved so, and opened again
+extra = { extract = "base - bridge", energy = 0.995 } # a LoRA, made on the spot
+
+[[case]]                                              # rows of the table "pictures"
+name = "cyan"
+weights = "bridge.protect('refiner') + k * (variant - base)"
+over = { k = [0, 1, 2] }                              # named scalars and sampling settings
+ask = { colour = "cyan" }                             # what held-out prompts are changed to
+
+[[check]]                                             # the verdict: all hold, some, or none
+says = "cyan comes over at k = 2"
+column = "colour"
+where = { case = "cyan", k = 2 }
+at_least = 60
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.settings import made, read_toml
+
+ROOT = Path("experiments")
+VERDICTS = ("reproduced", "partly", "not reproduced", "true by construction", "needs the real weights")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Weights that draw held-out prompts; a row for each combination of ``over``, with shares in per cent."""
+
+    name: str
+    weights: str  # a recipe over the inputs, whose other names come from ``over``; with ``run`` also ``stage``
+    over: Mapping[str, Any] = field(default_factory=dict)  # name -> values
+    ask: Mapping[str, Any] = field(default_factory=dict)  # attribute -> value that every prompt asks for
+    only: Mapping[str, Any] = field(default_factory=dict)  # attribute -> values: prompts that ask for one of them
+    unsaid: tuple[str, ...] = ()  # attributes that prompts do not mention; what comes then is counted
+    dtype: str = ""  # the merged model is saved so, and opened again
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    prompts: int = 0  # how many; 0: as the experiment says
+    run: str = ""  # a training run whose stages are drawn one after the other
+    stages: tuple[str, ...] = ()  # of that run: all of them, or only these, such as "1-people"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A delta measured: rows of the table "deltas" by part, and on request of "multipliers" and "rounding"."""
+
+    name: str
+    delta: str
+    on: str = ""
+    multipliers: bool = False
+    ks: tuple[float, ...] = ()  # multipliers at which rounding is looked at
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run; its measurements are rows of the table "history". Grown only when asked to."""
+
+    name: str
+    config: str  # a file, beside experiment.toml or above
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number against a bound: the row of ``table`` where ``where`` holds, or the ``of`` of several."""
+
+    says: str
+    column: str
+    where: Mapping[str, Any]
+    table: str = "pictures"
+    of: str = ""  # max, min or mean, if several rows match
+    minus: Mapping[str, Any] = field(default_factory=dict)  # where the same column is taken off
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: ``columns`` of a table over ``x``, a line or a group of bars for each ``by`` and column."""
+
+    title: str
+    y: str  # the axis label, with its unit
+    columns: tuple[str, ...]
+    x: str = "k"
+    kind: str = "lines"
+    table: str = "pictures"
+    by: str = "case"
+    where: Mapping[str, Any] = field(default_factory=dict)
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A claim and how it is tested. ``folder`` is where its files are."""
+
+    title: str
+    claim: str
+    method: str
+    cases: tuple[Case, ...] = ()
+    deltas: tuple[Measured, ...] = ()
+    runs: tuple[Run, ...] = ()
+    checks: tuple[Check, ...] = ()
+    figures: tuple[Drawing, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    prompts: int = 60  # held-out prompts a row
+    seed: int = 1000
+    sampling: Mapping[str, Any] = field(default_factory=lambda: {"steps": 12, "cfg": 3.0})
+    holds: str = "reproduced"  # the verdict if every check holds
+    remark: str = ""  # what the numbers mean, and what they do not
+    folder: Path = Path()
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def read_experiment(folder: str | Path) -> Experiment:
+    """Read ``experiment.toml`` of a folder. FileFormatError, UnknownNameError: what is wrong, and where."""
+    place = Path(folder)
+    path = place / "experiment.toml"
+    given = read_toml(path, "experiment")
+    kinds: dict[str, tuple[str, type[Any]]] = {"case": ("cases", Case), "delta": ("deltas", Measured), "run": ("runs", Run), "check": ("checks", Check), "figure": ("figures", Drawing)}  # fmt: skip
+    top = {name: value for name, value in given.items() if name not in kinds}
+    for name, (field_name, kind) in kinds.items():
+        listed = given.get(name, [])
+        if not isinstance(listed, list):
+            raise FileFormatError("experiment", f"{name} is a list", file=path, fix=f"[[{name}]]")
+        top[field_name] = [made(kind, one, "experiment", path, f"{name} {n}") for n, one in enumerate(listed, 1)]
+    found: Experiment = made(Experiment, {**top, "folder": place}, "experiment", path, "the experiment")
+    _check(found, path)
+    return found
+
+
+def experiments(root: str | Path = ROOT) -> list[Experiment]:
+    """Every experiment in a folder of experiments, by number."""
+    return [read_experiment(path.parent) for path in sorted(Path(root).glob("[0-9][0-9]-*/experiment.toml"))]
+
+
+def experiment_named(name: str, root: str | Path = ROOT) -> Experiment:
+    """One experiment by its folder's name, its number, or a path to its folder."""
+    if (Path(name) / "experiment.toml").exists():
+        return read_experiment(name)
+    known = {path.parent.name: path.parent for path in sorted(Path(root).glob("[0-9][0-9]-*/experiment.toml"))}
+    for each, folder in known.items():
+        if name in (each, each[:2]) or (name.isdigit() and int(name) == int(each[:2])):
+            return read_experiment(folder)
+    raise UnknownNameError("experiment", "no such experiment", found=repr(name), file=root, fix=nearest(name, known))
+
+
+def _check(experiment: Experiment, path: Path) -> None:
+    def refuse(problem: str, **facts: Any) -> None:
+        raise FileFormatError("experiment", problem, file=path, **facts)
+
+    if experiment.holds not in VERDICTS:
+        raise UnknownNameError("experiment", "no such verdict", file=path, found=repr(experiment.holds), fix=nearest(experiment.holds, VERDICTS))  # fmt: skip
+    if not experiment.checks:
+        refuse("a claim needs a check", fix="[[check]]")
+    runs = {run.name for run in experiment.runs}
+    names = [case.name for case in experiment.cases]
+    if twice := [name for name in names if names.count(name) > 1]:
+        refuse("two cases have one name", found=twice[0])
+    for case in experiment.cases:
+        if case.run and case.run not in runs:
+            raise UnknownNameError("experiment", f"case {case.name!r} is of a run that is not there", file=path, found=repr(case.run), fix=nearest(case.run, runs))  # fmt: skip
+        for name, values in case.over.items():
+            if not isinstance(values, list) or not values:
+                refuse(f"case {case.name!r}: {name} needs a list of values", found=repr(values))
+    for check in experiment.checks:
+        if (check.at_least is None) == (check.at_most is None):
+            refuse(f"check {check.says!r} needs one bound", fix="at_least = ... or at_most = ...")
+        if check.of not in ("", "max", "min", "mean"):
+            refuse(f"check {check.says!r}: of is max, min or mean", found=repr(check.of))
+    for figure in experiment.figures:
+        if figure.kind not in ("lines", "bars"):
+            refuse(f"figure {figure.title!r}: kind is lines or bars", found=repr(figure.kind))
+    for name, what in experiment.inputs.items():
+        if not (re.fullmatch(r"[a-z_][a-z0-9_]*", name) and isinstance(what, (str, Mapping))):
+            refuse("an input is a name and a file, or a table", found=f"{name} = {what!r}")

@@ -1,0 +1,215 @@
+"""Measure what an experiment asks for: draw, let the judge read, measure deltas, train where wanted; tables by name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from alkahest import mini
+from alkahest.checkpoint import open as open_checkpoint
+from alkahest.delta_table import delta_table, rolled_up
+from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.experiment.config import Case, Experiment, Measured, Run
+from alkahest.finetune.config import read_config
+from alkahest.finetune.loop import stream_finetune
+from alkahest.finetune.monitor import read_history
+from alkahest.keys import REFINERS
+from alkahest.lora.extract import extract_lora
+from alkahest.lora.read import open_input
+from alkahest.measures import picture_measures
+from alkahest.mini.judge import attributes
+from alkahest.mini.report import READ, as_asked
+from alkahest.mini.scenes import ATTRIBUTES, Scene, held_out_prompts
+from alkahest.multiplier import BASES, needed_multiplier
+from alkahest.pipeline import pipeline
+from alkahest.recipe import names_in, parse
+from alkahest.rounding import rounding_curve
+from alkahest.sample import sample
+from alkahest.work import Event
+
+Tables = dict[str, pd.DataFrame]
+_BATCH = 60
+_STYLES = tuple(ATTRIBUTES["style"])
+
+
+class Inputs(Mapping[str, Any]):
+    """The inputs of an experiment, opened when they are first asked for."""
+
+    def __init__(self, experiment: Experiment, family: Path | None, work: Path) -> None:
+        self._given, self._family, self._work = experiment.inputs, family, work
+        self._base = experiment.folder
+        self._known: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._known:
+            self._known[name] = self._made(name, self._given[name])
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def _made(self, name: str, what: Any) -> Any:
+        if isinstance(what, str):
+            return open_input(file_of(what, self._base, self._family), name=name)
+        options = dict(what)
+        place = self._work / f"{name}.safetensors"
+        if "extract" in options:
+            extract_lora(parse(options.pop("extract"), self), **options).save(place)
+        elif "of" in options:
+            open_checkpoint(file_of(options.pop("of"), self._base, self._family)).save(place, **options)
+        else:
+            raise FileFormatError("experiment", "an input is a file, or has of or extract", found=f"{name} = {what!r}")
+        return open_input(place, name=name)
+
+
+def file_of(text: str, folder: Path, family: Path | None) -> Path:
+    """Where ``mini:NAME`` or a path lies; the family is the shipped one, unless another was grown."""
+    if not text.startswith("mini:"):
+        return folder / text
+    name, known = text.removeprefix("mini:"), {**mini.FAMILY, **mini.LORAS}
+    if name not in known:
+        raise UnknownNameError("experiment", "no such member of the family", found=repr(text), fix=nearest(name, known))
+    return (family or mini.WEIGHTS) / f"{name}.safetensors"
+
+
+def stream_experiment(experiment: Experiment, family: Path | None = None, retrain: Path | None = None) -> Iterator[Event]:  # fmt: skip
+    """Measure everything; events, the last with the tables by name.
+
+    ``family`` is a folder with another miniature family than the shipped one. With ``retrain`` the runs are grown in
+    that folder; without it, rows that need them are those that were recorded.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        inputs = Inputs(experiment, family, Path(work))
+        steps = list(_steps(experiment, inputs, retrain))
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for done, (what, table, step) in enumerate(steps):
+            yield Event(done, len(steps), what)
+            for row in step():
+                rows.setdefault(table, []).append(row)
+        tables = {name: pd.DataFrame(found) for name, found in rows.items()}
+    yield Event(len(steps), len(steps), "done", tables)
+
+
+Step = tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]
+
+
+def _steps(experiment: Experiment, inputs: Inputs, retrain: Path | None) -> Iterator[Step]:
+    """What is to be done: a word for it, the table its rows go to, and the work."""
+    for run in experiment.runs:
+        yield f"run {run.name}", "history", partial(_history, experiment, run, retrain)
+    for measured in experiment.deltas:
+        yield measured.name, "deltas", partial(_by_part, measured, inputs)
+        if measured.multipliers:
+            yield f"{measured.name}: multipliers", "multipliers", partial(_multipliers, measured, inputs)
+        if measured.ks:
+            yield f"{measured.name}: rounding", "rounding", partial(_rounding, measured, inputs)
+    for case in experiment.cases:
+        if case.run and retrain is None:
+            yield f"{case.name}, recorded", "pictures", partial(recorded, experiment, "pictures", "case", case.name)
+            continue
+        for stage in _stages(experiment, case, retrain):
+            for values in product(*case.over.values()):
+                chosen = dict(zip(case.over, values, strict=True))
+                words = [
+                    case.name,
+                    *([stage] if stage else []),
+                    *(f"{name} = {value}" for name, value in chosen.items()),
+                ]
+                yield ", ".join(words), "pictures", partial(_drawn, experiment, inputs, case, chosen, stage, retrain)
+
+
+def recorded(experiment: Experiment, table: str, column: str, value: str) -> Iterator[dict[str, Any]]:
+    """Rows of an earlier measurement that only a training run can give."""
+    path = experiment.folder / "results" / f"{table}.csv"
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame({column: []})
+    chosen = rows[rows[column] == value].dropna(axis=1, how="all")
+    if not len(chosen):
+        raise FileFormatError("experiment", f"nothing is recorded of {value!r}", file=path, fix=f"alkahest experiment run {experiment.name} --retrain")  # fmt: skip
+    yield from chosen.to_dict("records")
+
+
+def _history(experiment: Experiment, run: Run, retrain: Path | None) -> Iterator[dict[str, Any]]:
+    if retrain is None:
+        yield from recorded(experiment, "history", "run", run.name)
+        return
+    for _ in stream_finetune(read_config(experiment.folder / run.config), retrain / run.name):
+        pass
+    yield from ({"run": run.name, **row} for row in read_history(retrain / run.name).to_dict("records"))
+
+
+def _stages(experiment: Experiment, case: Case, retrain: Path | None) -> list[str]:
+    if not case.run or retrain is None:
+        return [""]
+    (run,) = (run for run in experiment.runs if run.name == case.run)
+    names = [stage.name for stage in read_config(experiment.folder / run.config).stages]
+    every = [f"{number}-{name}" for number, name in enumerate(names, 1)]
+    for name in case.stages:
+        if name not in every:
+            raise UnknownNameError("experiment", f"case {case.name!r}: run {run.name!r} has no such stage", found=repr(name), fix=nearest(name, every))  # fmt: skip
+    return [name for name in every if name in case.stages or not case.stages]
+
+
+def _drawn(experiment: Experiment, inputs: Inputs, case: Case, chosen: Mapping[str, Any], stage: str, retrain: Path | None) -> Iterator[dict[str, Any]]:  # fmt: skip
+    scalars = {name: value for name, value in chosen.items() if name in names_in(case.weights)}
+    known: dict[str, Any] = {**inputs, **scalars}
+    if stage and retrain is not None:
+        known["stage"] = open_checkpoint(retrain / case.run / f"{stage}.safetensors")
+    weights = parse(case.weights, known)
+    asked = prompts_of(case, case.prompts or experiment.prompts)
+    settings = {**experiment.sampling, **case.sampling, **{k: v for k, v in chosen.items() if k not in scalars}}
+    with tempfile.TemporaryDirectory() as work:
+        if case.dtype:
+            weights = open_checkpoint(weights.save(Path(work) / "saved.safetensors", dtype=case.dtype).path)
+        pipe = pipeline(weights)
+        captions = [scene.caption(case.unsaid) for scene in asked]
+        images = sample(pipe, captions, batch=_BATCH, seed=experiment.seed, **settings).images
+        measures = picture_measures(images, pipe).mean().to_dict()
+    row = {"case": case.name, **({"stage": stage} if stage else {}), **chosen, "prompts": len(asked)}
+    yield {**row, **judged(asked, attributes(images), case.unsaid), **measures}
+
+
+def prompts_of(case: Case, count: int) -> list[Scene]:
+    """The held-out scenes that a case asks for."""
+    only = {name: [values] if isinstance(values, str) else values for name, values in case.only.items()}
+    scenes = [scene for scene in held_out_prompts(count * (10 if only else 1)) if all(getattr(scene, name) in values for name, values in only.items())]  # fmt: skip
+    return [replace(scene, **case.ask) for scene in scenes[:count]]
+
+
+def judged(asked: list[Scene], read: pd.DataFrame, unsaid: tuple[str, ...] = ()) -> dict[str, float]:
+    """Shares in per cent: as asked for each attribute that was said, ``right`` their mean, each style, what came unsaid."""
+    said = [name for name in READ[:-1] if name not in unsaid]
+    right = {name: 100 * share for name, share in as_asked(asked, read).items() if name in said}
+    styles = {style: 100 * float((read["style"] == style).mean()) for style in _STYLES}
+    came = {f"unsaid {value}": 100 * float((read[name] == value).mean()) for name in unsaid for value in ATTRIBUTES[name]}  # fmt: skip
+    return {**right, "right": sum(right.values()) / len(right), **styles, **came}
+
+
+def _by_part(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    table = _table(measured, inputs)
+    refiners = table[table.part.isin(REFINERS)].assign(part="refiner")
+    for rows in (table, table.assign(part="all"), refiners):
+        yield from ({"case": measured.name, **row} for row in rolled_up(rows, "part").to_dict("records"))
+
+
+def _multipliers(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    options = {"on": parse(measured.on, inputs)} if measured.on else {}
+    found = needed_multiplier(parse(measured.delta, inputs), **options)
+    yield from ({"case": measured.name, "basis": basis, "k": found.bases[basis]} for basis in BASES)
+
+
+def _rounding(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    yield from ({"case": measured.name, **row} for row in rounding_curve(_table(measured, inputs), list(measured.ks)).to_dict("records"))  # fmt: skip
+
+
+def _table(measured: Measured, inputs: Inputs) -> pd.DataFrame:
+    return delta_table(parse(measured.delta, inputs), on=parse(measured.on, inputs) if measured.on else None)

@@ -1,0 +1,175 @@
+"""What an experiment found, on disk: tables, checks, verdict, README and a manifest that says what it stands on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from alkahest import __version__
+from alkahest.errors import FileFormatError
+from alkahest.experiment.config import Check, Experiment
+from alkahest.experiment.measure import Tables, file_of
+from alkahest.files import Reader, write_file
+from alkahest.hashes import blake3_of
+
+_STANDS_ON = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One check: the number it found, and whether it holds."""
+
+    says: str
+    found: float
+    bound: str
+    holds: bool
+
+
+def checked(experiment: Experiment, tables: Tables) -> list[Checked]:
+    """Every check's number. FileFormatError if a check names rows or columns that are not there."""
+    rows = []
+    for check in experiment.checks:
+        found = _number(experiment, check, tables, check.where)
+        if check.minus:
+            found -= _number(experiment, check, tables, check.minus)
+        holds = found >= check.at_least if check.at_least is not None else found <= check.at_most  # type: ignore[operator]
+        bound = f"at least {check.at_least:g}" if check.at_least is not None else f"at most {check.at_most:g}"
+        rows.append(Checked(check.says, float(found), bound, bool(holds)))
+    return rows
+
+
+def verdict(experiment: Experiment, checks: list[Checked]) -> str:
+    """What the checks say: all hold, some, or none. A claim about the real weights stays one."""
+    if experiment.holds == "needs the real weights":
+        return experiment.holds
+    holding = sum(check.holds for check in checks)
+    return experiment.holds if holding == len(checks) else "partly" if holding else "not reproduced"
+
+
+def record(experiment: Experiment, tables: Tables, family: Path | None, seconds: float, draw: Callable[[Experiment, Tables], Any]) -> str:  # fmt: skip
+    """Write the tables, README.md and manifest.json of a run, and the figures by ``draw``; the verdict."""
+    checks = checked(experiment, tables)  # before anything is written: a check may be wrong
+    results = experiment.folder / "results"
+    results.mkdir(exist_ok=True)
+    for old in results.glob("*.csv"):
+        if old.stem not in {*tables, "checks"}:
+            old.unlink()
+    for name, table in {**tables, "checks": pd.DataFrame([vars(check) for check in checks])}.items():
+        write_file(results / f"{name}.csv", table.round(4).to_csv(index=False).encode())
+    draw(experiment, tables_of(experiment))  # as they were read back, so that a later look draws the same
+    write_file(experiment.folder / "README.md", readme(experiment).encode())
+    told = verdict(experiment, checks)
+    about = {
+        "experiment": digest(experiment.folder / "experiment.toml"),
+        "verdict": told,
+        "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {"alkahest": __version__, **{name: _version(name) for name in _STANDS_ON}},
+        "inputs": {name: _described(what, experiment, family) for name, what in experiment.inputs.items()},
+        "results": {path.name: digest(path) for path in sorted(results.iterdir())},
+    }
+    write_file(experiment.folder / "manifest.json", (json.dumps(about, indent=1) + "\n").encode())
+    return told
+
+
+def tables_of(experiment: Experiment) -> Tables:
+    """The recorded tables, ``checks`` apart."""
+    paths = sorted((experiment.folder / "results").glob("*.csv"))
+    return {path.stem: pd.read_csv(path) for path in paths if path.stem != "checks"}
+
+
+def checked_of(experiment: Experiment) -> list[Checked]:
+    """The recorded checks. FileFormatError if the experiment was never run."""
+    path = experiment.folder / "results" / "checks.csv"
+    if not path.exists():
+        raise FileFormatError("experiment", "nothing is recorded", file=path, fix=f"alkahest experiment run {experiment.name}")  # fmt: skip
+    return [Checked(**row) for row in pd.read_csv(path).to_dict("records")]
+
+
+def readme(experiment: Experiment) -> str:
+    """README.md: the claim, the method, the verdict and the numbers it stands on."""
+    checks = checked_of(experiment)
+    found = verdict(experiment, checks)
+    lines = [f"# {experiment.title}", "", f"**Claim.** {experiment.claim}", "", f"**Method.** {experiment.method}", ""]
+    lines += [f"**Verdict on the miniatures: {found}.** {experiment.remark}".strip(), ""]
+    rows = [[row.says, f"{row.found:.4g}", row.bound, "yes" if row.holds else "**no**"] for row in checks]
+    lines += markdown(["check", "found", "wanted", "holds"], rows)
+    for path in sorted((experiment.folder / "results").glob("*.svg")):
+        lines += ["", f"![{path.stem.replace('-', ' ')}](results/{path.name})"]
+    files = ", ".join(f"[{path.name}](results/{path.name})" for path in sorted((experiment.folder / "results").glob("*.csv")))  # fmt: skip
+    lines += ["", f"Written by `alkahest experiment run {experiment.name}` from [experiment.toml](experiment.toml); numbers: {files}; [manifest.json](manifest.json) has inputs and versions."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def index(found: list[Experiment]) -> str:
+    """The table of all experiments with their verdicts, as Markdown."""
+    rows = []
+    for one in found:
+        rows.append([f"[{one.name[:2]}]({one.name}/)", one.title, one.claim, f"**{verdict(one, checked_of(one))}**"])
+    return "\n".join(markdown(["", "experiment", "claim", "on the miniatures"], rows)) + "\n"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table, line by line."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
+
+
+def _number(experiment: Experiment, check: Check, tables: Tables, where: Mapping[str, Any]) -> float:
+    def wrong(problem: str, found: object) -> FileFormatError:
+        return FileFormatError("experiment", f"check {check.says!r}: {problem}", file=experiment.folder / "experiment.toml", found=found)  # fmt: skip
+
+    if check.table not in tables:
+        raise wrong("there is no such table", f"{check.table}; there are {', '.join(tables)}")
+    table = tables[check.table]
+    for name in [*where, check.column]:
+        if name not in table.columns:
+            raise wrong(f"the table {check.table} has no such column", name)
+    rows = matching(table, where)[check.column].dropna()
+    if not len(rows) or (len(rows) > 1 and not check.of):
+        raise wrong("it needs one row" if not check.of else "no row matches", f"{len(rows)} where {dict(where)}")
+    return float(getattr(rows, check.of)()) if check.of else float(rows.iloc[0])
+
+
+def matching(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows that have these values; a list means one of them, and numbers are equal up to rounding."""
+    for name, value in where.items():
+        wanted = value if isinstance(value, list) else [value]
+        table = table[[any(_equal(one, other) for other in wanted) for one in table[name]]]
+    return table
+
+
+def _equal(one: Any, other: Any) -> bool:
+    numbers = isinstance(one, (int, float)) and isinstance(other, (int, float))
+    return math.isclose(one, other, rel_tol=1e-6) if numbers else one == other
+
+
+def _described(what: Any, experiment: Experiment, family: Path | None) -> Any:
+    file = what if isinstance(what, str) else what.get("of")
+    told = {"file": what} if isinstance(what, str) else dict(what)
+    return (
+        told if file is None else {**told, "blake3": blake3_of([Reader(file_of(file, experiment.folder, family))])[0]}
+    )
+
+
+def digest(path: Path) -> str:
+    """Of a small file, as the manifest has it."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"

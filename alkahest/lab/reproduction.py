@@ -1,0 +1,75 @@
+"""Run an experiment and record it, figures included; and one HTML report of them all."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from alkahest import __version__
+from alkahest.experiment.config import Experiment, experiments
+from alkahest.experiment.measure import stream_experiment
+from alkahest.experiment.record import Checked, checked_of, index, record, tables_of, verdict
+from alkahest.files import write_file
+from alkahest.lab.experiment_plots import figure_of, write_figures
+from alkahest.lab.plots import image_tag
+from alkahest.lab.report import STYLE
+from alkahest.work import Event
+
+_START, _END = "<!-- index: written by alkahest experiment run -->", "<!-- end -->"
+
+
+def run_experiment(experiment: Experiment, family: Path | None = None, retrain: Path | None = None) -> Iterator[Event]:
+    """Measure an experiment and write its folder; events, the last with the verdict. Nothing is written before the end."""
+    started = time.monotonic()
+    event = None
+    for event in stream_experiment(experiment, family, retrain):
+        if event.result is None:
+            yield event
+    assert event is not None  # there is always a last one, with the tables
+    told = record(experiment, event.result, family, time.monotonic() - started, write_figures)
+    yield Event(event.total, event.total, "done", told)
+
+
+def write_index(root: Path) -> None:
+    """Put the table of all recorded experiments into the README of their folder."""
+    path = root / "README.md"
+    text = path.read_text() if path.exists() else f"# Experiments\n\n{_START}\n{_END}\n"
+    head, _, rest = text.partition(_START)
+    _, _, tail = rest.partition(_END)
+    done = [one for one in experiments(root) if (one.folder / "results" / "checks.csv").exists()]
+    write_file(path, f"{head}{_START}\n{index(done)}{_END}{tail}".encode())
+
+
+def write_reproduction(path: str | Path, found: list[Experiment]) -> None:
+    """One HTML file of all experiments: verdicts first, then each one's claim, checks, figures and tables."""
+    write_file(Path(path), reproduction(found).encode())
+
+
+def reproduction(found: list[Experiment]) -> str:
+    """The text of `write_reproduction`."""
+    told = {one.name: checked_of(one) for one in found}
+    rows = "".join(f'<tr><td><a href="#{one.name}">{one.name[:2]}</a></td><td>{_text(one.title)}</td><td>{_text(verdict(one, told[one.name]))}</td></tr>' for one in found)  # fmt: skip
+    parts = ["<h1>The article, reproduced on miniatures</h1>", f"<p>Alkahest {__version__}. Every number here is of the miniature family: 1.5 million parameters, judged by a network that reads pictures back.</p>", f"<table><tr><th></th><th>experiment</th><th>verdict</th></tr>{rows}</table>"]  # fmt: skip
+    for one in found:
+        parts.append(_section(one, told[one.name]))
+    head = f'<meta charset="utf-8"><title>Alkahest: the article, reproduced</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{chr(10).join(parts)}</body></html>\n'
+
+
+def _section(one: Experiment, checks: list[Checked]) -> str:
+    tables = tables_of(one)
+    figures = [figure_of(drawing, tables) for drawing in one.figures]
+    lines = "".join(f"<tr><td>{_text(c.says)}</td><td>{c.found:.4g}</td><td>{_text(c.bound)}</td><td>{'yes' if c.holds else '<b>no</b>'}</td></tr>" for c in checks)  # fmt: skip
+    whole = "".join(f"<details><summary>{_text(name)}: {len(table)} rows</summary>{table.round(3).to_html(index=False, border=0, na_rep='')}</details>" for name, table in tables.items())  # fmt: skip
+    drawn = "".join(f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>" for plot in figures)  # fmt: skip
+    return (
+        f'<h2 id="{one.name}">{one.name[:2]} {_text(one.title)}</h2><p><b>Claim.</b> {_text(one.claim)}</p>'
+        f"<p><b>Method.</b> {_text(one.method)}</p><p><b>Verdict: {_text(verdict(one, checks))}.</b> {_text(one.remark)}</p>"
+        f"<table><tr><th>check</th><th>found</th><th>wanted</th><th>holds</th></tr>{lines}</table>{drawn}{whole}"
+    )
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=False)
