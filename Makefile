@@ -7,7 +7,7 @@ PORT   ?= 8888
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab test check format notebooks clean
+.PHONY: lab test check format notebooks reproduce clean
 
 # Everything needed to use the package and its notebooks.
 $(VENV)/.lab: pyproject.toml constraints.txt
@@ -38,6 +38,11 @@ format: $(VENV)/.dev
 # Execute every notebook and store its outputs.
 notebooks: $(VENV)/.dev
 	$(BIN)/python tests/notebook_runs.py
+
+# Every experiment on the shipped miniatures, and one HTML report; `make reproduce RETRAIN=folder` grows the weights afresh.
+reproduce: $(VENV)/.lab
+	$(BIN)/alkahest experiment run $(if $(RETRAIN),--retrain $(RETRAIN))
+	$(BIN)/alkahest experiment report -o reproduction.html
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -150,6 +150,18 @@ def test_the_same_run_gives_the_same_files(ran: Path, tmp_path: Path) -> None:
         assert (again / "results" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_another_family_is_drawn_with_its_own_parts(ran: Path, tmp_path: Path) -> None:
+    folder = written(tmp_path / "01-small")
+    family = tmp_path / "family"
+    shutil.copytree(ak.mini.components().parent, family)
+    finished(run_experiment(read_experiment(folder), family))
+    for name, table in tables_of(read_experiment(ran / "01-small")).items():
+        pd.testing.assert_frame_equal(tables_of(read_experiment(folder))[name], table)
+    (family / "base.safetensors").write_bytes((family / "turbo.safetensors").read_bytes())
+    finished(run_experiment(read_experiment(folder), family))
+    assert not tables_of(read_experiment(folder))["deltas"].equals(tables_of(read_experiment(ran / "01-small"))["deltas"])  # fmt: skip
+
+
 def test_a_run_that_fails_leaves_what_was_recorded(ran: Path, tmp_path: Path) -> None:
     folder = tmp_path / "01-small"
     shutil.copytree(ran / "01-small", folder)
@@ -168,9 +180,9 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
     )
     text = 'title = "t"\nclaim = "c"\nmethod = "m"\nprompts = 2\nsampling = { steps = 1, cfg = 1.0 }\n[[run]]\nname = "tiny"\nconfig = "../tiny.toml"\n[[case]]\nname = "drawn"\nweights = "stage"\nrun = "tiny"\n[[check]]\nsays = "s"\ncolumn = "right"\nwhere = { case = "drawn", stage = "1-one" }\nat_least = 0\n'  # fmt: skip
     folder = written(tmp_path / "02-run", text)
-    with pytest.raises(FileFormatError, match=r"nothing is recorded of 'tiny'[\s\S]*--retrain"):
+    with pytest.raises(FileFormatError, match=r"nothing is recorded of 'tiny'[\s\S]*--runs"):
         finished(run_experiment(read_experiment(folder)))
-    finished(run_experiment(read_experiment(folder), retrain=tmp_path / "runs"))
+    finished(run_experiment(read_experiment(folder), runs=tmp_path / "runs"))
     grown = tables_of(read_experiment(folder))
     assert grown["history"].step.tolist() == [0, 2]
     assert grown["pictures"].stage.tolist() == ["1-one"]

@@ -38,8 +38,14 @@ def experiment_run(
     family: Annotated[
         Path | None, typer.Option(help="Folder with another miniature family, as alkahest mini build makes.")
     ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Grow the training runs in this folder; without it they are as recorded.")
+    ] = None,
     retrain: Annotated[
-        Path | None, typer.Option(help="Grow the training runs afresh in this folder; without it they are as recorded.")
+        Path | None,
+        typer.Option(
+            help="Grow everything afresh in this folder, the family too: hours, and it goes on where it stopped."
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(help="Processor threads; the numbers depend on it a little.")] = 2,
     quiet: Quiet = False,
@@ -52,11 +58,16 @@ def experiment_run(
         from alkahest.lab.reproduction import run_experiment, write_index
 
         torch.set_num_threads(threads)
+        if retrain is not None:
+            from alkahest.mini.build import build
+
+            family, runs = retrain / "family", retrain / "runs"
+            drain(build(family), quiet, unit="step")
         found = [experiment_named(name, root) for name in names] if names else experiments(root)
         for one in found:
             started = time.monotonic()
             print(f"{one.name:34} ", end="", flush=True)
-            told = drain(run_experiment(one, family, retrain), quiet, unit="step").result
+            told = drain(run_experiment(one, family, runs), quiet, unit="step").result
             print(f"{told} ({time.monotonic() - started:.0f} s)")
         write_index(root)
 

@@ -24,7 +24,7 @@ from alkahest.keys import REFINERS
 from alkahest.lora.extract import extract_lora
 from alkahest.lora.read import open_input
 from alkahest.measures import picture_measures
-from alkahest.mini.judge import attributes
+from alkahest.mini.judge import attributes, load_judge
 from alkahest.mini.report import READ, as_asked
 from alkahest.mini.scenes import ATTRIBUTES, Scene, held_out_prompts
 from alkahest.multiplier import BASES, needed_multiplier
@@ -43,7 +43,7 @@ class Inputs(Mapping[str, Any]):
     """The inputs of an experiment, opened when they are first asked for."""
 
     def __init__(self, experiment: Experiment, family: Path | None, work: Path) -> None:
-        self._given, self._family, self._work = experiment.inputs, family, work
+        self._given, self.family, self._work = experiment.inputs, family, work
         self._base = experiment.folder
         self._known: dict[str, Any] = {}
 
@@ -60,13 +60,13 @@ class Inputs(Mapping[str, Any]):
 
     def _made(self, name: str, what: Any) -> Any:
         if isinstance(what, str):
-            return open_input(file_of(what, self._base, self._family), name=name)
+            return open_input(file_of(what, self._base, self.family), name=name)
         options = dict(what)
         place = self._work / f"{name}.safetensors"
         if "extract" in options:
             extract_lora(parse(options.pop("extract"), self), **options).save(place)
         elif "of" in options:
-            open_checkpoint(file_of(options.pop("of"), self._base, self._family)).save(place, **options)
+            open_checkpoint(file_of(options.pop("of"), self._base, self.family)).save(place, **options)
         else:
             raise FileFormatError("experiment", "an input is a file, or has of or extract", found=f"{name} = {what!r}")
         return open_input(place, name=name)
@@ -82,15 +82,15 @@ def file_of(text: str, folder: Path, family: Path | None) -> Path:
     return (family or mini.WEIGHTS) / f"{name}.safetensors"
 
 
-def stream_experiment(experiment: Experiment, family: Path | None = None, retrain: Path | None = None) -> Iterator[Event]:  # fmt: skip
+def stream_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:  # fmt: skip
     """Measure everything; events, the last with the tables by name.
 
-    ``family`` is a folder with another miniature family than the shipped one. With ``retrain`` the runs are grown in
+    ``family`` is a folder with another miniature family than the shipped one. With ``runs`` the runs are grown in
     that folder; without it, rows that need them are those that were recorded.
     """
     with tempfile.TemporaryDirectory() as work:
         inputs = Inputs(experiment, family, Path(work))
-        steps = list(_steps(experiment, inputs, retrain))
+        steps = list(_steps(experiment, inputs, runs))
         rows: dict[str, list[dict[str, Any]]] = {}
         for done, (what, table, step) in enumerate(steps):
             yield Event(done, len(steps), what)
@@ -103,10 +103,10 @@ def stream_experiment(experiment: Experiment, family: Path | None = None, retrai
 Step = tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]
 
 
-def _steps(experiment: Experiment, inputs: Inputs, retrain: Path | None) -> Iterator[Step]:
+def _steps(experiment: Experiment, inputs: Inputs, runs: Path | None) -> Iterator[Step]:
     """What is to be done: a word for it, the table its rows go to, and the work."""
     for run in experiment.runs:
-        yield f"run {run.name}", "history", partial(_history, experiment, run, retrain)
+        yield f"run {run.name}", "history", partial(_history, experiment, run, inputs.family, runs)
     for measured in experiment.deltas:
         yield measured.name, "deltas", partial(_by_part, measured, inputs)
         if measured.multipliers:
@@ -114,10 +114,10 @@ def _steps(experiment: Experiment, inputs: Inputs, retrain: Path | None) -> Iter
         if measured.ks:
             yield f"{measured.name}: rounding", "rounding", partial(_rounding, measured, inputs)
     for case in experiment.cases:
-        if case.run and retrain is None:
+        if case.run and runs is None:
             yield f"{case.name}, recorded", "pictures", partial(recorded, experiment, "pictures", "case", case.name)
             continue
-        for stage in _stages(experiment, case, retrain):
+        for stage in _stages(experiment, case, runs):
             for values in product(*case.over.values()):
                 chosen = dict(zip(case.over, values, strict=True))
                 words = [
@@ -125,7 +125,7 @@ def _steps(experiment: Experiment, inputs: Inputs, retrain: Path | None) -> Iter
                     *([stage] if stage else []),
                     *(f"{name} = {value}" for name, value in chosen.items()),
                 ]
-                yield ", ".join(words), "pictures", partial(_drawn, experiment, inputs, case, chosen, stage, retrain)
+                yield ", ".join(words), "pictures", partial(_drawn, experiment, inputs, case, chosen, stage, runs)
 
 
 def recorded(experiment: Experiment, table: str, column: str, value: str) -> Iterator[dict[str, Any]]:
@@ -134,21 +134,25 @@ def recorded(experiment: Experiment, table: str, column: str, value: str) -> Ite
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame({column: []})
     chosen = rows[rows[column] == value].dropna(axis=1, how="all")
     if not len(chosen):
-        raise FileFormatError("experiment", f"nothing is recorded of {value!r}", file=path, fix=f"alkahest experiment run {experiment.name} --retrain")  # fmt: skip
+        raise FileFormatError("experiment", f"nothing is recorded of {value!r}", file=path, fix=f"alkahest experiment run {experiment.name} --runs FOLDER")  # fmt: skip
     yield from chosen.to_dict("records")
 
 
-def _history(experiment: Experiment, run: Run, retrain: Path | None) -> Iterator[dict[str, Any]]:
-    if retrain is None:
+def _history(experiment: Experiment, run: Run, family: Path | None, runs: Path | None) -> Iterator[dict[str, Any]]:
+    if runs is None:
         yield from recorded(experiment, "history", "run", run.name)
         return
-    for _ in stream_finetune(read_config(experiment.folder / run.config), retrain / run.name):
+    config = read_config(experiment.folder / run.config)
+    if family is not None:
+        files = {name: str(file_of(what, config.folder, family).resolve()) for name, what in config.inputs.items()}
+        config = replace(config, inputs=files, components=str((family / "components").resolve()))
+    for _ in stream_finetune(config, runs / run.name):
         pass
-    yield from ({"run": run.name, **row} for row in read_history(retrain / run.name).to_dict("records"))
+    yield from ({"run": run.name, **row} for row in read_history(runs / run.name).to_dict("records"))
 
 
-def _stages(experiment: Experiment, case: Case, retrain: Path | None) -> list[str]:
-    if not case.run or retrain is None:
+def _stages(experiment: Experiment, case: Case, runs: Path | None) -> list[str]:
+    if not case.run or runs is None:
         return [""]
     (run,) = (run for run in experiment.runs if run.name == case.run)
     names = [stage.name for stage in read_config(experiment.folder / run.config).stages]
@@ -159,23 +163,24 @@ def _stages(experiment: Experiment, case: Case, retrain: Path | None) -> list[st
     return [name for name in every if name in case.stages or not case.stages]
 
 
-def _drawn(experiment: Experiment, inputs: Inputs, case: Case, chosen: Mapping[str, Any], stage: str, retrain: Path | None) -> Iterator[dict[str, Any]]:  # fmt: skip
+def _drawn(experiment: Experiment, inputs: Inputs, case: Case, chosen: Mapping[str, Any], stage: str, runs: Path | None) -> Iterator[dict[str, Any]]:  # fmt: skip
     scalars = {name: value for name, value in chosen.items() if name in names_in(case.weights)}
     known: dict[str, Any] = {**inputs, **scalars}
-    if stage and retrain is not None:
-        known["stage"] = open_checkpoint(retrain / case.run / f"{stage}.safetensors")
+    if stage and runs is not None:
+        known["stage"] = open_checkpoint(runs / case.run / f"{stage}.safetensors")
     weights = parse(case.weights, known)
     asked = prompts_of(case, case.prompts or experiment.prompts)
     settings = {**experiment.sampling, **case.sampling, **{k: v for k, v in chosen.items() if k not in scalars}}
     with tempfile.TemporaryDirectory() as work:
         if case.dtype:
             weights = open_checkpoint(weights.save(Path(work) / "saved.safetensors", dtype=case.dtype).path)
-        pipe = pipeline(weights)
+        pipe = pipeline(weights, inputs.family / "components" if inputs.family else None)
         captions = [scene.caption(case.unsaid) for scene in asked]
         images = sample(pipe, captions, batch=_BATCH, seed=experiment.seed, **settings).images
         measures = picture_measures(images, pipe).mean().to_dict()
+        read = attributes(images, load_judge(inputs.family) if inputs.family else None)
     row = {"case": case.name, **({"stage": stage} if stage else {}), **chosen, "prompts": len(asked)}
-    yield {**row, **judged(asked, attributes(images), case.unsaid), **measures}
+    yield {**row, **judged(asked, read, case.unsaid), **measures}
 
 
 def prompts_of(case: Case, count: int) -> list[Scene]:

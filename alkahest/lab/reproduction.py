@@ -20,11 +20,11 @@ from alkahest.work import Event
 _START, _END = "<!-- index: written by alkahest experiment run -->", "<!-- end -->"
 
 
-def run_experiment(experiment: Experiment, family: Path | None = None, retrain: Path | None = None) -> Iterator[Event]:
+def run_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:
     """Measure an experiment and write its folder; events, the last with the verdict. Nothing is written before the end."""
     started = time.monotonic()
     event = None
-    for event in stream_experiment(experiment, family, retrain):
+    for event in stream_experiment(experiment, family, runs):
         if event.result is None:
             yield event
     assert event is not None  # there is always a last one, with the tables

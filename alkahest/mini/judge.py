@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,10 +37,10 @@ class Judge(nn.Module):
 
 
 @functools.cache
-def load_judge() -> Judge:
-    """The judge that ships with the package."""
+def load_judge(folder: Path = mini.WEIGHTS) -> Judge:
+    """The judge that ships with the package, or the one of another family's folder."""
     judge = Judge()
-    path = mini.WEIGHTS / "judge.safetensors"
+    path = folder / "judge.safetensors"
     judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return judge.eval().requires_grad_(False)
 
