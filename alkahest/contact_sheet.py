@@ -79,7 +79,7 @@ def _combinations(table: pandas.DataFrame, names: Sequence[str]) -> list[tuple[A
 
 
 def _label(names: Sequence[str], values: tuple[Any, ...]) -> list[str]:
-    return [str(v) if n == "prompt" else f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in zip(names, values, strict=True)]  # fmt: skip
+    return [str(v) if n in ("prompt", "model") else f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in zip(names, values, strict=True)]  # fmt: skip
 
 
 def _fitted(text: str, width: int, font: Any) -> str:

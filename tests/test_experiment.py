@@ -50,6 +50,10 @@ weights = "base8 + 0.5 * extra"
 dtype = "bf16"
 unsaid = ["light"]
 only = { subject = ["man", "woman"] }
+[[sheet]]
+title = "Look, at it!"
+prompts = ["a cyan ball", "a red house"]
+models = { Base = "base", "2x" = "base + 2 * (variant - base)" }
 [[check]]
 says = "the layers differ"
 table = "deltas"
@@ -128,18 +132,19 @@ def test_what_is_recorded_says_what_it_stands_on(ran: Path) -> None:
     about = json.loads((folder / "manifest.json").read_text())
     assert about["verdict"] == "partly"
     assert about["inputs"]["base"]["blake3"] == about["inputs"]["base8"]["blake3"]
-    assert set(about["results"]) == {"1-over-k.svg", "2-by-part.svg", "checks.csv", "deltas.csv", "multipliers.csv", "pictures.csv", "rounding.csv"}  # fmt: skip
+    assert set(about["results"]) == {"1-over-k.svg", "2-by-part.svg", "checks.csv", "deltas.csv", "look-at-it.png", "multipliers.csv", "pictures.csv", "rounding.csv"}  # fmt: skip
     for name, value in about["results"].items():
         assert digest(folder / "results" / name) == value
     text = (folder / "README.md").read_text()
     assert text == readme(read_experiment(folder))
     assert "**Verdict on the miniatures: partly.**" in text
     assert "![1 over k](results/1-over-k.svg)" in text
+    assert "![look at it](results/look-at-it.png)" in text
     assert "| all else |" in text
     assert "**no**" in text
     assert "A \\| claim" in (ran / "README.md").read_text()
     page = reproduction(experiments(ran))
-    assert page.count("<figure>") == 2
+    assert page.count("<figure>") == 3
     assert "over k: cyan, colour from" in page
 
 
@@ -174,7 +179,7 @@ def test_a_run_that_fails_leaves_what_was_recorded(ran: Path, tmp_path: Path) ->
 
 def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(
-        'start = "base"\nseed = 1\nsave_every = 2\nmeasure_every = 2\nheld_out = 2\n[inputs]\nbase = "mini:base"\n'
+        'start = "base"\nseed = 1\nsave_every = 2\nmeasure_every = 2\nheld_out = 2\nprompts = ["a ball"]\nsampling = { steps = 1, cfg = 1 }\n[inputs]\nbase = "mini:base"\n'
         '[data.scenes]\nscenes = { count = 20, seed = 5 }\n[[stage]]\nname = "one"\nmix = { scenes = 1.0 }\n'
         "steps = 2\nbatch = 2\nresolution = 64\nlr = 1e-3\n"
     )
@@ -186,6 +191,7 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
     grown = tables_of(read_experiment(folder))
     assert grown["history"].step.tolist() == [0, 2]
     assert grown["pictures"].stage.tolist() == ["1-one"]
+    assert (folder / "results" / "tiny-over-its-steps.png").exists()
     shutil.rmtree(tmp_path / "runs")
     finished(run_experiment(read_experiment(folder)))  # the rows that were recorded
     for name, table in tables_of(read_experiment(folder)).items():

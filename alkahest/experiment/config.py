@@ -103,6 +103,16 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """Pictures to look at: prompts down, models across."""
+
+    title: str
+    prompts: tuple[str, ...]
+    models: Mapping[str, Any]  # label -> a recipe over the inputs
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A claim and how it is tested. ``folder`` is where its files are."""
 
@@ -114,6 +124,7 @@ class Experiment:
     runs: tuple[Run, ...] = ()
     checks: tuple[Check, ...] = ()
     figures: tuple[Drawing, ...] = ()
+    sheets: tuple[Sheet, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     prompts: int = 60  # held-out prompts a row
     seed: int = 1000
@@ -132,7 +143,7 @@ def read_experiment(folder: str | Path) -> Experiment:
     place = Path(folder)
     path = place / "experiment.toml"
     given = read_toml(path, "experiment")
-    kinds: dict[str, tuple[str, type[Any]]] = {"case": ("cases", Case), "delta": ("deltas", Measured), "run": ("runs", Run), "check": ("checks", Check), "figure": ("figures", Drawing)}  # fmt: skip
+    kinds: dict[str, tuple[str, type[Any]]] = {"case": ("cases", Case), "delta": ("deltas", Measured), "run": ("runs", Run), "check": ("checks", Check), "figure": ("figures", Drawing), "sheet": ("sheets", Sheet)}  # fmt: skip
     top = {name: value for name, value in given.items() if name not in kinds}
     for name, (field_name, kind) in kinds.items():
         listed = given.get(name, [])

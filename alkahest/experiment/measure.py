@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from alkahest import mini
 from alkahest.checkpoint import open as open_checkpoint
+from alkahest.contact_sheet import contact_sheet
 from alkahest.delta_table import delta_table, rolled_up
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
-from alkahest.experiment.config import Case, Experiment, Measured, Run
+from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet
 from alkahest.finetune.config import read_config
 from alkahest.finetune.loop import stream_finetune
 from alkahest.finetune.monitor import read_history
@@ -34,7 +35,20 @@ from alkahest.rounding import rounding_curve
 from alkahest.sample import sample
 from alkahest.work import Event
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Tables = dict[str, pd.DataFrame]
+
+
+@dataclass
+class Found:
+    """What an experiment gave: tables by name, and contact sheets by title."""
+
+    tables: Tables = field(default_factory=dict)
+    sheets: dict[str, Image] = field(default_factory=dict)
+
+
 _BATCH = 60
 _STYLES = tuple(ATTRIBUTES["style"])
 
@@ -83,7 +97,7 @@ def file_of(text: str, folder: Path, family: Path | None) -> Path:
 
 
 def stream_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:  # fmt: skip
-    """Measure everything; events, the last with the tables by name.
+    """Measure everything; events, the last with what was `Found`.
 
     ``family`` is a folder with another miniature family than the shipped one. With ``runs`` the runs are grown in
     that folder; without it, rows that need them are those that were recorded.
@@ -92,12 +106,21 @@ def stream_experiment(experiment: Experiment, family: Path | None = None, runs: 
         inputs = Inputs(experiment, family, Path(work))
         steps = list(_steps(experiment, inputs, runs))
         rows: dict[str, list[dict[str, Any]]] = {}
+        found = Found()
+        total = len(steps) + len(experiment.sheets)
         for done, (what, table, step) in enumerate(steps):
-            yield Event(done, len(steps), what)
+            yield Event(done, total, what)
             for row in step():
                 rows.setdefault(table, []).append(row)
-        tables = {name: pd.DataFrame(found) for name, found in rows.items()}
-    yield Event(len(steps), len(steps), "done", tables)
+        for done, sheet in enumerate(experiment.sheets, len(steps)):
+            yield Event(done, total, sheet.title)
+            found.sheets[sheet.title] = _sheet(experiment, inputs, sheet)
+        if runs is not None:
+            found.sheets |= {
+                f"{run.name} over its steps": _steps_sheet(experiment, run, runs) for run in experiment.runs
+            }
+        found.tables = {name: pd.DataFrame(listed) for name, listed in rows.items()}
+    yield Event(total, total, "done", found)
 
 
 Step = tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]
@@ -174,13 +197,41 @@ def _drawn(experiment: Experiment, inputs: Inputs, case: Case, chosen: Mapping[s
     with tempfile.TemporaryDirectory() as work:
         if case.dtype:
             weights = open_checkpoint(weights.save(Path(work) / "saved.safetensors", dtype=case.dtype).path)
-        pipe = pipeline(weights, inputs.family / "components" if inputs.family else None)
+        pipe = _pipe(weights, inputs)
         captions = [scene.caption(case.unsaid) for scene in asked]
         images = sample(pipe, captions, batch=_BATCH, seed=experiment.seed, **settings).images
         measures = picture_measures(images, pipe).mean().to_dict()
         read = attributes(images, load_judge(inputs.family) if inputs.family else None)
     row = {"case": case.name, **({"stage": stage} if stage else {}), **chosen, "prompts": len(asked)}
     yield {**row, **judged(asked, read, case.unsaid), **measures}
+
+
+def _sheet(experiment: Experiment, inputs: Inputs, sheet: Sheet) -> Image:
+    """Each prompt by each model."""
+    settings = {**experiment.sampling, **sheet.sampling}
+    cells = []
+    for label, weights in sheet.models.items():
+        pipe = _pipe(parse(weights, inputs), inputs)
+        images = sample(pipe, list(sheet.prompts), seed=experiment.seed, batch=_BATCH, **settings).images
+        cells += [{"prompt": prompt, "model": label, "path": image} for prompt, image in zip(sheet.prompts, images, strict=True)]  # fmt: skip
+    return contact_sheet(pd.DataFrame(cells), ["prompt"], ["model"], title=f"{sheet.title} (miniatures)")
+
+
+def _steps_sheet(experiment: Experiment, run: Run, runs: Path) -> Image:
+    """What a run's prompts looked like along the way: at the start, and at steps that double from 25."""
+    prompts = read_config(experiment.folder / run.config).prompts
+    known = sorted({int(path.name.split("-")[0]) for path in (runs / run.name / "pictures").glob("*.png")})
+    chosen = {known[0], known[-1], *(step for step in known if step in (25, 50, 100, 200, 400, 800))}
+    cells = [
+        {"prompt": prompt, "step": step, "path": str(runs / run.name / "pictures" / f"{step:07}-{number:02}.png")}
+        for step in sorted(chosen) for number, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    return contact_sheet(pd.DataFrame(cells), ["prompt"], ["step"], title=f"{run.name} over its steps (miniatures)")
+
+
+def _pipe(weights: Any, inputs: Inputs) -> Any:
+    """A pipeline with the parts of the family at hand."""
+    return pipeline(weights, inputs.family / "components" if inputs.family else None)
 
 
 def prompts_of(case: Case, count: int) -> list[Scene]:

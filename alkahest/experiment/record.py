@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +20,7 @@ import torch
 from alkahest import __version__
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Check, Experiment
-from alkahest.experiment.measure import Tables, file_of
+from alkahest.experiment.measure import Found, Tables, file_of
 from alkahest.files import Reader, write_file
 from alkahest.hashes import blake3_of
 
@@ -56,9 +58,9 @@ def verdict(experiment: Experiment, checks: list[Checked]) -> str:
     return experiment.holds if holding == len(checks) else "partly" if holding else "not reproduced"
 
 
-def record(experiment: Experiment, tables: Tables, family: Path | None, seconds: float, draw: Callable[[Experiment, Tables], Any]) -> str:  # fmt: skip
+def record(experiment: Experiment, found: Found, family: Path | None, seconds: float, draw: Callable[[Experiment, Tables], Any]) -> str:  # fmt: skip
     """Write the tables, README.md and manifest.json of a run, and the figures by ``draw``; the verdict."""
-    checks = checked(experiment, tables)  # before anything is written: a check may be wrong
+    tables, checks = found.tables, checked(experiment, found.tables)  # before anything is written: a check may be wrong
     results = experiment.folder / "results"
     results.mkdir(exist_ok=True)
     for old in results.glob("*.csv"):
@@ -66,6 +68,10 @@ def record(experiment: Experiment, tables: Tables, family: Path | None, seconds:
             old.unlink()
     for name, table in {**tables, "checks": pd.DataFrame([vars(check) for check in checks])}.items():
         write_file(results / f"{name}.csv", table.round(4).to_csv(index=False).encode())
+    for title, sheet in found.sheets.items():
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG", optimize=True)
+        write_file(results / f"{slug(title)}.png", buffer.getvalue())
     draw(experiment, tables_of(experiment))  # as they were read back, so that a later look draws the same
     write_file(experiment.folder / "README.md", readme(experiment).encode())
     told = verdict(experiment, checks)
@@ -81,6 +87,11 @@ def record(experiment: Experiment, tables: Tables, family: Path | None, seconds:
     }
     write_file(experiment.folder / "manifest.json", (json.dumps(about, indent=1) + "\n").encode())
     return told
+
+
+def slug(title: str) -> str:
+    """A title as a file's name: ``Over k, and 0`` is ``over-k-and-0``."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def tables_of(experiment: Experiment) -> Tables:
@@ -105,7 +116,9 @@ def readme(experiment: Experiment) -> str:
     lines += [f"**Verdict on the miniatures: {found}.** {experiment.remark}".strip(), ""]
     rows = [[row.says, f"{row.found:.4g}", row.bound, "yes" if row.holds else "**no**"] for row in checks]
     lines += markdown(["check", "found", "wanted", "holds"], rows)
-    for path in sorted((experiment.folder / "results").glob("*.svg")):
+    for path in [
+        path for ending in ("png", "svg") for path in sorted((experiment.folder / "results").glob(f"*.{ending}"))
+    ]:
         lines += ["", f"![{path.stem.replace('-', ' ')}](results/{path.name})"]
     files = ", ".join(f"[{path.name}](results/{path.name})" for path in sorted((experiment.folder / "results").glob("*.csv")))  # fmt: skip
     lines += ["", f"Written by `alkahest experiment run {experiment.name}` from [experiment.toml](experiment.toml); numbers: {files}; [manifest.json](manifest.json) has inputs and versions."]  # fmt: skip

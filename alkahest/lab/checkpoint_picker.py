@@ -21,7 +21,7 @@ from alkahest.lab.panel import STYLE, reason_of
 from alkahest.work import Event
 
 _DEPTH, _MOST, _ENTRIES = 4, 500, 20_000  # folders deep, checkpoints listed, files looked at: a disk is not searched
-_WIDE = widgets.Layout(width="100%")
+_WIDE = widgets.Layout(width="98%")
 
 
 def checkpoint_picker(folder: str | Path = ".", bases: Mapping[str, Weights] | None = None) -> CheckpointPicker:
@@ -64,7 +64,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         """Read the folder again."""
         place = Path(self.folder.value).expanduser()
         found = list(checkpoints_in(place))
-        options = [(f"{path.relative_to(place)}  {size_text(size)}", path) for path, size in found]
+        options = [(f"{path.relative_to(place)}, {size_text(size)}", path) for path, size in found]
         self.candidates.options = options
         self.files.options = options
         self.files.index = 0 if options else None
@@ -110,8 +110,10 @@ def _in_order(folder: Path, depth: int, looked_at: Iterator[int]) -> Iterator[tu
         entries = sorted(path for path in folder.iterdir() if next(looked_at) < _ENTRIES)
     except OSError:  # not there, not a folder, not for us to read
         return
-    if (folder / "config.json").exists() and (shards := [path for path in entries if path.suffix == ".safetensors"]):
-        yield folder, sum(path.stat().st_size for path in shards)
+    config = folder / "config.json"
+    if config in entries and (shards := [path for path in entries if path.suffix == ".safetensors"]):
+        if "Transformer2DModel" in config.read_text(errors="replace")[:10_000]:  # and no text encoder or VAE
+            yield folder, sum(path.stat().st_size for path in shards)
         return
     sharded = [path for path in entries if path.name.endswith(".safetensors.index.json")]
     for index in sharded:

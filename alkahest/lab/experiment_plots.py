@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Drawing, Experiment
 from alkahest.experiment.measure import Tables
-from alkahest.experiment.record import matching
+from alkahest.experiment.record import matching, slug
 from alkahest.lab.plots import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 _DASHES = ("-", "--", "-.", ":")
@@ -85,7 +85,7 @@ def write_figures(experiment: Experiment, tables: Tables) -> list[Path]:
     paths = []
     with mpl.rc_context({"svg.hashsalt": "alkahest", "svg.fonttype": "path"}):
         for number, drawing in enumerate(experiment.figures, 1):
-            path = folder / f"{number}-{drawing.title.lower().replace(' ', '-')}.svg"
+            path = folder / f"{number}-{slug(drawing.title)}.svg"
             figure_of(drawing, tables).axes.figure.savefig(path, metadata={"Date": None})  # type: ignore[union-attr]
             paths.append(path)
     return paths

@@ -63,7 +63,8 @@ def _section(one: Experiment, checks: list[Checked]) -> str:
     figures = [figure_of(drawing, tables) for drawing in one.figures]
     lines = "".join(f"<tr><td>{_text(c.says)}</td><td>{c.found:.4g}</td><td>{_text(c.bound)}</td><td>{'yes' if c.holds else '<b>no</b>'}</td></tr>" for c in checks)  # fmt: skip
     whole = "".join(f"<details><summary>{_text(name)}: {len(table)} rows</summary>{table.round(3).to_html(index=False, border=0, na_rep='')}</details>" for name, table in tables.items())  # fmt: skip
-    drawn = "".join(f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>" for plot in figures)  # fmt: skip
+    sheets = "".join(f"<figure>{image_tag(path.read_bytes(), path.stem.replace('-', ' '))}</figure>" for path in sorted((one.folder / "results").glob("*.png")))  # fmt: skip
+    drawn = sheets + "".join(f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>" for plot in figures)  # fmt: skip
     return (
         f'<h2 id="{one.name}">{one.name[:2]} {_text(one.title)}</h2><p><b>Claim.</b> {_text(one.claim)}</p>'
         f"<p><b>Method.</b> {_text(one.method)}</p><p><b>Verdict: {_text(verdict(one, checks))}.</b> {_text(one.remark)}</p>"

@@ -66,15 +66,15 @@ def lab(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
 
 @pytest.fixture
 def opened(lab: tuple[str, Path], chromium: str) -> Iterator[Callable[..., Any]]:
-    """Open cells as a notebook in the browser, run them all, and give the page."""
+    """Open cells, or a notebook that there is, in the browser, run them all, and give the page."""
     from playwright.sync_api import sync_playwright
 
     address, folder = lab
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)
 
-        def notebook(name: str, *cells: str, dark: bool = False) -> Any:
-            made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})  # fmt: skip
+        def notebook(name: str, *cells: str, dark: bool = False, source: Path | None = None) -> Any:
+            made = nbformat.read(source, as_version=4) if source else nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})  # fmt: skip
             nbformat.write(made, folder / f"{name}.ipynb")
             page = browser.new_page(viewport={"width": 1300, "height": 1500})
             page.goto(f"{address}/lab/tree/{name}.ipynb?token={TOKEN}&reset")

@@ -1,4 +1,4 @@
-"""Widgets in a real JupyterLab: typed numbers, Cancel, pictures with alt text, light and dark."""
+"""Widgets in a real JupyterLab: typed numbers, Cancel, pictures with alt text, light and dark, keyboard alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from notebook_runs import FOLDER
 
 import alkahest as ak
 
@@ -16,7 +17,7 @@ FAMILY = "import alkahest as ak\nfrom alkahest.lab import panels, plots\nv, b, w
 
 
 def picture(page: Any, words: str) -> Any:
-    return page.wait_for_selector(f"img[role=img][alt*='{words}']", timeout=WAIT)
+    return page.wait_for_selector(f'img[role=img][alt*="{words}"]', timeout=WAIT)
 
 
 def test_a_typed_multiplier_is_used_as_typed(opened: Callable[..., Any], tmp_path: Path) -> None:
@@ -73,3 +74,103 @@ def test_a_job_is_started_cancelled_and_started_again(opened: Callable[..., Any]
     start.click()
     page.get_by_text("done in").wait_for(timeout=WAIT)
     assert cancel.is_disabled()
+
+
+MERGE = "panels.live_merge(ak.mini.load('tb1'), {'heart': ak.mini.load('turbo-variant') - ak.mini.load('deturbo')}, ['a red heart by day'], loras={'style': ak.open_lora(ak.mini.lora('turbo-lora'))}, sampling={'steps': 4, 'cfg': 1})"  # fmt: skip
+# What has the focus, as a screen reader names it.
+FOCUSED = """() => {
+    const at = document.activeElement;
+    const label = at.labels && at.labels.length ? at.labels[0].innerText : at.getAttribute('aria-label') || at.innerText;
+    return (at.getAttribute('role') || at.tagName.toLowerCase()) + ': ' + (label || '').trim();
+}"""
+
+
+def errors(page: Any) -> int:
+    return int(page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").count())  # fmt: skip
+
+
+def typed(page: Any, label: str, text: str) -> Any:
+    box = page.get_by_label(label, exact=True)
+    box.fill(text, timeout=WAIT)
+    box.press("Enter")
+    return box
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_first_notebook_runs_and_its_live_merge_follows(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:  # fmt: skip
+    page = opened(f"start-{dark}", source=FOLDER / "00-start-here.ipynb", dark=dark)
+    page.locator(".jp-Cell").last.scroll_into_view_if_needed()
+    before = picture(page, "base.protect('refiner') + (base_weak - base): 1.").get_attribute("src")
+    box = typed(page, "k of weak", "171.1")
+    after = picture(page, "+ 171.1 * (base_weak - base): 1.").get_attribute("src")
+    assert after != before
+    assert box.input_value() == "171.1"
+    typed(page, "steps", "4000")
+    page.get_by_role("button", name="Cancel", exact=True).first.click(timeout=WAIT)
+    page.get_by_text("cancelled", exact=True).wait_for(timeout=WAIT)
+    assert picture(page, "+ 171.1 * (base_weak - base): 1.").get_attribute("src") == after
+    assert errors(page) == 0
+    page.screenshot(path=tmp_path / "live-merge.png")
+
+
+def test_a_live_merge_by_keyboard_alone(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened("keyboard", FAMILY, MERGE)
+    picture(page, "(turbo_variant - deturbo): 1. a red heart")
+    page.get_by_label("k of heart", exact=True).focus()
+    seen = [page.evaluate(FOCUSED)]
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate(FOCUSED))
+        if seen[-1].endswith("Save model"):
+            break
+    wanted = ["k of heart", "heart: by part", "strength of style", "style: by part", "protect refiner", "seed", "steps", "cfg", "shift", "prompts, one a line", "negative prompt", "Cancel", "Keep", "Forget kept", "recipe file", "Save recipe", "model file", "Save model"]  # fmt: skip
+    named = [name.partition(": ")[2] for name in seen]
+    # A button that is disabled is passed over. Slider handles have no name of their own in ipywidgets: the number box
+    # before each does the same and has one.
+    assert [name for name in wanted if name not in named] in ([], ["Cancel"])
+    assert all(name.partition(": ")[2] for name in seen if not name.startswith("slider"))
+    page.get_by_label("heart: by part", exact=True).focus()
+    page.keyboard.press("Space")
+    typed(page, "heart: layers x", "2")
+    picture(page, "scaled({'layers': 2")
+    page.get_by_role("button", name="Keep").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("kept 1:").wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Save recipe").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("done in").first.wait_for(timeout=WAIT)
+    typed(page, "cfg", "0.2")
+    page.locator("pre[role=alert]", has_text="cfg counts as ComfyUI").wait_for(timeout=WAIT)
+    page.screenshot(path=tmp_path / "keyboard.png")
+
+
+def test_a_kernel_restarted_under_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened("restarted", FAMILY, MERGE)
+    picture(page, "(turbo_variant - deturbo): 1. a red heart")
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_text("Restart Kernel and Run All Cells").click()
+    page.get_by_role("button", name="Confirm Kernel Restart").click(timeout=WAIT)
+    page.wait_for_function("() => document.querySelectorAll('img[alt*=\"a red heart\"]').length == 1", timeout=WAIT)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
+    typed(page, "k of heart", "5000")
+    picture(page, "+ 5000 * (turbo_variant - deturbo)")
+    assert errors(page) == 0
+    page.screenshot(path=tmp_path / "restarted.png")
+
+
+def test_the_other_panels_in_the_browser(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened(
+        "panels", FAMILY,
+        "live = ak.LiveModel(b + ak.param('k', 1.0) * (v - b))\npanels.sampling_grid(live, 'a red ball', over={'k': [0, 171.1], 'steps': [2]})",
+        "panels.checkpoint_picker(ak.mini.components().parent, bases={'base': b, 'turbo': w})",
+        "panels.training_monitor('runs/nowhere')",
+    )  # fmt: skip
+    typed(page, "shift", "3, 6")
+    page.get_by_role("button", name="Draw").click(timeout=WAIT)
+    picture(page, "4 pictures over k, shift")
+    page.get_by_label("checkpoints", exact=True).select_option(label="base-variant.safetensors, 3.01 MB")
+    page.get_by_role("button", name="Guess lineage").click()
+    page.get_by_text("of its norm away").wait_for(timeout=WAIT)
+    page.get_by_text("nothing measured yet").wait_for(timeout=WAIT)
+    assert errors(page) == 0
+    page.screenshot(path=tmp_path / "panels.png", full_page=True)
