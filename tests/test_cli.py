@@ -49,13 +49,16 @@ def test_every_command_and_option_has_help() -> None:
         "lora",
         "finetune",
         "make-dataset",
+        "experiment",
     }
     assert set(group.commands) == known  # type: ignore[attr-defined]
     family = group.commands["mini"].commands  # type: ignore[attr-defined]
     assert set(family) == {"build", "measure"}
     loras = group.commands["lora"].commands  # type: ignore[attr-defined]
     assert set(loras) == {"inspect", "convert", "resize", "merge"}
-    for name, command in [*group.commands.items(), *family.items(), *loras.items()]:  # type: ignore[attr-defined]
+    tried = group.commands["experiment"].commands  # type: ignore[attr-defined]
+    assert set(tried) == {"list", "run", "report"}
+    for name, command in [*group.commands.items(), *family.items(), *loras.items(), *tried.items()]:  # type: ignore[attr-defined]
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"

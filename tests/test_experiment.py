@@ -15,7 +15,7 @@ from alkahest.cli import app
 from alkahest.errors import AlkahestError, FileFormatError, UnknownNameError
 from alkahest.experiment.config import Case, experiment_named, experiments, read_experiment
 from alkahest.experiment.measure import judged, prompts_of, stream_experiment
-from alkahest.experiment.record import Checked, checked, checked_of, digest, index, readme, tables_of, verdict
+from alkahest.experiment.record import Checked, checked, checked_of, digest, index, readme, tables_of, verdict, verdicts
 from alkahest.lab.reproduction import reproduction, run_experiment, write_index
 from alkahest.mini.scenes import held_out_prompts
 from alkahest.work import finished
@@ -279,11 +279,15 @@ def test_the_committed_ones_are_whole(folder: Path) -> None:
     assert one.figures
 
 
-def test_the_index_is_fresh() -> None:
+def test_the_index_is_fresh(tmp_path: Path) -> None:
+    front = (ROOT.parent / "README.md").read_text()
     assert index(experiments(ROOT)) in (ROOT / "README.md").read_text()
-    before = (ROOT / "README.md").read_text()
-    write_index(ROOT)
-    assert (ROOT / "README.md").read_text() == before
+    assert verdicts(experiments(ROOT), "experiments") in front
+    (tmp_path / "README.md").write_text(front)
+    shutil.copytree(ROOT, tmp_path / "experiments")
+    write_index(tmp_path / "experiments")
+    assert (tmp_path / "README.md").read_text() == front
+    assert (tmp_path / "experiments" / "README.md").read_text() == (ROOT / "README.md").read_text()
 
 
 def test_a_stopped_run_writes_nothing(tmp_path: Path) -> None:

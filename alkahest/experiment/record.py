@@ -133,6 +133,12 @@ def index(found: list[Experiment]) -> str:
     return "\n".join(markdown(["", "experiment", "claim", "on the miniatures"], rows)) + "\n"
 
 
+def verdicts(found: list[Experiment], folder: str) -> str:
+    """Titles and verdicts alone, with links into ``folder``, as Markdown."""
+    rows = [[f"[{one.name[:2]} {one.title}]({folder}/{one.name}/)", verdict(one, checked_of(one))] for one in found]
+    return "\n".join(markdown(["claim", "on the miniatures"], rows)) + "\n"
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     """A table, line by line."""
     lines = [head, ["---"] * len(head), *rows]

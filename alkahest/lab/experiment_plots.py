@@ -13,7 +13,7 @@ from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Drawing, Experiment
 from alkahest.experiment.measure import Tables
 from alkahest.experiment.record import matching, slug
-from alkahest.lab.plots import COLOURS, MARKERS, Plot, axes_for, legend_beside
+from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 _DASHES = ("-", "--", "-.", ":")
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")

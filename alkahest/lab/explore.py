@@ -12,8 +12,8 @@ import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.lab.figure import png
 from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, number_with_slider
-from alkahest.lab.plots import png
 
 _DRAWING = threading.Lock()  # callbacks come from several threads, and matplotlib's caches are shared
 

@@ -17,10 +17,9 @@ from alkahest.expr import Delta, Weights
 from alkahest.files import write_file
 from alkahest.hashes import blake3_of
 from alkahest.keys import part_of
+from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, number_with_slider
-from alkahest.lab.plots import image_tag
-from alkahest.lab.strip import strip
 from alkahest.live_model import LiveModel
 from alkahest.measures import picture_measures
 from alkahest.options import Options

@@ -13,7 +13,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from alkahest.errors import AlkahestError
-from alkahest.lab.plots import image_tag
+from alkahest.lab.figure import image_tag
 
 REST = 0.15  # seconds without a change before drawing: a drag of a slider draws once or twice
 WIDE = widgets.Layout(width="auto", min_width="16em")

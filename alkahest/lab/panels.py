@@ -16,6 +16,7 @@ from alkahest.expr import Delta, Weights, ends
 from alkahest.lab import plots
 from alkahest.lab.checkpoint_picker import checkpoint_picker as checkpoint_picker
 from alkahest.lab.explore import Explorer, explore
+from alkahest.lab.figure import COLOURS
 from alkahest.lab.jobs import Job
 from alkahest.lab.live_merge import live_merge as live_merge
 from alkahest.lab.sampling_grid import sampling_grid as sampling_grid
@@ -141,7 +142,7 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
 
 def _by_module(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The modules that differ most, a table each."""
-    largest = table[table.block >= 0].groupby("module").relative.median().nlargest(len(plots.COLOURS))
+    largest = table[table.block >= 0].groupby("module").relative.median().nlargest(len(COLOURS))
     return {module: table[table.module == module] for module in largest.index}
 
 

@@ -8,12 +8,8 @@ Zeros have a strip of their own at the bottom of a log axis. Colours are `okabe_
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -22,13 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside, number_text, titled
+from alkahest.lab.multiplier_plots import multiplier_by_part as multiplier_by_part
+from alkahest.lab.multiplier_plots import multiplier_overview as multiplier_overview
+from alkahest.lab.multiplier_plots import noise as noise
+from alkahest.lab.multiplier_plots import survival as survival
 
 if TYPE_CHECKING:
     import pandas
 
-COLOURS = [mpl.color_sequences["okabe_ito"][number] for number in (5, 6, 3, 1, 7, 2, 0)]
-MARKERS = "osD^vPX"
-MARKED = {1.0: "1x", 10.0: "10x, ComfyUI's cap", 20.0: "20x, practical limit"}
 # Statistic -> what an axis says about it.
 STATISTICS = {
     "relative": "norm of delta / norm of weights, unitless",
@@ -43,38 +41,6 @@ _SHORT = {"noise_refiner": "noise\nref.", "context_refiner": "context\nref.", "s
 _KINDS = ("attention", "feed_forward", "adaLN", "norm", "other")
 
 
-@dataclass(frozen=True, repr=False)
-class Plot:
-    """Axes that were drawn into, and what they show in words. Shows itself in a notebook."""
-
-    axes: Axes
-    alt: str
-
-    def __repr__(self) -> str:
-        return self.alt
-
-    def png(self, dpi: int = 100) -> bytes:
-        """The whole figure as a PNG file."""
-        return png(self.axes.figure, dpi)  # type: ignore[arg-type]
-
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {"image/png": self.png(), "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
-
-
-def png(figure: Figure, dpi: int = 100) -> bytes:
-    """A figure as a PNG file, on white even where the page is dark."""
-    figure.set_facecolor("white")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
-def image_tag(picture: bytes, alt: str) -> str:
-    """A PNG file as HTML that needs no other file."""
-    encoded = base64.b64encode(picture).decode()
-    return f'<img role="img" style="max-width:100%" alt="{html.escape(alt)}" src="data:image/png;base64,{encoded}">'
-
-
 def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
     """Every tensor's change by part and depth, one marker each, on a log axis with a strip for zeros."""
     values = _statistic(table, statistic)
@@ -82,11 +48,11 @@ def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: A
     _by_depth(ax, table, values, _log_axis(ax, values))
     ax.set_ylabel(f"{STATISTICS[statistic]}\n(log scale)")
     legend_beside(ax, fontsize=None)
-    ax.set_title(title or _titled(table, "Where it differs"))
+    ax.set_title(title or titled(table, "Where it differs"))
     untouched = int((values == 0).sum())
     by_part = _by_part(table, values)
     largest = max(by_part, key=lambda name: by_part[name])
-    words = ", ".join(f"{name} {_number(value)}" for name, value in by_part.items())
+    words = ", ".join(f"{name} {number_text(value)}" for name, value in by_part.items())
     return Plot(ax, f"{ax.get_title()}: {statistic} of each of {len(table)} tensors by part and depth. Median by part: {words}; largest in {largest}. {untouched} tensors are untouched.")  # fmt: skip
 
 
@@ -112,12 +78,12 @@ def magnitude_heatmap(table: pandas.DataFrame, statistic: str = "relative", ax: 
         ax.set_xlabel(f"{ax.get_xlabel()};  x: untouched, exactly 0", labelpad=26)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
     bar.set_label(f"{STATISTICS[statistic]}\n(log scale)", fontsize=8)
-    ax.set_title(title or _titled(table, "Module by depth"))
+    ax.set_title(title or titled(table, "Module by depth"))
     words = "nothing differs"
     if positive.size:
         row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
         part, block = places.keys[column]
-        words = f"from {_number(low)} to {_number(high)}, most in {part}.{block}.{modules[row]}"
+        words = f"from {number_text(low)} to {number_text(high)}, most in {part}.{block}.{modules[row]}"
     return Plot(ax, f"{ax.get_title()}: {statistic} of {len(modules)} modules over {len(places.of)} blocks, {words}; {rows.size} untouched.")  # fmt: skip
 
 
@@ -148,7 +114,7 @@ def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = 
     legend_beside(ax, fontsize=None)
     small = " (miniatures)" if any("(miniatures)" in one.attrs.get("of", "") for one in tables.values()) else ""
     ax.set_title(title or f"By depth{small}")
-    words = "; ".join(f"{name}: layers {_number(_median(lines[name], places, 'layers'))}, noise refiner {_number(_median(lines[name], places, 'noise_refiner'))}" for name in lines)  # fmt: skip
+    words = "; ".join(f"{name}: layers {number_text(_median(lines[name], places, 'layers'))}, noise refiner {number_text(_median(lines[name], places, 'noise_refiner'))}" for name in lines)  # fmt: skip
     return Plot(ax, f"{ax.get_title()}: median {statistic} of each block, for {len(lines)} deltas. {words}.")
 
 
@@ -167,79 +133,10 @@ def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | Non
     ax.set_xlabel("number of the singular value (log scale)")
     ax.set_ylabel("singular value / noise edge, unitless (log scale)")
     legend_beside(ax)
-    ax.set_title(title or _titled(spectra, "Spectrum"))
+    ax.set_title(title or titled(spectra, "Spectrum"))
     ranks = chosen.stable_rank
-    above = (
-        f"the first is {_number(chosen.above_edge.min())} to {_number(chosen.above_edge.max())} times the noise edge"
-    )
-    return Plot(ax, f"{ax.get_title()}: leading singular values of {len(chosen)} matrices; {above}, stable ranks {_number(ranks.min())} to {_number(ranks.max())}.")  # fmt: skip
-
-
-def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
-    """What is left of a delta after adding and rounding, over k, with 1x, 10x and 20x marked."""
-    ax = axes_for(ax, (8, 4.2))
-    lines = {
-        "elements that change": 1 - curve.absorbed_count, "energy that survives": 1 - curve.absorbed_energy,
-        "kept along the delta (1 = no bias)": curve.nearest_kept,
-    }  # fmt: skip
-    for number, (name, values) in enumerate(lines.items()):
-        ax.plot(curve.k, values, color=COLOURS[number], ls=("-", "--", "-.")[number], lw=2, label=name)
-    ax.axhline(1.0, color="0.7", lw=0.8)
-    ax.set_ylim(-0.02, max(1.1, 1.05 * float(np.nanmax(curve.nearest_kept))))
-    ax.set_ylabel("share of the delta, unitless\n(added, rounded to nearest)")
-    _mark_multipliers(ax, curve.k)
-    ax.set_title(title or _titled(curve, "What adding leaves of the delta"))
-    words = ", ".join(f"{_number(1 - _at(curve, 'absorbed_energy', k))} at {k:g}x" for k in _inside(curve.k))
-    return Plot(ax, f"{ax.get_title()}: share of the delta's energy that survives rounding, over the multiplier: {words}.")  # fmt: skip
-
-
-def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
-    """What multiplying costs: the delta's size and the noise in it, relative to the weights, over k."""
-    ax = axes_for(ax, (8, 4.2))
-    ax.plot(curve.k, curve["size"], color=COLOURS[0], lw=2, label="k |delta|")
-    ax.plot(curve.k, curve["size"] * curve.nearest_error, color=COLOURS[1], ls="--", label="error of nearest rounding")
-    ax.plot(curve.k, curve["size"] * curve.stochastic_error, color=COLOURS[2], ls="-.", label="error of stochastic rounding")  # fmt: skip
-    if curve.noise_most.max() > 0:
-        low = curve.noise_least.clip(lower=float(curve["size"].min()) * 1e-4)
-        ax.fill_between(curve.k, low, curve.noise_most, color=COLOURS[3], alpha=0.35, label="the file's own rounding, times k", hatch="//", edgecolor=COLOURS[3], lw=0)  # fmt: skip
-    ax.set_yscale("log")
-    ax.set_ylabel("norm / norm of the weights,\nunitless (log scale)")
-    _mark_multipliers(ax, curve.k)
-    ax.set_title(title or _titled(curve, "What multiplying costs"))
-    words = ", ".join(f"{_number(_at(curve, 'noise_least', k))} to {_number(_at(curve, 'noise_most', k))} at {k:g}x" for k in _inside(curve.k))  # fmt: skip
-    return Plot(ax, f"{ax.get_title()}: norms relative to the weights over the multiplier; the file's own rounding makes {words}.")  # fmt: skip
-
-
-def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | None = None) -> Plot:
-    """The k that each part would need by itself, beside the one for all, with 1x, 10x and 20x marked."""
-    parts = multiplier.per_part
-    own = "k" in parts
-    values = (parts.k if own else parts.relative_at_k).to_numpy(float)
-    ax = axes_for(ax, (8, 0.45 * len(parts) + 1.8))
-    some = np.isfinite(values) & (values > 0)
-    y = np.arange(len(parts))
-    ax.plot(values[some], y[some], "o", color=COLOURS[0], ms=8)
-    ax.set_ylim(len(parts) - 0.4, -0.9)  # first part on top, with room for its number
-    ax.set_yticks(y, parts.part)
-    ax.set_xscale("log")
-    for place in y[~some]:
-        ax.annotate("untouched" if own else "0", (0, place), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center", color="0.4")  # fmt: skip
-    for place, value in zip(y[some], values[some], strict=True):
-        ax.annotate(_number(value), (value, place), xytext=(0, 6), textcoords="offset points", ha="center")
-    if own:
-        ax.axvline(float(multiplier), color=COLOURS[1], lw=2, label=f"all together: {float(multiplier):.4g}")
-        _mark_multipliers(ax, values[some], axis_label="multiplier k that brings the part to its share (log scale)")
-    else:
-        ax.set_xlabel("k |delta| / |weights| at the multiplier, unitless (log scale)")
-    ax.margins(x=0.15)
-    low, high = ax.get_xlim()
-    if some.any() and high < 10 * low:  # equal parts shall look equal
-        middle = math.sqrt(low * high)
-        ax.set_xlim(middle / math.sqrt(10), middle * math.sqrt(10))
-    ax.grid(axis="y", color="0.9")
-    ax.set_title(title or _titled(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
-    words = ", ".join(f"{part} {_number(value) if good else 'untouched'}" for part, value, good in zip(parts.part, values, some, strict=True))  # fmt: skip
-    return Plot(ax, f"{ax.get_title()}: {words}.")
+    above = f"the first is {number_text(chosen.above_edge.min())} to {number_text(chosen.above_edge.max())} times the noise edge"
+    return Plot(ax, f"{ax.get_title()}: leading singular values of {len(chosen)} matrices; {above}, stable ranks {number_text(ranks.min())} to {number_text(ranks.max())}.")  # fmt: skip
 
 
 def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
@@ -263,18 +160,6 @@ def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: A
     ax.set_title(title or f"Delta against delta: {statistic.replace('_', ' ')}{small}")
     pairs = [f"{a} and {b} {values[i, j]:.2f}" for i, a in enumerate(square.index) for j, b in enumerate(square.columns) if i < j]  # fmt: skip
     return Plot(ax, f"{ax.get_title()}: {', '.join(pairs)}.")
-
-
-def multiplier_overview(curve: pandas.DataFrame, multiplier: Any, k: float | None = None, figure: Figure | None = None) -> Plot:  # fmt: skip
-    """What adding leaves of a delta and what multiplying costs, with k marked, and the multiplier by part below."""
-    k = float(multiplier) if k is None else k
-    figure = Figure(figsize=(10, 9), layout="constrained") if figure is None else figure
-    upper, middle, lower = figure.subplots(3, 1, height_ratios=(3, 3, 2))
-    drawn = [survival(curve, upper), noise(curve, middle), multiplier_by_part(multiplier, lower)]
-    for axes in (upper, middle):
-        axes.axvline(k, color=COLOURS[1], lw=2.5, label=f"k = {k:.4g}")
-        legend_beside(axes)
-    return Plot(upper, " ".join(one.alt for one in drawn))
 
 
 def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: str | None = None) -> Plot:
@@ -311,7 +196,7 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
     if capped.any():
         axes[0, 0].axhline(thin["rank"][capped].max(), color="0.35", ls="--", lw=1, label=f"rank_max ({capped.sum()} capped)")  # fmt: skip
     axes[0, 0].legend(loc="best", fontsize=8)
-    heading = title or _titled(report, "What the LoRA keeps")
+    heading = title or titled(report, "What the LoRA keeps")
     figure.suptitle(heading)
     energy = float((thin.delta_norm**2 * thin.energy).sum() / (thin.delta_norm**2).sum())
     ranks = f"{thin['rank'].min()} to {thin['rank'].max()}, median {thin['rank'].median():g}"
@@ -364,19 +249,6 @@ class _Places:
         ax.set_xlabel("part and block, in the order of the data flow", labelpad=26)
 
 
-def axes_for(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The Axes that were given, or new ones of a size in inches."""
-    if ax is not None:
-        return ax
-    # No pyplot: its state is not for worker threads, and a plot shows itself.
-    return Figure(figsize=size, layout="constrained", facecolor="white").subplots()
-
-
-def legend_beside(ax: Axes, **how: Any) -> None:
-    """A legend to the right of a plot, where it hides nothing; small unless told otherwise."""
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, **{"fontsize": 8, **how})
-
-
 def _statistic(table: pandas.DataFrame, name: str) -> np.ndarray[Any, Any]:
     if name not in STATISTICS:
         raise UnknownNameError("plot", "no such statistic", found=repr(name), fix=nearest(name, STATISTICS))
@@ -407,24 +279,6 @@ def _log_axis(ax: Axes, values: np.ndarray[Any, Any]) -> float:
     return float(zero)
 
 
-def _mark_multipliers(ax: Axes, ks: Any, axis_label: str = "multiplier k (log scale)") -> None:
-    ax.set_xscale("log")
-    ax.set_xlabel(axis_label)
-    low, high = (float(np.min(ks)), float(np.max(ks))) if len(ks) else (1.0, 1.0)
-    for (k, name), style in zip(MARKED.items(), (":", "-.", "--"), strict=True):
-        if low / 10 <= k <= high * 10:
-            ax.axvline(k, color="0.35", ls=style, lw=1, label=name)
-    legend_beside(ax)
-
-
-def _inside(ks: Any) -> Iterator[float]:
-    yield from (k for k in MARKED if np.min(ks) <= k <= np.max(ks))
-
-
-def _at(curve: pandas.DataFrame, column: str, k: float) -> float:
-    return float(np.interp(math.log(k), np.log(curve.k), curve[column]))
-
-
 def _kind(module: str) -> str:
     lowered = module.lower()
     if "norm" in lowered:
@@ -439,14 +293,3 @@ def _by_part(table: pandas.DataFrame, values: np.ndarray[Any, Any]) -> dict[str,
 def _median(line: np.ndarray[Any, Any], places: _Places, part: str) -> float:
     first, last = places.spans.get(part, (0, 0))
     return float(np.nanmedian(line[first : last + 1]))
-
-
-def _titled(table: pandas.DataFrame, what: str) -> str:
-    of = str(table.attrs.get("of", ""))
-    if len(of) > 90:
-        of = f"{of[:60]} ... {of[-25:]}"
-    return f"{what}{': ' if len(what + of) < 75 else chr(10)}{of}" if of else what
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"

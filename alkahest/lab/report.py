@@ -14,6 +14,7 @@ from alkahest.check import checked
 from alkahest.delta_table import rolled_up
 from alkahest.files import write_file
 from alkahest.lab import plots
+from alkahest.lab.figure import Plot, image_tag
 from alkahest.multiplier import Multiplier
 from alkahest.rounding import absorbed, rounding_curve
 
@@ -61,8 +62,8 @@ def _with_absorbed(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(absorbed=absorbed(table)["count"])
 
 
-def _figure(plot: plots.Plot) -> str:
-    return f"<figure>{plots.image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>"
+def _figure(plot: Plot) -> str:
+    return f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>"
 
 
 def _table(table: pd.DataFrame, columns: list[str]) -> str:

@@ -10,14 +10,16 @@ from pathlib import Path
 from alkahest import __version__
 from alkahest.experiment.config import Experiment, experiments
 from alkahest.experiment.measure import stream_experiment
-from alkahest.experiment.record import Checked, checked_of, index, record, tables_of, verdict
+from alkahest.experiment.record import Checked, checked_of, index, record, tables_of, verdict, verdicts
 from alkahest.files import write_file
 from alkahest.lab.experiment_plots import figure_of, write_figures
-from alkahest.lab.plots import image_tag
+from alkahest.lab.figure import image_tag
 from alkahest.lab.report import STYLE
 from alkahest.work import Event
 
-_START, _END = "<!-- index: written by alkahest experiment run -->", "<!-- end -->"
+_END = "<!-- end -->"
+_INDEX = "<!-- index: written by alkahest experiment run -->"
+_VERDICTS = "<!-- verdicts: written by alkahest experiment run -->"
 
 
 def run_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:
@@ -33,13 +35,19 @@ def run_experiment(experiment: Experiment, family: Path | None = None, runs: Pat
 
 
 def write_index(root: Path) -> None:
-    """Put the table of all recorded experiments into the README of their folder."""
-    path = root / "README.md"
-    text = path.read_text() if path.exists() else f"# Experiments\n\n{_START}\n{_END}\n"
-    head, _, rest = text.partition(_START)
-    _, _, tail = rest.partition(_END)
+    """Put the table of all recorded experiments into their README, and the verdicts into the one above, if it has a place."""
     done = [one for one in experiments(root) if (one.folder / "results" / "checks.csv").exists()]
-    write_file(path, f"{head}{_START}\n{index(done)}{_END}{tail}".encode())
+    path, above = root / "README.md", root.parent / "README.md"
+    text = path.read_text() if path.exists() else f"# Experiments\n\n{_INDEX}\n{_END}\n"
+    write_file(path, _filled(text, _INDEX, index(done)).encode())
+    if above.exists() and _VERDICTS in (text := above.read_text()):
+        write_file(above, _filled(text, _VERDICTS, verdicts(done, root.name)).encode())
+
+
+def _filled(text: str, start: str, content: str) -> str:
+    head, _, rest = text.partition(start)
+    _, _, tail = rest.partition(_END)
+    return f"{head}{start}\n{content}{_END}{tail}"
 
 
 def write_reproduction(path: str | Path, found: list[Experiment]) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, UnknownNameError, nearest
-from alkahest.lab.plots import COLOURS, MARKERS, Plot, axes_for, legend_beside
+from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 if TYPE_CHECKING:
     import pandas

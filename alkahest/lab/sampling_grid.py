@@ -9,9 +9,9 @@ from typing import Any
 import ipywidgets as widgets
 
 from alkahest.errors import AlkahestError
+from alkahest.lab.figure import png_bytes
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel
-from alkahest.lab.strip import png_bytes
 from alkahest.live_model import LiveModel
 from alkahest.sweep import Cells, SweepEvent, stream_sweep
 

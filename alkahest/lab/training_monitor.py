@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 
 from alkahest.contact_sheet import contact_sheet
 from alkahest.finetune.monitor import read_history
+from alkahest.lab.figure import image_tag, png, png_bytes
 from alkahest.lab.panel import STYLE, Panel, Redraw
-from alkahest.lab.plots import image_tag, png
 from alkahest.lab.run_plots import MEASURES, training_curve
-from alkahest.lab.strip import png_bytes
 
 _STEPS = 6  # of the pictures shown: the first, the last, and some between
 

@@ -1,0 +1,100 @@
+"""What every figure is made of: colours, axes, alt text, and pictures as PNG."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import pandas
+    from PIL.Image import Image
+
+COLOURS = [mpl.color_sequences["okabe_ito"][number] for number in (5, 6, 3, 1, 7, 2, 0)]
+MARKERS = "osD^vPX"
+_GAP, _LEAST = 4, 192  # pixels, between pictures of a strip and of the smallest picture in it
+
+
+@dataclass(frozen=True, repr=False)
+class Plot:
+    """Axes that were drawn into, and what they show in words. Shows itself in a notebook."""
+
+    axes: Axes
+    alt: str
+
+    def __repr__(self) -> str:
+        return self.alt
+
+    def png(self, dpi: int = 100) -> bytes:
+        """The whole figure as a PNG file."""
+        return png(self.axes.figure, dpi)  # type: ignore[arg-type]
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"image/png": self.png(), "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
+
+
+def png(figure: Figure, dpi: int = 100) -> bytes:
+    """A figure as a PNG file, on white even where the page is dark."""
+    figure.set_facecolor("white")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def image_tag(picture: bytes, alt: str) -> str:
+    """A PNG file as HTML that needs no other file."""
+    encoded = base64.b64encode(picture).decode()
+    return f'<img role="img" style="max-width:100%" alt="{html.escape(alt)}" src="data:image/png;base64,{encoded}">'
+
+
+def axes_for(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The Axes that were given, or new ones of a size in inches."""
+    if ax is not None:
+        return ax
+    # No pyplot: its state is not for worker threads, and a plot shows itself.
+    return Figure(figsize=size, layout="constrained", facecolor="white").subplots()
+
+
+def legend_beside(ax: Axes, **how: Any) -> None:
+    """A legend to the right of a plot, where it hides nothing; small unless told otherwise."""
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, **{"fontsize": 8, **how})
+
+
+def strip(images: Sequence[Image]) -> bytes:
+    """Pictures side by side as a PNG file, small ones enlarged."""
+    from PIL import Image
+
+    scale = max(1, -(-_LEAST // images[0].width))
+    enlarged = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
+    width = sum(one.width + _GAP for one in enlarged) - _GAP
+    whole = Image.new("RGB", (width, max(one.height for one in enlarged)), "white")
+    left = 0
+    for one in enlarged:
+        whole.paste(one, (left, 0))
+        left += one.width + _GAP
+    return png_bytes(whole)
+
+
+def png_bytes(image: Image) -> bytes:
+    """One picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def number_text(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def titled(table: pandas.DataFrame, what: str) -> str:
+    of = str(table.attrs.get("of", ""))
+    if len(of) > 90:
+        of = f"{of[:60]} ... {of[-25:]}"
+    return f"{what}{': ' if len(what + of) < 75 else chr(10)}{of}" if of else what
