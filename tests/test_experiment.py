@@ -15,7 +15,18 @@ from alkahest.cli import app
 from alkahest.errors import AlkahestError, FileFormatError, UnknownNameError
 from alkahest.experiment.config import Case, experiment_named, experiments, read_experiment
 from alkahest.experiment.measure import judged, prompts_of, stream_experiment
-from alkahest.experiment.record import Checked, checked, checked_of, digest, index, readme, tables_of, verdict, verdicts
+from alkahest.experiment.record import (
+    Checked,
+    checked,
+    checked_of,
+    digest,
+    index,
+    measured_digest,
+    readme,
+    tables_of,
+    verdict,
+    verdicts,
+)
 from alkahest.lab.reproduction import reproduction, run_experiment, write_index
 from alkahest.mini.scenes import held_out_prompts
 from alkahest.work import finished
@@ -167,6 +178,23 @@ def test_another_family_is_drawn_with_its_own_parts(ran: Path, tmp_path: Path) -
     assert not tables_of(read_experiment(folder))["deltas"].equals(tables_of(read_experiment(ran / "01-small"))["deltas"])  # fmt: skip
 
 
+def test_words_and_bounds_change_without_measuring(ran: Path, tmp_path: Path) -> None:
+    shutil.copytree(ran / "01-small", tmp_path / "01-small")
+    folder = written(tmp_path / "01-small", SMALL.replace("at_most = -1000", "at_most = 1000").replace("A method.", "Another."))  # fmt: skip
+    before = json.loads((folder / "manifest.json").read_text())
+    result = CliRunner().invoke(app, ["experiment", "run", "--rewrite", "--root", str(tmp_path)])
+    assert "reproduced" in result.output
+    after = json.loads((folder / "manifest.json").read_text())
+    assert {**after, "verdict": "", "results": {}} == {**before, "verdict": "", "results": {}}
+    assert "**Method.** Another." in (folder / "README.md").read_text()
+    for name in ("pictures.csv", "look-at-it.png", "1-over-k.svg"):
+        assert after["results"][name] == before["results"][name]
+    written(folder, SMALL.replace("k = [0, 1.5]", "k = [0, 2]"))
+    refused = CliRunner().invoke(app, ["experiment", "run", "--rewrite", "--root", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "measured by another experiment.toml" in refused.output
+
+
 def test_a_run_that_fails_leaves_what_was_recorded(ran: Path, tmp_path: Path) -> None:
     folder = tmp_path / "01-small"
     shutil.copytree(ran / "01-small", folder)
@@ -271,7 +299,7 @@ def test_an_experiment_is_found_by_name_or_number(ran: Path) -> None:
 def test_the_committed_ones_are_whole(folder: Path) -> None:
     one = read_experiment(folder)
     about = json.loads((folder / "manifest.json").read_text())
-    assert about["experiment"] == digest(folder / "experiment.toml"), f"alkahest experiment run {one.name}"
+    assert about["measured"] == measured_digest(one), f"alkahest experiment run {one.name}"
     assert about["results"] == {path.name: digest(path) for path in (folder / "results").iterdir()}
     assert (folder / "README.md").read_text() == readme(one)
     assert [check.holds for check in checked(one, tables_of(one))] == [check.holds for check in checked_of(one)]

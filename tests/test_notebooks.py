@@ -7,6 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import tiny
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from notebook_runs import FOLDER, NOTEBOOKS, executed
 
@@ -76,3 +78,25 @@ def test_the_switch_to_real_files_works(trio: dict[str, Path], tmp_path: Path) -
     nbformat.write(notebook, tmp_path / "real.ipynb")
     fresh = executed(tmp_path / "real.ipynb", tmp_path)
     assert any("2 layers, width 96" in text for text in texts(fresh))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("09-your-own-files", '{"bridge": "brige.safetensors"}', "did you mean"),
+        ("06-importing-a-model", '{"bridge": "text.safetensors", "base": "base.safetensors", "variant": "base.safetensors"}', "not a safetensors file|safetensors"),
+        ("00-start-here", '{"bridge": "bridge.safetensors", "variant": "other.safetensors", "base": "base.safetensors"}', "shape|tensors"),
+    ],
+)  # fmt: skip
+def test_a_missing_or_wrong_file_is_said(name: str, given: str, message: str, trio: dict[str, Path], tmp_path: Path) -> None:  # fmt: skip
+    for each, path in trio.items():
+        (tmp_path / f"{each}.safetensors").write_bytes(path.read_bytes())
+    (tmp_path / "text.safetensors").write_text("I am no model")
+    tiny.write(tmp_path / "other.safetensors", tiny.state(layers=1))
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    notebook.cells[2].source = notebook.cells[2].source.replace("CHECKPOINTS = None", f"CHECKPOINTS = {given}")
+    nbformat.write(notebook, tmp_path / "wrong.ipynb")
+    with pytest.raises(CellExecutionError, match=message) as caught:
+        executed(tmp_path / "wrong.ipynb", tmp_path)
+    assert "Error" in caught.value.ename
+    assert "alkahest" in caught.value.traceback

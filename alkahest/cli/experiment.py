@@ -47,6 +47,10 @@ def experiment_run(
             help="Grow everything afresh in this folder, the family too: hours, and it goes on where it stopped."
         ),
     ] = None,
+    rewrite: Annotated[
+        bool,
+        typer.Option("--rewrite", help="Measure nothing: write words, checks and figures anew from what is recorded."),
+    ] = False,
     threads: Annotated[int, typer.Option(help="Processor threads; the numbers depend on it a little.")] = 2,
     quiet: Quiet = False,
 ) -> None:
@@ -55,6 +59,7 @@ def experiment_run(
         import torch
 
         from alkahest.experiment.config import experiment_named, experiments
+        from alkahest.lab.reproduction import rewrite as rewritten
         from alkahest.lab.reproduction import run_experiment, write_index
 
         torch.set_num_threads(threads)
@@ -67,7 +72,7 @@ def experiment_run(
         for one in found:
             started = time.monotonic()
             print(f"{one.name:34} ", end="", flush=True)
-            told = drain(run_experiment(one, family, runs), quiet, unit="step").result
+            told = rewritten(one) if rewrite else drain(run_experiment(one, family, runs), quiet, unit="step").result
             print(f"{told} ({time.monotonic() - started:.0f} s)")
         write_index(root)
 

@@ -9,7 +9,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from alkahest.experiment.measure import Found, Tables, file_of
 from alkahest.files import Reader, write_file
 from alkahest.hashes import blake3_of
 
+_MEASURED = ("inputs", "cases", "deltas", "runs", "sheets", "prompts", "seed", "sampling")
 _STANDS_ON = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas")
 
 
@@ -58,8 +59,11 @@ def verdict(experiment: Experiment, checks: list[Checked]) -> str:
     return experiment.holds if holding == len(checks) else "partly" if holding else "not reproduced"
 
 
-def record(experiment: Experiment, found: Found, family: Path | None, seconds: float, draw: Callable[[Experiment, Tables], Any]) -> str:  # fmt: skip
-    """Write the tables, README.md and manifest.json of a run, and the figures by ``draw``; the verdict."""
+def record(experiment: Experiment, found: Found, family: Path | None, seconds: float | None, draw: Callable[[Experiment, Tables], Any]) -> str:  # fmt: skip
+    """Write the tables, README.md and manifest.json of a run, and the figures by ``draw``; the verdict.
+
+    Without ``seconds`` nothing was measured anew, and the manifest still says when and where it was.
+    """
     tables, checks = found.tables, checked(experiment, found.tables)  # before anything is written: a check may be wrong
     results = experiment.folder / "results"
     results.mkdir(exist_ok=True)
@@ -75,18 +79,45 @@ def record(experiment: Experiment, found: Found, family: Path | None, seconds: f
     draw(experiment, tables_of(experiment))  # as they were read back, so that a later look draws the same
     write_file(experiment.folder / "README.md", readme(experiment).encode())
     told = verdict(experiment, checks)
-    about = {
-        "experiment": digest(experiment.folder / "experiment.toml"),
-        "verdict": told,
+    about = measured_by(experiment, family, seconds) if seconds is not None else _manifest(experiment)
+    about |= {"verdict": told, "results": {path.name: digest(path) for path in sorted(results.iterdir())}}
+    write_file(experiment.folder / "manifest.json", (json.dumps(about, indent=1) + "\n").encode())
+    return told
+
+
+def measured_by(experiment: Experiment, family: Path | None, seconds: float) -> dict[str, Any]:
+    """What the numbers of a run stand on."""
+    return {
+        "measured": measured_digest(experiment),
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {"alkahest": __version__, **{name: _version(name) for name in _STANDS_ON}},
         "inputs": {name: _described(what, experiment, family) for name, what in experiment.inputs.items()},
-        "results": {path.name: digest(path) for path in sorted(results.iterdir())},
     }
-    write_file(experiment.folder / "manifest.json", (json.dumps(about, indent=1) + "\n").encode())
-    return told
+
+
+def measured_digest(experiment: Experiment) -> str:
+    """A hash of all that changes numbers; words, checks and figures do not."""
+    kept = {name: getattr(experiment, name) for name in _MEASURED}
+    text = json.dumps(kept, default=lambda value: vars(value) if is_dataclass(value) else str(value), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def recorded(experiment: Experiment) -> Found:
+    """What an earlier run found. FileFormatError if there was none, or it measured something else."""
+    about = _manifest(experiment)
+    if about.get("measured") != measured_digest(experiment):
+        raise FileFormatError("experiment", "what is recorded was measured by another experiment.toml", file=experiment.folder / "manifest.json", fix=f"alkahest experiment run {experiment.name}")  # fmt: skip
+    return Found(tables_of(experiment))
+
+
+def _manifest(experiment: Experiment) -> dict[str, Any]:
+    path = experiment.folder / "manifest.json"
+    if not path.exists():
+        raise FileFormatError("experiment", "nothing is recorded", file=path, fix=f"alkahest experiment run {experiment.name}")  # fmt: skip
+    about: dict[str, Any] = json.loads(path.read_text())
+    return about
 
 
 def slug(title: str) -> str:

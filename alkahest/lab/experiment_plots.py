@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from alkahest.errors import FileFormatError
-from alkahest.experiment.config import Drawing, Experiment
+from alkahest.experiment.config import Drawing, Experiment, read_experiment
 from alkahest.experiment.measure import Tables
-from alkahest.experiment.record import matching, slug
+from alkahest.experiment.record import matching, slug, tables_of
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 _DASHES = ("-", "--", "-.", ":")
@@ -89,3 +89,12 @@ def write_figures(experiment: Experiment, tables: Tables) -> list[Path]:
             figure_of(drawing, tables).axes.figure.savefig(path, metadata={"Date": None})  # type: ignore[union-attr]
             paths.append(path)
     return paths
+
+
+def recorded_figures(folder: str | Path) -> list[Plot]:
+    """The figures of an experiment that was run, from its recorded tables.
+
+    >>> over_k, style = recorded_figures("experiments/07-importing")
+    """
+    experiment = read_experiment(folder)
+    return [figure_of(drawing, tables_of(experiment)) for drawing in experiment.figures]

@@ -10,7 +10,7 @@ from pathlib import Path
 from alkahest import __version__
 from alkahest.experiment.config import Experiment, experiments
 from alkahest.experiment.measure import stream_experiment
-from alkahest.experiment.record import Checked, checked_of, index, record, tables_of, verdict, verdicts
+from alkahest.experiment.record import Checked, checked_of, index, record, recorded, tables_of, verdict, verdicts
 from alkahest.files import write_file
 from alkahest.lab.experiment_plots import figure_of, write_figures
 from alkahest.lab.figure import image_tag
@@ -32,6 +32,11 @@ def run_experiment(experiment: Experiment, family: Path | None = None, runs: Pat
     assert event is not None  # there is always a last one, with the tables
     told = record(experiment, event.result, family, time.monotonic() - started, write_figures)
     yield Event(event.total, event.total, "done", told)
+
+
+def rewrite(experiment: Experiment) -> str:
+    """Write checks, figures, README and verdict anew from the recorded tables, after words or bounds have changed."""
+    return record(experiment, recorded(experiment), None, None, write_figures)
 
 
 def write_index(root: Path) -> None:
