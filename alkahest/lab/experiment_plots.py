@@ -47,14 +47,15 @@ def _series(drawing: Drawing, table: pd.DataFrame) -> dict[str, pd.Series]:
     found = {}
     for group, rows in groups.items():
         for column in drawing.columns:
-            name = ", ".join(filter(None, (str(group), column if len(drawing.columns) > 1 or not group else "")))
+            several = len(drawing.columns) > 1
+            name = column if (several and len(groups) == 1) or not group else f"{group}, {column}" if several else group
             found[name] = rows.set_index(drawing.x)[column].dropna()
     return found
 
 
 def _lines(ax: Axes, drawing: Drawing, series: dict[str, pd.Series]) -> None:
     for number, (name, values) in enumerate(series.items()):
-        ax.plot(values.index, values, label=name, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], ls=_DASHES[number // len(COLOURS) % len(_DASHES)], ms=5)  # fmt: skip
+        ax.plot(values.index, values, label=name, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], ls=_DASHES[number % len(_DASHES)], ms=5)  # fmt: skip
     places = np.unique(np.concatenate([values.index.to_numpy(float) for values in series.values()]))
     label = drawing.x
     if drawing.log:
