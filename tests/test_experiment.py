@@ -156,7 +156,7 @@ def test_what_is_recorded_says_what_it_stands_on(ran: Path) -> None:
     assert "A \\| claim" in (ran / "README.md").read_text()
     page = reproduction(experiments(ran))
     assert page.count("<figure>") == 3
-    assert "over k: cyan, colour from" in page
+    assert "over k: colour from" in page
 
 
 def test_the_same_run_gives_the_same_files(ran: Path, tmp_path: Path) -> None:
