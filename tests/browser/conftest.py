@@ -73,10 +73,13 @@ def opened(lab: tuple[str, Path], chromium: str) -> Iterator[Callable[..., Any]]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)
 
+        pages: dict[str, Any] = {}
+
         def notebook(name: str, *cells: str, dark: bool = False, source: Path | None = None) -> Any:
             made = nbformat.read(source, as_version=4) if source else nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})  # fmt: skip
             nbformat.write(made, folder / f"{name}.ipynb")
             page = browser.new_page(viewport={"width": 1300, "height": 1500})
+            pages[name] = page
             page.goto(f"{address}/lab/tree/{name}.ipynb?token={TOKEN}&reset")
             page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
             if dark:
@@ -90,4 +93,6 @@ def opened(lab: tuple[str, Path], chromium: str) -> Iterator[Callable[..., Any]]
             return page
 
         yield notebook
+        for name, page in pages.items():  # to look at, above all when a test has failed
+            page.screenshot(path=folder / f"{name}.png")
         browser.close()

@@ -20,6 +20,15 @@ def picture(page: Any, words: str) -> Any:
     return page.wait_for_selector(f'img[role=img][alt*="{words}"]', timeout=WAIT)
 
 
+def typed(page: Any, label: str, text: str) -> Any:
+    """Type into a box, once the kernel rests: what is typed while it starts up may come before its widgets do."""
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
+    box = page.get_by_label(label, exact=True)
+    box.fill(text, timeout=WAIT)
+    box.press("Enter")
+    return box
+
+
 def test_a_typed_multiplier_is_used_as_typed(opened: Callable[..., Any], tmp_path: Path) -> None:
     delta, on = ak.mini.load("base-weak") - ak.mini.load("base"), ak.mini.load("turbo").protect("refiner")
     k, survival = (float(ak.needed_multiplier(delta, on=on, basis=basis)) for basis in ("relative", "survival"))
@@ -27,13 +36,10 @@ def test_a_typed_multiplier_is_used_as_typed(opened: Callable[..., Any], tmp_pat
     page.get_by_role("button", name="Measure").click(timeout=WAIT)
     picture(page, f"k = {k:.4g}")
     assert page.get_by_text(f"subtract 10 x add {k / 10:.4g}").first.is_visible()
-    number = page.get_by_label("k", exact=True)
-    number.fill("171.1")
-    number.press("Enter")
+    number = typed(page, "k", "171.1")
     picture(page, "k = 171.1")
     assert number.input_value() == "171.1"
-    number.fill("5000")
-    number.press("Enter")
+    typed(page, "k", "5000")
     picture(page, "k = 5000")
     page.get_by_text("k = 5000 lies outside the slider's 0.1 to 1000").wait_for(timeout=WAIT)
     page.get_by_label("basis", exact=True).select_option("survival")
@@ -87,13 +93,6 @@ FOCUSED = """() => {
 
 def errors(page: Any) -> int:
     return int(page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").count())  # fmt: skip
-
-
-def typed(page: Any, label: str, text: str) -> Any:
-    box = page.get_by_label(label, exact=True)
-    box.fill(text, timeout=WAIT)
-    box.press("Enter")
-    return box
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
