@@ -29,7 +29,7 @@ from alkahest.experiment.record import (
 )
 from alkahest.lab.reproduction import reproduction, run_experiment, write_index
 from alkahest.mini.scenes import held_out_prompts
-from alkahest.work import finished
+from alkahest.work import Event, finished
 
 ROOT = Path(__file__).parent.parent / "experiments"
 NUMBERED = sorted(path.parent for path in ROOT.glob("[0-9][0-9]-*/experiment.toml"))
@@ -176,6 +176,23 @@ def test_another_family_is_drawn_with_its_own_parts(ran: Path, tmp_path: Path) -
     (family / "base.safetensors").write_bytes((family / "turbo.safetensors").read_bytes())
     finished(run_experiment(read_experiment(folder), family))
     assert not tables_of(read_experiment(folder))["deltas"].equals(tables_of(read_experiment(ran / "01-small"))["deltas"])  # fmt: skip
+
+
+def test_retraining_grows_the_family_first(ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "01-small")
+    grown: list[Path] = []
+
+    def build(folder: Path) -> Any:
+        grown.append(folder)
+        shutil.copytree(ak.mini.components().parent, folder)
+        yield Event(1, 1, "base")
+
+    monkeypatch.setattr("alkahest.mini.build.build", build)
+    result = CliRunner().invoke(app, ["experiment", "run", "1", "--root", str(tmp_path), "--retrain", str(tmp_path / "all"), "--quiet"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert grown == [tmp_path / "all" / "family"]
+    for name, table in tables_of(read_experiment(ran / "01-small")).items():
+        pd.testing.assert_frame_equal(tables_of(read_experiment(tmp_path / "01-small"))[name], table)
 
 
 def test_words_and_bounds_change_without_measuring(ran: Path, tmp_path: Path) -> None:

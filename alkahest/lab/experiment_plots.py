@@ -16,7 +16,7 @@ from alkahest.experiment.record import matching, slug, tables_of
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 _DASHES = ("-", "--", "-.", ":")
-_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")  # one more than colours: the two together repeat late
 
 
 def figure_of(drawing: Drawing, tables: Tables) -> Plot:
@@ -63,16 +63,19 @@ def _lines(ax: Axes, drawing: Drawing, series: dict[str, pd.Series]) -> None:
         ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
         label = f"{drawing.x} (log scale from {smallest:g}{', and zero' if 0 in places else ''})"
     if len(places) <= 14:
-        ax.set_xticks(places, [f"{place:g}" for place in places])
+        ax.set_xticks(places, [f"{place:g}" for place in places], rotation=45 if len(places) > 7 else 0)
         ax.minorticks_off()
     ax.set_xlabel(label)
 
 
 def _bars(ax: Axes, drawing: Drawing, series: dict[str, pd.Series]) -> None:
-    names = list(dict.fromkeys(str(place) for values in series.values() for place in values.index))
+    places = list(dict.fromkeys(place for values in series.values() for place in values.index))
+    if not any(isinstance(place, str) for place in places):
+        places.sort()
+    names = [place if isinstance(place, str) else f"{place:g}" for place in places]
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
-        left = [names.index(str(place)) - 0.4 + (number + 0.5) * width for place in values.index]
+        left = [places.index(place) - 0.4 + (number + 0.5) * width for place in values.index]
         ax.bar(left, values, width, label=name, color=COLOURS[number % len(COLOURS)], hatch=_HATCHES[number % len(_HATCHES)], edgecolor="black", lw=0.5)  # fmt: skip
     longest = max(map(len, names))
     ax.set_xticks(range(len(names)), names, rotation=20 if longest * len(names) > 90 else 0, ha="right" if longest * len(names) > 90 else "center")  # fmt: skip
