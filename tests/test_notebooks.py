@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,8 @@ import tiny
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from notebook_runs import FOLDER, NOTEBOOKS, executed
+
+import alkahest as ak
 
 
 def source_lines(cell: NotebookNode) -> list[str]:
@@ -78,6 +81,32 @@ def test_the_switch_to_real_files_works(trio: dict[str, Path], tmp_path: Path) -
     nbformat.write(notebook, tmp_path / "real.ipynb")
     fresh = executed(tmp_path / "real.ipynb", tmp_path)
     assert any("2 layers, width 96" in text for text in texts(fresh))
+
+
+OWN = {
+    "01-two-lineages": {"base": "base", "turbo": "turbo", "deturbo": "deturbo", "variant": "base-variant"},
+    "02-the-naive-merge": {"base": "base", "turbo": "turbo"},
+    "04-delta-magnitudes": {"base": "base", "strong": "base-variant", "weak": "base-weak", "weak_bf16": "base-weak-bf16"},
+    "06-importing-a-model": {"bridge": "tb1", "base": "deturbo", "variant": "turbo-variant"},
+    "08-merging-across-lineages": {"bridge": "tb1", "base": "base", "of_base": "base-variant", "deturbo": "deturbo", "of_turbo": "turbo-variant"},
+    "09-your-own-files": {"bridge": "tb1", "variant": "base-variant", "base": "base", "other_base": "turbo"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_files_of_ones_own_take_the_miniatures_place(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notebooks" / "files").mkdir(parents=True)
+    (tmp_path / "experiments").symlink_to(FOLDER.parent / "experiments")
+    given = {key: str(tmp_path / f"my {member}.safetensors") for key, member in OWN[name].items()}
+    for key, member in OWN[name].items():
+        shutil.copy(ak.mini.load(member).path, given[key])
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    assert "CHECKPOINTS = None" in notebook.cells[2].source
+    notebook.cells[2].source = notebook.cells[2].source.replace("CHECKPOINTS = None", f"CHECKPOINTS = {given}")
+    nbformat.write(notebook, tmp_path / "own.ipynb")
+    fresh = executed(tmp_path / "own.ipynb", tmp_path / "notebooks")
+    by_role = ("02-the-naive-merge", "09-your-own-files")  # these call files by what they are for
+    assert name in by_role or any("my_" in text for text in texts(fresh))
 
 
 @pytest.mark.parametrize(
