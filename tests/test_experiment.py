@@ -212,6 +212,29 @@ def test_words_and_bounds_change_without_measuring(ran: Path, tmp_path: Path) ->
     assert "measured by another experiment.toml" in refused.output
 
 
+def test_a_figure_that_fails_leaves_what_was_recorded(ran: Path, tmp_path: Path) -> None:
+    shutil.copytree(ran / "01-small", tmp_path / "01-small")
+    folder = written(tmp_path / "01-small", SMALL.replace('columns = ["relative"]', 'columns = ["relatve"]'))
+    before = {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
+    result = CliRunner().invoke(app, ["experiment", "run", "--rewrite", "--root", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "figure 'By part'" in result.output
+    assert {path.name: path.read_bytes() for path in (folder / "results").iterdir()} == before
+    both = CliRunner().invoke(app, ["experiment", "run", "--rewrite", "--runs", "x", "--root", str(tmp_path)])
+    assert both.exit_code == 1
+    assert "give one of them" in both.output
+
+
+def test_a_readme_without_its_marker_is_not_cut(ran: Path, tmp_path: Path) -> None:
+    shutil.copytree(ran, tmp_path / "experiments")
+    readme_file = tmp_path / "experiments" / "README.md"
+    text = readme_file.read_text().replace("<!-- end -->", "mine")
+    readme_file.write_text(text)
+    with pytest.raises(FileFormatError, match="has no end"):
+        write_index(tmp_path / "experiments")
+    assert readme_file.read_text() == text
+
+
 def test_a_run_that_fails_leaves_what_was_recorded(ran: Path, tmp_path: Path) -> None:
     folder = tmp_path / "01-small"
     shutil.copytree(ran / "01-small", folder)
@@ -230,7 +253,7 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
     )
     text = 'title = "t"\nclaim = "c"\nmethod = "m"\nprompts = 2\nsampling = { steps = 1, cfg = 1.0 }\n[[run]]\nname = "tiny"\nconfig = "../tiny.toml"\n[[case]]\nname = "drawn"\nweights = "stage"\nrun = "tiny"\n[[check]]\nsays = "s"\ncolumn = "right"\nwhere = { case = "drawn", stage = "1-one" }\nat_least = 0\n'  # fmt: skip
     folder = written(tmp_path / "02-run", text)
-    with pytest.raises(FileFormatError, match=r"nothing is recorded of 'tiny'[\s\S]*--runs"):
+    with pytest.raises(FileFormatError, match=r"its training runs were not recorded[\s\S]*--runs"):
         finished(run_experiment(read_experiment(folder)))
     finished(run_experiment(read_experiment(folder), runs=tmp_path / "runs"))
     grown = tables_of(read_experiment(folder))
@@ -241,6 +264,9 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
     finished(run_experiment(read_experiment(folder)))  # the rows that were recorded
     for name, table in tables_of(read_experiment(folder)).items():
         pd.testing.assert_frame_equal(table, grown[name])
+    (tmp_path / "tiny.toml").write_text((tmp_path / "tiny.toml").read_text().replace("steps = 2", "steps = 4"))
+    with pytest.raises(FileFormatError, match="another configuration"):
+        finished(run_experiment(read_experiment(folder)))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +283,9 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
         (('where = { case = "cyan" }\nlog', 'where = { case = "cyna" }\nlog'), "no such column, or no rows"),
         (('{ extract = "variant - base", rank = 4 }', "{ rank = 4 }"), "has of or extract"),
         (("title", "holds = 'sure'\ntitle"), "no such verdict"),
+        (('ask = { colour = "cyan" }', 'ask = { color = "cyan" }'), "did you mean 'colour'"),
+        (('ask = { colour = "cyan" }', 'ask = { colour = "cian" }'), "did you mean 'cyan'"),
+        (("steps = 2, cfg", "step = 2, cfg"), "did you mean 'steps'"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, change: tuple[str, str], message: str) -> None:

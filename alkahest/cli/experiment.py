@@ -58,11 +58,14 @@ def experiment_run(
     with reported():
         import torch
 
+        from alkahest.errors import AlkahestError
         from alkahest.experiment.config import experiment_named, experiments
         from alkahest.lab.reproduction import rewrite as rewritten
         from alkahest.lab.reproduction import run_experiment, write_index
 
         torch.set_num_threads(threads)
+        if (rewrite and (family or runs or retrain)) or (retrain and (family or runs)):
+            raise AlkahestError("experiment", "--rewrite measures nothing, and --retrain makes its own family and runs", fix="give one of them")  # fmt: skip
         if retrain is not None:
             from alkahest.mini.build import build
 
@@ -74,7 +77,7 @@ def experiment_run(
             print(f"{one.name:34} ", end="", flush=True)
             told = rewritten(one) if rewrite else drain(run_experiment(one, family, runs), quiet, unit="step").result
             print(f"{told} ({time.monotonic() - started:.0f} s)")
-        write_index(root)
+            write_index(root)
 
 
 @group.command("report")

@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.mini.scenes import ATTRIBUTES
 from alkahest.settings import made, read_toml
+from alkahest.sweep import SETTINGS
 
 ROOT = Path("experiments")
 VERDICTS = ("reproduced", "partly", "not reproduced", "true by construction", "needs the real weights")
@@ -186,6 +188,15 @@ def _check(experiment: Experiment, path: Path) -> None:
     for case in experiment.cases:
         if case.run and case.run not in runs:
             raise UnknownNameError("experiment", f"case {case.name!r} is of a run that is not there", file=path, found=repr(case.run), fix=nearest(case.run, runs))  # fmt: skip
+        for name, values in [*case.ask.items(), *case.only.items(), *((name, []) for name in case.unsaid)]:
+            if name not in ATTRIBUTES:
+                raise UnknownNameError("experiment", f"case {case.name!r}: scenes have no such attribute", file=path, found=repr(name), fix=nearest(name, ATTRIBUTES))  # fmt: skip
+            for value in [values] if isinstance(values, str) else values:
+                if value not in ATTRIBUTES[name]:
+                    raise UnknownNameError("experiment", f"case {case.name!r}: {name} has no such value", file=path, found=repr(value), fix=nearest(str(value), ATTRIBUTES[name]))  # fmt: skip
+        for name in {**experiment.sampling, **case.sampling}:
+            if name not in SETTINGS:
+                raise UnknownNameError("experiment", f"case {case.name!r}: no such sampling setting", file=path, found=repr(name), fix=nearest(name, SETTINGS))  # fmt: skip
         for name, values in case.over.items():
             if not isinstance(values, list) or not values:
                 refuse(f"case {case.name!r}: {name} needs a list of values", found=repr(values))

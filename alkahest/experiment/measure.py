@@ -116,9 +116,7 @@ def stream_experiment(experiment: Experiment, family: Path | None = None, runs: 
             yield Event(done, total, sheet.title)
             found.sheets[sheet.title] = _sheet(experiment, inputs, sheet)
         if runs is not None:
-            found.sheets |= {
-                f"{run.name} over its steps": _steps_sheet(experiment, run, runs) for run in experiment.runs
-            }
+            found.sheets |= {steps_title(run): _steps_sheet(experiment, run, runs) for run in experiment.runs if _prompts(experiment, run)}  # fmt: skip
         found.tables = {name: pd.DataFrame(listed) for name, listed in rows.items()}
     yield Event(total, total, "done", found)
 
@@ -217,16 +215,25 @@ def _sheet(experiment: Experiment, inputs: Inputs, sheet: Sheet) -> Image:
     return contact_sheet(pd.DataFrame(cells), ["prompt"], ["model"], title=f"{sheet.title} (miniatures)")
 
 
+def steps_title(run: Run) -> str:
+    """What the contact sheet of a run is called."""
+    return f"{run.name} over its steps"
+
+
+def _prompts(experiment: Experiment, run: Run) -> tuple[str, ...]:
+    return read_config(experiment.folder / run.config).prompts
+
+
 def _steps_sheet(experiment: Experiment, run: Run, runs: Path) -> Image:
     """What a run's prompts looked like along the way: at the start, and at steps that double from 25."""
-    prompts = read_config(experiment.folder / run.config).prompts
+    prompts = _prompts(experiment, run)
     known = sorted({int(path.name.split("-")[0]) for path in (runs / run.name / "pictures").glob("*.png")})
     chosen = {known[0], known[-1], *(step for step in known if step in (25, 50, 100, 200, 400, 800))}
     cells = [
         {"prompt": prompt, "step": step, "path": str(runs / run.name / "pictures" / f"{step:07}-{number:02}.png")}
         for step in sorted(chosen) for number, prompt in enumerate(prompts)
     ]  # fmt: skip
-    return contact_sheet(pd.DataFrame(cells), ["prompt"], ["step"], title=f"{run.name} over its steps (miniatures)")
+    return contact_sheet(pd.DataFrame(cells), ["prompt"], ["step"], title=f"{steps_title(run)} (miniatures)")
 
 
 def _pipe(weights: Any, inputs: Inputs) -> Any:
@@ -254,7 +261,10 @@ def _by_part(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]:
     table = _table(measured, inputs)
     refiners = table[table.part.isin(REFINERS)].assign(part="refiner")
     for rows in (table, table.assign(part="all"), refiners):
-        yield from ({"case": measured.name, **row} for row in rolled_up(rows, "part").to_dict("records"))
+        whole = rolled_up(rows, "part").drop(
+            columns=["ulps", "ulp_energy"], errors="ignore"
+        )  # histograms are no numbers
+        yield from ({"case": measured.name, **row} for row in whole.to_dict("records"))
 
 
 def _multipliers(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]:

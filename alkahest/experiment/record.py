@@ -20,10 +20,11 @@ import torch
 from alkahest import __version__
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Check, Experiment
-from alkahest.experiment.measure import Found, Tables, file_of
+from alkahest.experiment.measure import Found, Tables, file_of, steps_title
 from alkahest.files import Reader, write_file
 from alkahest.hashes import blake3_of
 
+Draw = Callable[[Experiment, Tables], dict[str, bytes]]
 _MEASURED = ("inputs", "cases", "deltas", "runs", "sheets", "prompts", "seed", "sampling")
 _STANDS_ON = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas")
 
@@ -59,49 +60,83 @@ def verdict(experiment: Experiment, checks: list[Checked]) -> str:
     return experiment.holds if holding == len(checks) else "partly" if holding else "not reproduced"
 
 
-def record(experiment: Experiment, found: Found, family: Path | None, seconds: float | None, draw: Callable[[Experiment, Tables], Any]) -> str:  # fmt: skip
-    """Write the tables, README.md and manifest.json of a run, and the figures by ``draw``; the verdict.
+def record(experiment: Experiment, found: Found, family: Path | None, seconds: float | None, draw: Draw, grown: bool = False) -> str:  # fmt: skip
+    """Write the tables, README.md and manifest.json of a run, and the figures that ``draw`` gives as bytes; the verdict.
 
-    Without ``seconds`` nothing was measured anew, and the manifest still says when and where it was.
+    Without ``seconds`` nothing was measured anew, and the manifest still says when and where it was; ``grown`` says that
+    its training runs were. Whatever may fail, such as a check or a figure, does so before anything is written.
     """
-    tables, checks = found.tables, checked(experiment, found.tables)  # before anything is written: a check may be wrong
+    texts = {name: table.to_csv(index=False, float_format="%.6g") for name, table in found.tables.items()}
+    tables = {name: pd.read_csv(io.StringIO(text)) for name, text in texts.items()}  # as a later look finds them
+    checks = checked(experiment, tables)
+    told = verdict(experiment, checks)
+    texts["checks"] = pd.DataFrame([vars(check) for check in checks]).to_csv(index=False, float_format="%.6g")
+    files = {f"{name}.csv": text.encode() for name, text in texts.items()} | draw(experiment, tables)
+    files |= {f"{slug(title)}.png": _png(sheet) for title, sheet in found.sheets.items()}
+    about = _manifest(experiment) if seconds is None else measured_by(experiment, family, seconds, grown)
     results = experiment.folder / "results"
     results.mkdir(exist_ok=True)
-    for old in results.glob("*.csv"):
-        if old.stem not in {*tables, "checks"}:
+    for old in results.iterdir():
+        if old.name not in files and old.stem not in _sheets(experiment):
             old.unlink()
-    for name, table in {**tables, "checks": pd.DataFrame([vars(check) for check in checks])}.items():
-        write_file(results / f"{name}.csv", table.round(4).to_csv(index=False).encode())
-    for title, sheet in found.sheets.items():
-        buffer = io.BytesIO()
-        sheet.save(buffer, "PNG", optimize=True)
-        write_file(results / f"{slug(title)}.png", buffer.getvalue())
-    draw(experiment, tables_of(experiment))  # as they were read back, so that a later look draws the same
+    for name, content in files.items():
+        write_file(results / name, content)
     write_file(experiment.folder / "README.md", readme(experiment).encode())
-    told = verdict(experiment, checks)
-    about = measured_by(experiment, family, seconds) if seconds is not None else _manifest(experiment)
     about |= {"verdict": told, "results": {path.name: digest(path) for path in sorted(results.iterdir())}}
     write_file(experiment.folder / "manifest.json", (json.dumps(about, indent=1) + "\n").encode())
     return told
 
 
-def measured_by(experiment: Experiment, family: Path | None, seconds: float) -> dict[str, Any]:
-    """What the numbers of a run stand on."""
+def _sheets(experiment: Experiment) -> set[str]:
+    """Names of the contact sheets, which may be from an earlier run."""
+    return {*(slug(sheet.title) for sheet in experiment.sheets), *(slug(steps_title(run)) for run in experiment.runs)}
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def measured_by(experiment: Experiment, family: Path | None, seconds: float, grown: bool) -> dict[str, Any]:
+    """What the numbers of a run stand on; those of training runs that were not grown anew on what they stood before."""
+    now = {"machine": f"{platform.system()} {platform.machine()}", "versions": {"alkahest": __version__, **{name: _version(name) for name in _STANDS_ON}}}  # fmt: skip
+    runs = {}
+    if experiment.runs:
+        runs = {"grown": {"digest": grown_digest(experiment), **now} if grown else _manifest(experiment)["grown"]}
     return {
+        **runs,
         "measured": measured_digest(experiment),
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"alkahest": __version__, **{name: _version(name) for name in _STANDS_ON}},
+        **now,
         "inputs": {name: _described(what, experiment, family) for name, what in experiment.inputs.items()},
     }
 
 
 def measured_digest(experiment: Experiment) -> str:
     """A hash of all that changes numbers; words, checks and figures do not."""
-    kept = {name: getattr(experiment, name) for name in _MEASURED}
+    return _hashed({name: getattr(experiment, name) for name in _MEASURED})
+
+
+def grown_digest(experiment: Experiment) -> str:
+    """A hash of the training runs, their configurations, and what is drawn of them."""
+    configs = {run.name: (experiment.folder / run.config).read_text() for run in experiment.runs}
+    cases = [case for case in experiment.cases if case.run]
+    return _hashed({"runs": configs, "cases": cases, **{name: getattr(experiment, name) for name in ("inputs", "prompts", "seed", "sampling")}})  # fmt: skip
+
+
+def _hashed(kept: Mapping[str, Any]) -> str:
     text = json.dumps(kept, default=lambda value: vars(value) if is_dataclass(value) else str(value), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def require_grown(experiment: Experiment, family: Path | None) -> None:
+    """Raise FileFormatError unless the recorded rows of training runs are of these runs, and of the shipped family."""
+    manifest = experiment.folder / "manifest.json"
+    about = _manifest(experiment).get("grown", {}) if manifest.exists() else {}
+    if family is not None or about.get("digest") != grown_digest(experiment):
+        raise FileFormatError("experiment", "its training runs were not recorded, or with other weights or another configuration", file=manifest, fix=f"alkahest experiment run {experiment.name} --runs FOLDER")  # fmt: skip
 
 
 def recorded(experiment: Experiment) -> Found:

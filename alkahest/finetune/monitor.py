@@ -14,6 +14,7 @@ import torch
 
 from alkahest.encoding import Encoded, Item
 from alkahest.errors import UnsupportedError
+from alkahest.files import write_file
 from alkahest.finetune import parallel
 from alkahest.finetune.config import Config, Stage
 from alkahest.finetune.objective import Arithmetic, losses, noised
@@ -52,7 +53,7 @@ class Monitor:
         """Forget what was measured after a step; the run comes by there again."""
         if parallel.rank() == 0 and (path := self.folder / "history.jsonl").exists():
             kept = [row for row in _rows(path) if step and row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Note a step's loss where a tracker wants each."""

@@ -43,6 +43,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         self._bases = bases
         self.checkpoint: Checkpoint | None = None
         self.lineage: Any = None
+        self._asked: Checkpoint | None = None
         self.folder = widgets.Text(
             value=str(folder), description="folder", continuous_update=False, style=STYLE, layout=_WIDE
         )
@@ -73,7 +74,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         self._chosen()
 
     def _chosen(self) -> None:
-        self.checkpoint, self.answer.value = None, ""
+        self.checkpoint, self.lineage, self.answer.value = None, None, ""
         if self.value is None:
             self.header.value = ""
             return
@@ -86,13 +87,17 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
     def _guessed(self) -> Iterator[Event]:
         if self.checkpoint is None:
             raise AlkahestError("guess lineage", "no checkpoint is chosen", fix="choose one in the first list")
-        marked = {path.stem: open_checkpoint(path) for path in self.candidates.value}
+        place = Path(self.folder.value).expanduser()
+        marked = {str(path.relative_to(place)): open_checkpoint(path) for path in self.candidates.value}
+        self._asked = self.checkpoint
         tried = {name: one for name, one in {**self._bases, **marked}.items() if one != self.checkpoint}
         if not tried:
             raise AlkahestError("guess lineage", "there is nothing to compare with", fix="mark its possible bases in the second list")  # fmt: skip
         yield from stream_nearest_base(self.checkpoint, tried)
 
     def _answered(self, found: Any) -> None:
+        if self._asked is not self.checkpoint:
+            return  # another file was chosen meanwhile
         self.lineage = found
         self.answer.value = found._repr_html_()
 
@@ -112,19 +117,34 @@ def _in_order(folder: Path, depth: int, looked_at: Iterator[int]) -> Iterator[tu
         return
     config = folder / "config.json"
     if config in entries and (shards := [path for path in entries if path.suffix == ".safetensors"]):
-        if "Transformer2DModel" in config.read_text(errors="replace")[:10_000]:  # and no text encoder or VAE
-            yield folder, sum(path.stat().st_size for path in shards)
+        if "Transformer2DModel" in _text(config):  # and no text encoder or VAE
+            yield folder, sum(map(_size, shards))
         return
     sharded = [path for path in entries if path.name.endswith(".safetensors.index.json")]
     for index in sharded:
         stem = index.name.removesuffix(".safetensors.index.json")
-        yield index, sum(path.stat().st_size for path in entries if _is_shard(path, stem))
+        yield index, sum(_size(path) for path in entries if _is_shard(path, stem))
     for path in entries:
         if path.is_dir() and depth > 0 and not path.name.startswith("."):
             yield from _in_order(path, depth - 1, looked_at)
         elif path.suffix == ".safetensors" and path.is_file() and not any(_is_shard(path, i.name.removesuffix(".safetensors.index.json")) for i in sharded):  # fmt: skip
-            yield path, path.stat().st_size
+            yield path, _size(path)
 
 
 def _is_shard(path: Path, stem: str) -> bool:
     return path.suffix == ".safetensors" and path.name.startswith(f"{stem}-")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 of a link that leads nowhere, which opening explains."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:10_000]
+    except OSError:
+        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib as mpl
@@ -82,19 +83,15 @@ def _bars(ax: Axes, drawing: Drawing, series: dict[str, pd.Series]) -> None:
     ax.set_xlabel("" if drawing.x in ("case", "stage", "part", "run") else drawing.x)
 
 
-def write_figures(experiment: Experiment, tables: Tables) -> list[Path]:
-    """The experiment's figures as SVG files, the same bytes for the same tables."""
-    folder = experiment.folder / "results"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.svg"):
-        old.unlink()
-    paths = []
+def figures_of(experiment: Experiment, tables: Tables) -> dict[str, bytes]:
+    """The experiment's figures as SVG files by name, the same bytes for the same tables."""
+    files = {}
     with mpl.rc_context({"svg.hashsalt": "alkahest", "svg.fonttype": "path"}):
         for number, drawing in enumerate(experiment.figures, 1):
-            path = folder / f"{number}-{slug(drawing.title)}.svg"
-            figure_of(drawing, tables).axes.figure.savefig(path, metadata={"Date": None})  # type: ignore[union-attr]
-            paths.append(path)
-    return paths
+            buffer = io.BytesIO()
+            figure_of(drawing, tables).axes.figure.savefig(buffer, format="svg", metadata={"Date": None})  # type: ignore[union-attr]
+            files[f"{number}-{slug(drawing.title)}.svg"] = buffer.getvalue()
+    return files
 
 
 def recorded_figures(folder: str | Path) -> list[Plot]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import pandas as pd
 
-from alkahest.errors import AlgebraError, OutputError
+from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
 from alkahest.expr import Delta, Weights
 from alkahest.files import write_file
 from alkahest.hashes import blake3_of
@@ -25,6 +25,7 @@ from alkahest.measures import picture_measures
 from alkahest.options import Options
 from alkahest.sample import sample
 from alkahest.stream import readers_of, recipe_of
+from alkahest.sweep import SETTINGS
 from alkahest.work import Event
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ def live_merge(
     for name, delta in {**deltas, **(loras or {})}.items():
         if not isinstance(delta, Delta):
             raise AlgebraError("live_merge", f"{name} is no difference", expected="variant - base, or ak.open_lora(path)", found=type(delta).__name__)  # fmt: skip
+    for name in k if isinstance(k, Mapping) else ():
+        if name not in deltas:
+            raise UnknownNameError("live_merge", "k is given for no delta", found=repr(name), fix=nearest(name, deltas))
+    for name in sampling or ():
+        if name not in (*SETTINGS, "seed"):
+            raise UnknownNameError("live_merge", "no such sampling setting", found=repr(name), fix=nearest(name, (*SETTINGS, "seed")))  # fmt: skip
     starts = k if isinstance(k, Mapping) else dict.fromkeys(deltas, k)
     rows = [
         _Row(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts) for name, delta in deltas.items()
@@ -106,6 +113,7 @@ class LiveMerge(Panel):
         self._redraw = Redraw(self._drawn, self.alert)
         self.protect = widgets.Checkbox(value=True, description=f"protect {', '.join(bridge.protection) or protect}", disabled=bool(bridge.protection), style=STYLE, indent=False)  # fmt: skip
         self.settings = _sampling_controls(prompts, sampling)
+        self._fixed = {name: value for name, value in sampling.items() if name not in self.settings}
         self._arrange()
         for control in [self.protect, *self.settings.values(), *(c for row in rows for c in row.controls)]:
             control.observe(lambda _: self._redraw.request(), names="value")
@@ -172,14 +180,16 @@ class LiveMerge(Panel):
 
     def _drawn(self) -> Iterator[None]:
         self.cancel_button.disabled = False
-        while not _DRAWING.acquire(timeout=0.1):
-            self.say("waiting: another live merge is drawing")
-            yield
+        held = False
         try:
+            while not (held := _DRAWING.acquire(timeout=0.1)):
+                self.say("waiting: another live merge is drawing")
+                yield
             with self.live.lock:
                 yield from self._sampled(time.monotonic())
         finally:
-            _DRAWING.release()
+            if held:
+                _DRAWING.release()
             self.bar.value, self.cancel_button.disabled = 0.0, True
             if self._png:
                 self.show(self._png, self.alt)  # a preview may be in its place
@@ -190,7 +200,7 @@ class LiveMerge(Panel):
         prompts = [line.strip() for line in values.pop("prompts").splitlines() if line.strip()]
         change = self.live.become(wanted)
         yield
-        run = sample(self.live, prompts, **values)
+        run = sample(self.live, prompts, **values, **self._fixed)
         previews: list[Image] = []
         for step in run:
             self.bar.value = step.done / step.total
@@ -198,10 +208,12 @@ class LiveMerge(Panel):
                 shown, previews = time.monotonic(), step.previews()
                 self.picture.value = image_tag(strip(previews), "preview of what is being drawn")
             yield
-        self.images, self._shown = run.images, wanted
-        self.measures = {name: float(value) for name, value in self._look(self.images).mean(numeric_only=True).items()}
-        pictured = "; ".join(f"{number}. {text}" for number, text in enumerate(prompts, 1))
-        self.show(strip(self.images), f"{wanted.text()}: {pictured}")
+        images = run.images
+        measures = {name: float(value) for name, value in self._look(images).mean(numeric_only=True).items()}
+        picture, pictured = strip(images), "; ".join(f"{number}. {text}" for number, text in enumerate(prompts, 1))
+        # All at once, so that what is kept belongs together.
+        self.images, self._shown, self.measures = images, wanted, measures
+        self.show(picture, f"{wanted.text()}: {pictured}")
         self._set_beside()
         took = (
             f"{change.tensors} tensors rewritten in {change.seconds:.2f} s, drawn in {time.monotonic() - started:.1f} s"

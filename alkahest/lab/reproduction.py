@@ -8,11 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alkahest import __version__
+from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Experiment, experiments
 from alkahest.experiment.measure import stream_experiment
-from alkahest.experiment.record import Checked, checked_of, index, record, recorded, tables_of, verdict, verdicts
+from alkahest.experiment.record import (
+    Checked,
+    checked_of,
+    index,
+    record,
+    recorded,
+    require_grown,
+    tables_of,
+    verdict,
+    verdicts,
+)
 from alkahest.files import write_file
-from alkahest.lab.experiment_plots import figure_of, write_figures
+from alkahest.lab.experiment_plots import figure_of, figures_of
 from alkahest.lab.figure import image_tag
 from alkahest.lab.report import STYLE
 from alkahest.work import Event
@@ -24,19 +35,21 @@ _VERDICTS = "<!-- verdicts: written by alkahest experiment run -->"
 
 def run_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:
     """Measure an experiment and write its folder; events, the last with the verdict. Nothing is written before the end."""
+    if experiment.runs and runs is None:
+        require_grown(experiment, family)
     started = time.monotonic()
     event = None
     for event in stream_experiment(experiment, family, runs):
         if event.result is None:
             yield event
     assert event is not None  # there is always a last one, with the tables
-    told = record(experiment, event.result, family, time.monotonic() - started, write_figures)
+    told = record(experiment, event.result, family, time.monotonic() - started, figures_of, runs is not None)
     yield Event(event.total, event.total, "done", told)
 
 
 def rewrite(experiment: Experiment) -> str:
     """Write checks, figures, README and verdict anew from the recorded tables, after words or bounds have changed."""
-    return record(experiment, recorded(experiment), None, None, write_figures)
+    return record(experiment, recorded(experiment), None, None, figures_of)
 
 
 def write_index(root: Path) -> None:
@@ -50,6 +63,8 @@ def write_index(root: Path) -> None:
 
 
 def _filled(text: str, start: str, content: str) -> str:
+    if _END not in text.partition(start)[2]:
+        raise FileFormatError("experiment", "the table in this README has no end", expected=_END, found=f"{start} alone", fix="put the end marker back")  # fmt: skip
     head, _, rest = text.partition(start)
     _, _, tail = rest.partition(_END)
     return f"{head}{start}\n{content}{_END}{tail}"
@@ -62,6 +77,7 @@ def write_reproduction(path: str | Path, found: list[Experiment]) -> None:
 
 def reproduction(found: list[Experiment]) -> str:
     """The text of `write_reproduction`."""
+    found = [one for one in found if (one.folder / "manifest.json").exists()]
     told = {one.name: checked_of(one) for one in found}
     rows = "".join(f'<tr><td><a href="#{one.name}">{one.name[:2]}</a></td><td>{_text(one.title)}</td><td>{_text(verdict(one, told[one.name]))}</td></tr>' for one in found)  # fmt: skip
     parts = ["<h1>The article, reproduced on miniatures</h1>", f"<p>Alkahest {__version__}. Every number here is of the miniature family: 1.5 million parameters, judged by a network that reads pictures back.</p>", f"<table><tr><th></th><th>experiment</th><th>verdict</th></tr>{rows}</table>"]  # fmt: skip

@@ -28,7 +28,11 @@ def sampling_grid(live: LiveModel, prompts: str | Sequence[str], *, over: Mappin
     before is not drawn again. ``.table`` is the `sweep`'s DataFrame. ``fixed`` settings (``width``) have no box.
     """
     numbers: dict[str, Sequence[float]] = {name: [value] for name, value in live.params.items()}
-    numbers |= _FIRST | dict(over or {})
+    numbers |= _FIRST | {name: [fixed.pop(name)] for name in _FIRST if name in fixed} | dict(over or {})
+    seeds = [int(seed) for seed in numbers.pop("seed", seeds)]
+    for name, values in numbers.items():
+        if not all(isinstance(value, (int, float)) for value in values):
+            raise AlkahestError("sampling_grid", f"{name} takes numbers", found=repr(list(values)), fix=f"{name}=... for one fixed value")  # fmt: skip
     return SamplingGrid(live, [prompts] if isinstance(prompts, str) else list(prompts), numbers, negative_prompts, seeds, fixed)  # fmt: skip
 
 
@@ -91,7 +95,7 @@ def numbers(text: str, name: str, whole: bool = False) -> list[Any]:
 
 
 def _listed(name: str, values: Sequence[float]) -> Any:
-    text = ", ".join(f"{value:.10g}" for value in values)
+    text = ", ".join(str(value) if isinstance(value, int) else f"{value:.10g}" for value in values)
     return widgets.Text(value=text, description=name.replace("_", " "), style=STYLE, layout=WIDE)
 
 

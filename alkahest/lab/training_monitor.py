@@ -82,8 +82,9 @@ class TrainingMonitor(Panel):
         figure = Figure(figsize=(9, 5.2), layout="constrained", facecolor="white")
         plot = training_curve(self.history, self.measure.value, title=self.folder.name, figure=figure)
         self.show(png(figure), plot.alt)
+        loss = f", loss {last.loss:.4g}" if last.loss == last.loss else ""
         ago = time.time() - (self._written() or time.time())
-        self.say(f"step {int(last.step)}, stage {last.stage}, loss {last.loss:.4g}; written {ago:.0f} s ago")
+        self.say(f"step {int(last.step)}, stage {last.stage}{loss}; written {ago:.0f} s ago")
         yield
         self._show_pictures()
 

@@ -47,11 +47,17 @@ def test_the_header_is_shown_and_the_lineage_guessed(models: Path) -> None:
     assert "depth" in picker.header.value
     picker.candidates.value = [models / "base.safetensors"]
     picker.job.start_button.click()
-    assert picker.job.wait(60).name == "base"
-    assert "<b>base</b>" in picker.answer.value
-    assert picker.lineage.table.candidate.tolist() == ["base", "given"]
+    assert picker.job.wait(60).name == "base.safetensors"
+    assert "<b>base.safetensors</b>" in picker.answer.value
+    assert picker.lineage.table.candidate.tolist() == ["base.safetensors", "given"]
     chosen(picker, "base")
     assert picker.answer.value == ""
+    assert picker.lineage is None
+    (models / "sub" / "gone.safetensors").symlink_to(models / "nowhere.safetensors")
+    (models / "sub" / "shard.safetensors.index.json").write_text("{}")
+    (models / "sub" / "shard-1.safetensors").symlink_to(models / "nowhere.safetensors")
+    picker.look()  # links that lead nowhere are no reason to stop
+    assert "checkpoints" in picker.status.value
 
 
 def test_bad_files_and_folders_are_said_in_place(models: Path) -> None:

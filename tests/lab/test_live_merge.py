@@ -11,7 +11,7 @@ import pytest
 from waiting import until
 
 import alkahest as ak
-from alkahest.errors import AlgebraError
+from alkahest.errors import AlgebraError, UnknownNameError
 from alkahest.lab.live_merge import LiveMerge, live_merge
 from alkahest.provenance import build, read_recipe
 
@@ -165,6 +165,10 @@ def test_bad_input(parts: tuple[Any, Any, Any]) -> None:
     bridge, cyan, _ = parts
     with pytest.raises(AlgebraError, match="cyan is no difference"):
         live_merge(bridge, {"cyan": bridge}, PROMPTS)
+    with pytest.raises(UnknownNameError, match="did you mean 'cyan'"):
+        live_merge(bridge, {"cyan": cyan}, PROMPTS, k={"cyna": 2.0})
+    with pytest.raises(UnknownNameError, match="did you mean 'steps'"):
+        live_merge(bridge, {"cyan": cyan}, PROMPTS, sampling={"step": 2})
     fixed = live_merge(bridge.protect("embedders"), {"cyan": cyan}, PROMPTS[0], sampling=SAMPLING)
     assert fixed.protect.disabled
     assert fixed.expression.text().startswith("tb1.protect('embedders')")

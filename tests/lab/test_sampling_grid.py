@@ -68,6 +68,13 @@ def test_what_is_no_number_or_fails_is_said_in_place(grid: SamplingGrid) -> None
     assert "cfg counts as ComfyUI" in grid.status.value
 
 
+def test_what_is_given_is_in_the_boxes(live: ak.LiveModel) -> None:
+    grid = sampling_grid(live, "a ball", steps=12, over={"seed": [12345678901, 2]}, cfg=1.0)
+    assert {name: grid.boxes[name].value for name in ("steps", "cfg", "seed")} == {"steps": "12", "cfg": "1", "seed": "12345678901, 2"}  # fmt: skip
+    with pytest.raises(AlkahestError, match="schedule takes numbers"):
+        sampling_grid(live, "a ball", over={"schedule": ["simple"]})  # type: ignore[dict-item]
+
+
 def test_numbers() -> None:
     assert numbers("0, 10,171.1 ,1e3", "k") == [0, 10, 171.1, 1000]
     assert numbers("24, 8", "steps", whole=True) == [24, 8]
