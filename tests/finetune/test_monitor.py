@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = finetune(config(log="wandb", **PROMPTS), tmp_path / "run")
     assert wandb.run is None, "it is finished"
     (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    wanted = [repr(value).encode() for value in result.history["held_out things 64"]]
+    end = time.monotonic() + 20  # wandb's own process writes the file, and may still be at it
+    while not all(value in kept.read_bytes() for value in wanted) and time.monotonic() < end:
+        time.sleep(0.1)
     written = kept.read_bytes()
-    for value in result.history["held_out things 64"]:
-        assert repr(value).encode() in written
+    assert [value for value in wanted if value not in written] == []
     pictures = (kept.parent / "files" / "media" / "images").glob("a red ball_*.png")
     assert sorted(int(path.name.split("_")[1]) for path in pictures) == result.history.step.tolist()
 
