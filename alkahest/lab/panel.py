@@ -122,5 +122,12 @@ def number_with_slider(name: str, value: float, low: float, high: float, log: bo
         slider = widgets.FloatLogSlider(value=inside, min=math.log10(low), max=math.log10(high), step=0.01, **common)
     else:
         slider = widgets.FloatSlider(value=inside, min=low, max=high, step=(high - low) / 200, **common)
-    slider.observe(lambda change: setattr(box, "value", float(f"{change['new']:.4g}")), names="value")
+
+    def moved(change: Any) -> None:
+        # As it is shown, a slider takes its value to its nearest step and says so: nobody moved it then.
+        old, new = (math.log10(change[name]) if log else change[name] for name in ("old", "new"))
+        if abs(new - old) > 0.6 * slider.step:
+            box.value = float(f"{change['new']:.4g}")
+
+    slider.observe(moved, names="value")
     return box, slider
