@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,13 @@ def contact_sheet(table: pandas.DataFrame, rows: Sequence[str], columns: Sequenc
         for n, line in enumerate(_label(rows, row)):
             pen.text((_GAP, top + y * step + n * (_FONT + 4)), line, "black", font)
     return sheet
+
+
+def png_bytes(image: Image, optimize: bool = False) -> bytes:
+    """One picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=optimize)
+    return buffer.getvalue()
 
 
 def is_picture(path: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alkahest.cache import cache_folder
+from alkahest.contact_sheet import contact_sheet, png_bytes
 from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
 from alkahest.files import write_file
 from alkahest.hashes import blake3_of
@@ -56,8 +56,6 @@ class Cells(pd.DataFrame):  # type: ignore[misc]
         By default one row a prompt and seed and one column a setting. A cell that failed is grey and
         says so. ``size`` is the width of a picture in pixels, by default at least 128.
         """
-        from alkahest.contact_sheet import contact_sheet
-
         down = [rows] if isinstance(rows, str) else list(rows or ("prompt", "seed"))
         varying = [name for name in self.columns[: list(self.columns).index("seed")] if self[name].nunique() > 1]
         across = [columns] if isinstance(columns, str) else list(columns or [v for v in varying if v not in down])
@@ -174,7 +172,7 @@ def draw(live: LiveModel, cells: Sequence[Cell]) -> list[tuple[bytes, dict[str, 
             settings = {"negative_prompt": "", **cells[0].settings}
             seeds = [cell.seed for cell in cells]
             run = sample(live, [cell.prompt for cell in cells], seed=seeds, batch=len(cells), **settings)
-            return [(_png(image), _measures(image)) for image in run.images]
+            return [(png_bytes(image), _measures(image)) for image in run.images]
         except (AlkahestError, ValueError, RuntimeError) as error:
             if len(cells) == 1:
                 return [(b"", {"error": str(error).replace("\n", "; ")})]
@@ -200,12 +198,6 @@ def _remembered(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return {**record, "path": str(path)} if path.is_file() else None
-
-
-def _png(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _identity(live: LiveModel) -> list[str]:

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from alkahest import __version__
+from alkahest.contact_sheet import png_bytes
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Check, Experiment
 from alkahest.experiment.measure import Found, Tables, file_of, steps_title
@@ -72,7 +73,7 @@ def record(experiment: Experiment, found: Found, family: Path | None, seconds: f
     told = verdict(experiment, checks)
     texts["checks"] = pd.DataFrame([vars(check) for check in checks]).to_csv(index=False, float_format="%.6g")
     files = {f"{name}.csv": text.encode() for name, text in texts.items()} | draw(experiment, tables)
-    files |= {f"{slug(title)}.png": _png(sheet) for title, sheet in found.sheets.items()}
+    files |= {f"{slug(title)}.png": png_bytes(sheet, optimize=True) for title, sheet in found.sheets.items()}
     about = _manifest(experiment) if seconds is None else measured_by(experiment, family, seconds, grown)
     results = experiment.folder / "results"
     results.mkdir(exist_ok=True)
@@ -90,12 +91,6 @@ def record(experiment: Experiment, found: Found, family: Path | None, seconds: f
 def _sheets(experiment: Experiment) -> set[str]:
     """Names of the contact sheets, which may be from an earlier run."""
     return {*(slug(sheet.title) for sheet in experiment.sheets), *(slug(steps_title(run)) for run in experiment.runs)}
-
-
-def _png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def measured_by(experiment: Experiment, family: Path | None, seconds: float, grown: bool) -> dict[str, Any]:

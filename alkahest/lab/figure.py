@@ -13,6 +13,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alkahest.contact_sheet import png_bytes
+
 if TYPE_CHECKING:
     import pandas
     from PIL.Image import Image
@@ -80,13 +82,6 @@ def strip(images: Sequence[Image]) -> bytes:
         whole.paste(one, (left, 0))
         left += one.width + _GAP
     return png_bytes(whole)
-
-
-def png_bytes(image: Image) -> bytes:
-    """One picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def number_text(value: float) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from alkahest.contact_sheet import png_bytes
 from alkahest.errors import AlkahestError
-from alkahest.lab.figure import png_bytes
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel
 from alkahest.live_model import LiveModel
