@@ -143,6 +143,57 @@ def test_a_live_merge_by_keyboard_alone(opened: Callable[..., Any], tmp_path: Pa
     page.screenshot(path=tmp_path / "keyboard.png")
 
 
+# Marks what has the focus, and gives its name or "".
+REACHED = FOCUSED.replace("return (", "at.dataset.reached = 'yes';\n    return (")
+# The controls of all panels that are shown and can be used, and that Tab never came to.
+UNREACHED = """() => [...document.querySelectorAll('.jp-OutputArea :is(button, input, select, textarea, [role=slider])')]
+    .filter(one => !one.disabled && one.offsetParent !== null && !one.dataset.reached)
+    .map(one => one.outerHTML.slice(0, 200))"""
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "wanted"),
+    [
+        (
+            "measuring",
+            (
+                "table = ak.delta_table(v - b)\npanels.delta_browser(table)",
+                "panels.multiplier_panel(table, on=w.protect('refiner'))",
+                "panels.rank_panel(ak.delta_spectra((v - b).only('layers.0'), values=8))",
+                "panels.delta_browser(v - b)",
+            ),
+            "statistic, part, view, basis, target, k, rule, value, rank max, Measure",
+        ),
+        (
+            "drawing",
+            (
+                "live = ak.LiveModel(b + ak.param('k', 1.0) * (v - b))\npanels.sampling_grid(live, 'a red ball', over={'k': [0, 171.1], 'steps': [2]})",
+                "panels.checkpoint_picker(ak.mini.components().parent, bases={'base': b, 'turbo': w})",
+                "panels.training_monitor('runs/nowhere')",
+            ),
+            "k, shift, cfg, steps, seed, Draw, folder, checkpoints, bases to try, Guess lineage, measure, follow, Refresh",
+        ),
+    ],
+    ids=["measuring", "drawing"],
+)
+def test_every_control_of_the_other_panels_by_keyboard(
+    opened: Callable[..., Any], tmp_path: Path, name: str, cells: tuple[str, ...], wanted: str
+) -> None:
+    page = opened(f"keys-{name}", FAMILY, *cells, "print('all', 'shown')")
+    page.get_by_text("all shown", exact=True).wait_for(timeout=WAIT)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
+    page.locator(".jp-OutputArea :is(button, input, select, textarea)").first.focus()
+    seen = [page.evaluate(REACHED)]
+    while page.evaluate(UNREACHED) and len(seen) < 100:
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate(REACHED))
+    page.screenshot(path=tmp_path / "keys.png", full_page=True)
+    assert page.evaluate(UNREACHED) == []
+    names = [one.partition(": ")[2] for one in seen if not one.startswith("slider")]
+    assert all(names), seen
+    assert [one for one in wanted.split(", ") if one not in names] == []
+
+
 def test_a_kernel_restarted_under_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:
     page = opened("restarted", FAMILY, MERGE)
     picture(page, "(turbo_variant - deturbo): 1. a red heart")
