@@ -64,12 +64,15 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
     def look(self) -> None:
         """Read the folder again."""
         place = Path(self.folder.value).expanduser()
-        found = list(checkpoints_in(place))
+        looked_at = count()
+        found = list(checkpoints_in(place, looked_at=looked_at))
         options = [(f"{path.relative_to(place)}, {size_text(size)}", path) for path, size in found]
         self.candidates.options = options
         self.files.options = options
         self.files.index = 0 if options else None
         text = f"{len(found)} checkpoints" + (f" (the first {_MOST})" if len(found) == _MOST else "")
+        if next(looked_at) > _ENTRIES:
+            text += f"; looked at {_ENTRIES:,} files and stopped there: name a folder further down"
         self._say(text if place.is_dir() else f"there is no folder {place}")
         self._chosen()
 
@@ -105,9 +108,12 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         self.status.value = f"<pre role='status' style='margin:0'>{html.escape(text)}</pre>"
 
 
-def checkpoints_in(folder: Path, depth: int = _DEPTH) -> Iterator[tuple[Path, int]]:
-    """Checkpoints in a folder and below it, with their bytes: files, indices of shards, diffusers transformers."""
-    yield from islice(_in_order(folder, depth, count()), _MOST)
+def checkpoints_in(folder: Path, depth: int = _DEPTH, looked_at: Iterator[int] | None = None) -> Iterator[tuple[Path, int]]:  # fmt: skip
+    """Checkpoints in a folder and below it, with their bytes: files, indices of shards, diffusers transformers.
+
+    ``looked_at`` counts the files on the way.
+    """
+    yield from islice(_in_order(folder, depth, looked_at or count()), _MOST)
 
 
 def _in_order(folder: Path, depth: int, looked_at: Iterator[int]) -> Iterator[tuple[Path, int]]:

@@ -19,7 +19,7 @@ from alkahest.hashes import blake3_of
 from alkahest.keys import part_of
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
-from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, number_with_slider
+from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, number_with_slider, text_lines
 from alkahest.live_model import LiveModel
 from alkahest.measures import picture_measures
 from alkahest.options import Options
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _DRAWING = threading.Lock()  # one live merge draws at a time: two would halve each other's speed
 _PREVIEW = 0.25  # seconds between previews
-_AREA = widgets.Layout(width="auto", min_width="28em", height="4.5em")
 _WRAP = widgets.Layout(flex_flow="row wrap")
 
 
@@ -196,8 +195,8 @@ class LiveMerge(Panel):
 
     def _sampled(self, started: float) -> Iterator[None]:
         wanted, shown = self.expression, started
-        values = {name: control.value for name, control in self.settings.items()}
-        prompts = [line.strip() for line in values.pop("prompts").splitlines() if line.strip()]
+        values = {name: control.value for name, control in self.settings.items() if name != "prompts"}
+        prompts = lines_of(self.settings["prompts"])
         change = self.live.become(wanted)
         yield
         run = sample(self.live, prompts, **values, **self._fixed)
@@ -244,8 +243,8 @@ class LiveMerge(Panel):
 def _sampling_controls(prompts: list[str], given: dict[str, Any]) -> dict[str, Any]:
     style: dict[str, Any] = {"style": STYLE, "continuous_update": False}
     return {
-        "prompts": widgets.Textarea(value="\n".join(prompts), description="prompts, one a line", layout=_AREA, **style),
-        "negative_prompt": widgets.Textarea(value=given.get("negative_prompt", ""), description="negative prompt", layout=_AREA, **style),
+        "prompts": text_lines("prompts, one a line", prompts, continuous_update=False),
+        "negative_prompt": text_lines("negative prompt", [given.get("negative_prompt", "")], continuous_update=False),
         "seed": widgets.IntText(value=given.get("seed", 0), description="seed", layout=WIDE, **style),
         "steps": widgets.IntText(value=given.get("steps", 24), description="steps", layout=WIDE, **style),
         "cfg": widgets.FloatText(value=given.get("cfg", 2.0), description="cfg", layout=WIDE, **style),

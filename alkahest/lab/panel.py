@@ -7,7 +7,7 @@ import contextlib
 import html
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -110,6 +110,17 @@ class Redraw:
 def reason_of(error: Exception) -> str:
     """What a person is told of an error: ours explain themselves, others need their kind."""
     return str(error) if isinstance(error, AlkahestError) else f"{type(error).__name__}: {error}"
+
+
+def text_lines(label: str, texts: Sequence[str], **given: Any) -> Any:
+    """A box for several texts, one a line; `lines_of` reads it."""
+    area = widgets.Layout(width="auto", min_width="28em", height="4.5em")
+    return widgets.Textarea(value="\n".join(texts), description=label, style=STYLE, layout=area, **given)
+
+
+def lines_of(box: Any) -> list[str]:
+    """The texts in a box, empty lines left out."""
+    return [line.strip() for line in box.value.splitlines() if line.strip()]
 
 
 def number_with_slider(name: str, value: float, low: float, high: float, log: bool = False) -> tuple[Any, Any]:

@@ -11,11 +11,10 @@ import ipywidgets as widgets
 from alkahest.contact_sheet import png_bytes
 from alkahest.errors import AlkahestError
 from alkahest.lab.jobs import Job
-from alkahest.lab.panel import STYLE, WIDE, Panel
+from alkahest.lab.panel import STYLE, WIDE, Panel, lines_of, text_lines
 from alkahest.live_model import LiveModel
 from alkahest.sweep import Cells, SweepEvent, stream_sweep
 
-_AREA = widgets.Layout(width="auto", min_width="28em", height="4.5em")
 _FIRST: dict[str, Sequence[float]] = {"shift": [3.0], "cfg": [2.0], "steps": [24]}
 
 
@@ -43,8 +42,8 @@ class SamplingGrid(Panel):
         super().__init__()
         self.live, self._fixed = live, fixed
         self.table: Cells | None = None
-        self.prompts = _lines("prompts, one a line", prompts)
-        self.negative_prompts = _lines("negative prompts, one a line", negative)
+        self.prompts = text_lines("prompts, one a line", prompts)
+        self.negative_prompts = text_lines("negative prompts, one a line", negative)
         self.boxes = {name: _listed(name, values) for name, values in {**numbers, "seed": seeds}.items()}
         self.job = Job(self._drawn, on_result=self._show_table, title="Draw")
         self.children = [
@@ -60,7 +59,7 @@ class SamplingGrid(Panel):
         seeds = [int(seed) for seed in values.pop("seed")]
         # An empty line among several is a negative prompt: none at all.
         negative = list(dict.fromkeys(line.strip() for line in self.negative_prompts.value.split("\n")))
-        prompts = [line.strip() for line in self.prompts.value.splitlines() if line.strip()]
+        prompts = lines_of(self.prompts)
         if not prompts:
             raise AlkahestError("sampling_grid", "there is no prompt", fix="write one a line")
         yield from stream_sweep(self.live, prompts, {**values, "negative_prompt": negative}, seeds=seeds, **self._fixed)
@@ -97,7 +96,3 @@ def numbers(text: str, name: str, whole: bool = False) -> list[Any]:
 def _listed(name: str, values: Sequence[float]) -> Any:
     text = ", ".join(str(value) if isinstance(value, int) else f"{value:.10g}" for value in values)
     return widgets.Text(value=text, description=name.replace("_", " "), style=STYLE, layout=WIDE)
-
-
-def _lines(label: str, texts: Sequence[str]) -> Any:
-    return widgets.Textarea(value="\n".join(texts), description=label, style=STYLE, layout=_AREA)

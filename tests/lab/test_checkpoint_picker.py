@@ -40,6 +40,13 @@ def test_it_finds_each_kind_once(models: Path) -> None:
         assert ak.open(models / name).parameters
 
 
+def test_it_says_where_it_stopped(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alkahest.lab.checkpoint_picker._ENTRIES", 5)
+    assert "looked at 5 files and stopped there" in checkpoint_picker(models).status.value
+    monkeypatch.undo()
+    assert checkpoint_picker(models).status.value.count("6 checkpoints<") == 1
+
+
 def test_the_header_is_shown_and_the_lineage_guessed(models: Path) -> None:
     picker = checkpoint_picker(models, bases={"given": ak.open(models / "other.safetensors")})
     chosen(picker, "sub")
