@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from alkahest.scalar import param as param
     from alkahest.spectrum import delta_spectra as delta_spectra
     from alkahest.sweep import sweep as sweep
+    from alkahest.workflow.read import read_workflow as read_workflow
+    from alkahest.workflow.write import write_workflow as write_workflow
 
 # Public name -> the module that holds it; imported on first use, so that `import alkahest` is quick.
 _PUBLIC = {
@@ -101,6 +103,7 @@ _PUBLIC = {
     "read_config": "finetune.config",
     "read_history": "finetune.monitor",
     "read_recipe": "provenance",
+    "read_workflow": "workflow.read",
     "refiner_check": "check",
     "rolled_up": "delta_table",
     "rounding_curve": "rounding",
@@ -109,6 +112,7 @@ _PUBLIC = {
     "sweep": "sweep",
     "ties": "methods",
     "weighted_sum": "mixture",
+    "write_workflow": "workflow.write",
 }
 # diffusers imports bitsandbytes where it is installed, which then warns on every CPU of a 4-bit kernel that nobody uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -6,9 +6,11 @@ Opening reads headers only. Tensors are read block by block when an expression i
 from __future__ import annotations
 
 import html
+import keyword
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -280,8 +282,10 @@ def identifier(source: str | Path) -> str:
     stem = source if isinstance(source, str) else source.name.removesuffix(".safetensors")
     if isinstance(source, Path) and stem in ("transformer", "diffusion_pytorch_model", "model"):
         stem = source.resolve().parent.name
-    name = re.sub(r"\W+", "_", stem).strip("_")
-    return f"m_{name}" if not name or name[0].isdigit() else name
+    # Python reads names in recipes in form NFKC, and not every letter or digit may stand in one.
+    plain = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", stem))
+    name = "".join(letter if f"a{letter}".isidentifier() else "_" for letter in plain).strip("_")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"m_{name}"
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -250,6 +250,7 @@ class Leaf(Weights):
     file_names: Mapping[Reader, str]  # as recipes record them
     architecture: Architecture
     config: dict[str, Any] | None = None  # diffusers' config.json, where the files have one
+    is_reproducible = True  # whether a recipe can name it
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from alkahest.expr import Weights
 from alkahest.files import same_file
 
 _MAX_THREADS = 8
-_RECORDED = ("dtype", "layout", "rounding", "seed", "device", "comfy_compatible", "max_shard_size", "allow_nonfinite")
+_RECORDED = ("dtype", "layout", "rounding", "seed", "device", "comfy_compatible", "max_shard_size", "allow_nonfinite", "metadata")  # fmt: skip
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -34,6 +34,7 @@ class Options:
     max_shard_size: int | str | None = None
     allow_nonfinite: bool = False
     threads: int | None = None
+    metadata: Mapping[str, str] | None = None
 
     @classmethod
     def checked(cls, given: Mapping[str, Any]) -> Options:
@@ -56,6 +57,7 @@ class Options:
                 )
         options.shard_bytes()
         options.torch_device()
+        _require_metadata(options.metadata)
         return options
 
     def record(self) -> dict[str, Any]:
@@ -79,6 +81,15 @@ class Options:
 
     def makes_folder(self, target: Path) -> bool:
         return self.max_shard_size is not None or (self.layout == "diffusers" and not _names_file(target))
+
+
+def _require_metadata(metadata: object) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, Mapping) or not all(isinstance(text, str) for item in metadata.items() for text in item):  # fmt: skip
+        raise OutputError("save", "metadata is text under names", found=repr(metadata)[:200], fix="metadata={'title': '...'}")  # fmt: skip
+    if taken := [name for name in metadata if name in ("format", "alkahest", "__metadata__")]:
+        raise OutputError("save", f"{taken[0]!r} in a file's metadata is not free", fix="choose another name")
 
 
 def existing_device(name: str, operation: str) -> torch.device:

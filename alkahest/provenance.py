@@ -14,11 +14,10 @@ from alkahest import made_up  # noqa: F401  (lets recipes call it)
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.dtypes import is_finite
-from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Delta, Weights
+from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, nearest
+from alkahest.expr import Delta, Leaf, Weights
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of, known_paths
-from alkahest.header import parse_json
 from alkahest.layouts.lora import is_lora
 from alkahest.locate import locate
 from alkahest.lora import apply  # noqa: F401  (lets recipes call it)
@@ -28,44 +27,74 @@ from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
 from alkahest.stream import headers_of, plan_of, readers_of, recipe_of
 from alkahest.term import Source, Workspace
 from alkahest.work import Event, Run, blocks
+from alkahest.workflow.graph import json_in
+from alkahest.workflow.read import PNG, read_workflow
+from alkahest.workflow.translate import WorkflowRecipe
 from alkahest.write import jobs_of
 
 
-def read_recipe(path: str | os.PathLike[str]) -> tuple[str, Recipe]:
+def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Recipe]:
     """What a file is, in words, and the recipe in it.
 
     >>> what, recipe = ak.read_recipe("merged.safetensors"); recipe.text
     "bridge.protect('refiner') + 171.1 * (variant - base)"
 
-    Takes a checkpoint that Alkahest wrote, a recipe as JSON, or recipe text. Raises RecipeError if
-    there is none, UnsupportedError for files that ComfyUI saved.
+    Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, and ComfyUI workflows: as JSON, in a
+    picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
+    that saves the model; `ak.read_workflow` gives them all. Raises RecipeError if there is none.
     """
+    what, found = recipes_in(path, node)
+    if len(found) == 1:
+        return what, found[0]
+    known = [f"{one.node} ({one.saved_as or one.text})" for one in found if isinstance(one, WorkflowRecipe)]
+    raise RecipeError("recipe", "the workflow makes several models", file=path, found=", ".join(known)[:1000], fix="choose one: --node ID, or node= in Python")  # fmt: skip
+
+
+def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Sequence[Recipe]]:
+    """`read_recipe` with all recipes that a workflow has."""
     path = Path(path).expanduser()
     if path.is_dir() or path.suffix == ".safetensors":
         located = locate(path)
         metadata = located.metadata
         if METADATA_KEY in metadata:
             kind = "LoRA" if any(map(is_lora, located.tensors)) else "checkpoint"
-            return f"a {kind} with a recipe inside", Recipe.from_json(metadata[METADATA_KEY], path)
+            return f"a {kind} with a recipe inside", [Recipe.from_json(metadata[METADATA_KEY], path)]
         if "prompt" in metadata or "workflow" in metadata:
-            raise UnsupportedError(
-                "recipe", "this checkpoint was saved by ComfyUI and holds a workflow, not a recipe", file=path,
-                fix="write the recipe by hand: alkahest merge \"...\"",
-            )  # fmt: skip
+            return "a checkpoint that ComfyUI saved, with its workflow inside", _of_node(path, node)
         raise RecipeError("recipe", "this checkpoint holds no recipe", file=path, fix="only merged files have one")
     reader = Reader(path)
+    start = reader.read(0, min(reader.size, 64))
+    if start.startswith(PNG):
+        return "a picture with a workflow in it", _of_node(path, node)
+    if start.lstrip()[:1] == b"{":
+        if "recipe" in json_in(reader):
+            return "a recipe", [Recipe.from_json(reader.read(0, reader.size).decode(), path)]
+        return "a ComfyUI workflow", _of_node(path, node)
     if reader.size > MAX_TEXT * 10:
         raise RecipeError("recipe", "this is too long for a recipe", file=path, found=f"{reader.size:,} bytes")
     try:
         text = reader.read(0, reader.size).decode()
     except UnicodeDecodeError:
         raise RecipeError("recipe", "this is neither a checkpoint nor text", file=path) from None
-    if not text.lstrip().startswith("{"):
-        names_in(text)
-        return "recipe text", Recipe(text.strip())
-    if "recipe" in parse_json(text.encode(), reader):
-        return "a recipe", Recipe.from_json(text, path)
-    raise UnsupportedError("recipe", "this JSON is no recipe (a ComfyUI workflow?)", file=path)
+    names_in(text)
+    return "recipe text", [Recipe(text.strip())]
+
+
+def _of_node(path: Path, node: str | None) -> list[WorkflowRecipe]:
+    every = read_workflow(path)
+    chosen = [recipe for recipe in every if node in (None, recipe.node)]
+    if not chosen:
+        raise RecipeError("recipe", f"no node {node} saves a model", file=path, fix=nearest(str(node), [recipe.node for recipe in every]))  # fmt: skip
+    return chosen
+
+
+def output_for(recipe: Recipe, weights: Weights) -> dict[str, Any]:
+    """How a recipe asks to be written; a workflow's without ``comfy_compatible`` if an input is quantised."""
+    leaves = [leaf for leaf in weights.leaves() if isinstance(leaf, Leaf)]
+    plain = all(set(leaf.storage.values()) <= {"fp32", "fp16", "bf16"} for leaf in leaves)
+    if plain or not isinstance(recipe, WorkflowRecipe):
+        return recipe.output
+    return {name: value for name, value in recipe.output.items() if name != "comfy_compatible"}
 
 
 def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, options: Sequence[str] = ()) -> Weights:

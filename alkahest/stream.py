@@ -12,12 +12,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alkahest import __version__
-from alkahest.expr import Names, Weights, name_leaves
+from alkahest.expr import Leaf, Names, Weights, name_leaves
 from alkahest.files import Reader, Writer, as_output_error, size_text, whole_file, whole_folder
 from alkahest.hashes import blake3_of
 from alkahest.header import build_header
@@ -76,6 +76,7 @@ def save(expression: Weights, path: str | os.PathLike[str], **options: Any) -> S
     - ``rounding``: ``nearest`` (to even) or ``stochastic`` with ``seed``.
     - ``device``: ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
     - ``comfy_compatible``: ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
+    - ``metadata``: more text for the file's header, such as a title; not under ``format`` or ``alkahest``.
     - ``max_shard_size``: bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
     - ``allow_nonfinite``: write NaN, infinity and overflow instead of refusing; the result counts them.
     - ``threads``: workers; the bytes do not depend on it. Default: the processors at hand, at most 8.
@@ -170,7 +171,8 @@ def _stem(plan: Plan) -> str:
 def plan_of(expression: Weights, options: Options) -> Plan:
     """The output's tensors under these options."""
     rules = Rules(comfy_compatible=options.comfy_compatible)
-    return make_plan(expression, rules, options.dtype, options.layout, options.shard_bytes())
+    plan = make_plan(expression, rules, options.dtype, options.layout, options.shard_bytes())
+    return replace(plan, metadata={**(options.metadata or {}), **plan.metadata})
 
 
 def readers_of(expression: Weights) -> list[Reader]:
@@ -179,8 +181,10 @@ def readers_of(expression: Weights) -> list[Reader]:
 
 
 def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str]) -> Recipe:
-    """What the output's metadata says about itself."""
+    """What the output's metadata says about itself; no text if it reads weights that no recipe can name."""
     names = name_leaves(expression)
+    if not all(leaf.is_reproducible for leaf in names if isinstance(leaf, Leaf)):
+        return Recipe("")
     return Recipe(expression.text(names), inputs_of(names, hashes), options.record(), __version__)
 
 
@@ -195,7 +199,8 @@ def inputs_of(names: Names, hashes: Mapping[Reader, str]) -> dict[str, list[dict
 
 def headers_of(plan: Plan, recipe: Recipe) -> list[bytes]:
     """The header of every output file."""
-    metadata = {"format": "pt", METADATA_KEY: recipe.to_json(), **plan.metadata}
+    own = {METADATA_KEY: recipe.to_json()} if recipe.text else {}
+    metadata = {"format": "pt", **plan.metadata, **own}
     return [build_header(((item.name, item.tag, item.shape) for item in items), metadata) for items in plan.files]
 
 

@@ -43,6 +43,8 @@ def test_every_command_and_option_has_help() -> None:
         "convert",
         "recipe",
         "verify",
+        "workflow",
+        "nodes",
         "make-checkpoint",
         "mini",
         "extract-lora",

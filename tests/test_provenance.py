@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
-from alkahest.errors import AlkahestError, RecipeError, UnsupportedError
+from alkahest.errors import AlkahestError, RecipeError
 from alkahest.provenance import Verdict, build, verify
 from alkahest.recipe import Recipe
 
@@ -115,15 +115,17 @@ def test_what_is_no_recipe_is_named(folder: Path) -> None:
     save_file(
         load_file(folder / "base.safetensors"),
         folder / "comfy.safetensors",
-        metadata={"prompt": "{}", "workflow": "{}"},
+        metadata={"prompt": "{}", "workflow": "{}"},  # saved by ComfyUI, with nothing in it
     )
     (folder / "workflow.json").write_text('{"nodes": [], "links": []}')
+    (folder / "other.json").write_text('{"a": 1}')
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (folder / "shell.txt").write_text("import os; os.system('true')")
     for name, error, message in [
         ("plain.safetensors", RecipeError, "holds no recipe"),
-        ("comfy.safetensors", UnsupportedError, "saved by ComfyUI"),
-        ("workflow.json", UnsupportedError, "no recipe"),
+        ("comfy.safetensors", RecipeError, "no workflow in this file"),
+        ("workflow.json", RecipeError, "neither saves nor samples a model"),
+        ("other.json", RecipeError, "not a ComfyUI workflow"),
         ("binary.txt", RecipeError, "neither a checkpoint nor text"),
         ("shell.txt", RecipeError, "cannot be read"),
         ("missing.json", AlkahestError, "no such file"),

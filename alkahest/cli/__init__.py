@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from alkahest.cli import checkpoints, experiment, lora, measure, mini, train  # each adds its commands
+from alkahest.cli import checkpoints, experiment, lora, measure, mini, nodes, train  # each adds its commands
 from alkahest.cli.shared import app
 
-__all__ = ["app", "checkpoints", "experiment", "lora", "main", "measure", "mini", "train"]
+__all__ = ["app", "checkpoints", "experiment", "lora", "main", "measure", "mini", "nodes", "train"]
 
 
 def main() -> None:

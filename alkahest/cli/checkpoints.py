@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,8 @@ from alkahest.cli.shared import (
     Device,
     Dtype,
     Layout,
+    ModelsDir,
+    NodeId,
     Output,
     Quiet,
     Rounding,
@@ -31,6 +33,9 @@ from alkahest.cli.shared import (
     reported,
 )
 from alkahest.errors import RecipeError
+
+if TYPE_CHECKING:
+    from alkahest.recipe import Recipe
 
 
 @app.command()
@@ -68,8 +73,13 @@ def merge(
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Run the recipe in this file: a merged checkpoint, recipe JSON or text.")
+        Path | None,
+        typer.Option(
+            help="Run the recipe in this file: a merged checkpoint, recipe JSON or text, or a ComfyUI workflow (JSON, a picture, or a checkpoint that ComfyUI saved)."
+        ),
     ] = None,
+    models_dir: ModelsDir = None,
+    node: NodeId = None,
     dtype: Dtype = None,
     layout: Layout = None,
     rounding: Rounding = "nearest",
@@ -95,7 +105,9 @@ def merge(
             dtype=dtype, layout=layout, rounding=rounding, seed=seed, device=device, comfy_compatible=comfy_compatible,
             max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, threads=threads,
         )  # fmt: skip
-        _merge(expression, recipe, given, output, options, as_json, quiet)
+        if (models_dir or node) and recipe is None:
+            raise RecipeError("merge", "--models-dir and --node are for a workflow", fix="add --recipe workflow.json")
+        _merge(expression, recipe, models_dir, node, given, output, options, as_json, quiet)
 
 
 @app.command()
@@ -123,22 +135,52 @@ def convert(
 
 @app.command()
 def recipe(
-    file: Annotated[Path, typer.Argument(help="A merged checkpoint, recipe JSON or recipe text.")],
+    file: Annotated[
+        Path, typer.Argument(help="A merged checkpoint, recipe JSON or text, or anything that ComfyUI saved.")
+    ],
+    models_dir: ModelsDir = None,
+    node: NodeId = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a file is, and print the recipe in it."""
+    """Tell what a file is, and print the recipe in it.
+
+    A ComfyUI workflow has a recipe for each model that it saves. With --models-dir its files are looked up, opened
+    and checked against each other, and --json is a recipe with their hashes, which runs anywhere.
+    """
     with reported():
-        what, found = alkahest.read_recipe(file)
-        if as_json:
-            print(found.to_json())
-            return
-        print(f"# {file}: {what}", file=sys.stderr)
-        print(found.text)
-        for name, files in found.inputs.items():
-            for entry in files:
-                print(f"#   {name}: {entry['file']}, {entry['bytes']:,} bytes, BLAKE3 {entry['blake3']}")
-        if found.output:
-            print("#   written with " + ", ".join(f"{name}={value}" for name, value in found.output.items()))
+        from alkahest.provenance import recipes_in
+
+        what, recipes = recipes_in(file, node)
+        if not as_json:
+            print(f"# {file}: {what}", file=sys.stderr)
+        for found in recipes:
+            if models_dir is not None:
+                found = _located(found, models_dir)
+            if as_json:
+                print(found.to_json())
+            else:
+                _print_recipe(found, several=len(recipes) > 1)
+
+
+@app.command(context_settings=NAMED)
+def workflow(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file.")],
+    what: Annotated[
+        list[str] | None, typer.Argument(metavar="[EXPRESSION] [--NAME PATH]...", help="As for merge.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Write the recipe in this file.")] = None,
+    prefix: Annotated[str, typer.Option(help="Under which ComfyUI saves the model.")] = "diffusion_models/alkahest",
+) -> None:
+    """Write an expression or a recipe as a ComfyUI workflow that saves the same model.
+
+    ComfyUI's own nodes say what they can, with multipliers past 10 split; Alkahest's nodes say the rest.
+    """
+    with reported():
+        expression, given = named(what or [])
+        weights = _expression(expression, recipe, None, None, given)[1]
+        for note in alkahest.write_workflow(weights, output, prefix):
+            print(f"note: {note}", file=sys.stderr)
+        print(output)
 
 
 @app.command(context_settings=NAMED)
@@ -192,25 +234,83 @@ def make_checkpoint(
         _save(weights, output, options, as_json, quiet)
 
 
-def _merge(
-    expression: str | None, recipe: Path | None, given: dict[str, Any], output: Path, options: dict[str, Any],
-    as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+def _print_recipe(found: Any, several: bool) -> None:
+    from alkahest.workflow.translate import WorkflowRecipe
+
+    if several and isinstance(found, WorkflowRecipe):
+        print(f"# --node {found.node}{f', saved as {found.saved_as}' if found.saved_as else ''}")
+    print(found.text)
+    if isinstance(found, WorkflowRecipe):
+        for name, file in found.files.items():
+            print(f"#   {name}: {file}, loaded by {file.node}")
+        for note in found.notes:
+            print(f"#   note: {note}")
+    for name, files in found.inputs.items():
+        for entry in files:
+            print(f"#   {name}: {entry['file']}, {entry['bytes']:,} bytes, BLAKE3 {entry['blake3']}")
+    if found.output:
+        print("#   written with " + ", ".join(f"{name}={value}" for name, value in found.output.items()))
+
+
+def _located(found: Any, models_dir: Path) -> Any:
+    """A workflow's recipe with its files looked up, opened and hashed."""
+    from alkahest.hashes import blake3_of
+    from alkahest.options import Options
+    from alkahest.provenance import build, output_for
+    from alkahest.stream import readers_of, recipe_of
+    from alkahest.workflow.translate import WorkflowRecipe
+
+    if not isinstance(found, WorkflowRecipe):
+        raise RecipeError(
+            "recipe", "--models-dir is for a ComfyUI workflow", found="a recipe that records its own files"
+        )
+    if found.computed:
+        raise RecipeError(
+            "recipe", "a multiplier of this workflow is computed while it runs", file=found.source, found=", ".join(found.computed),
+            fix=f"alkahest merge --recipe FILE --models-dir DIR --{found.computed[0]} auto -o OUT",
+        )  # fmt: skip
+    weights = build(found, found.locate(models_dir))
+    readers = readers_of(weights)
+    hashes = dict(zip(readers, blake3_of(readers), strict=True))
+    return recipe_of(weights, Options.checked(output_for(found, weights)), hashes)
+
+
+def _expression(
+    expression: str | None, recipe: Path | None, models_dir: Path | None, node: str | None, given: dict[str, Any]
+) -> tuple[Recipe, alkahest.Weights]:
+    """The recipe that was asked for and its expression; multipliers to compute are 1 as yet."""
     from alkahest.options import Options
     from alkahest.provenance import build
     from alkahest.recipe import Recipe
+    from alkahest.workflow.translate import WorkflowRecipe
 
     if (expression is None) == (recipe is None):
         raise RecipeError("merge", "give either an expression or --recipe FILE", fix="see alkahest merge --help")
-    found = Recipe(expression or "") if recipe is None else alkahest.read_recipe(recipe)[1]
+    found = Recipe(expression or "") if recipe is None else alkahest.read_recipe(recipe, node)[1]
+    if models_dir is not None:
+        if not isinstance(found, WorkflowRecipe):
+            raise RecipeError(
+                "merge", "--models-dir is for a ComfyUI workflow", file=recipe, fix="give its inputs by name"
+            )
+        given = {**found.locate(models_dir), **given}
     known = [*(field.name for field in dataclasses.fields(Options)), "output", "recipe", "json", "quiet"]
-    automatic = [name for name, value in given.items() if value == "auto"]
-    weights = build(
-        found, {**given, **dict.fromkeys(automatic, 1.0)}, recipe.resolve().parent if recipe else None, known
-    )
-    for name in automatic:
+    given = {name: 1.0 if value == "auto" else value for name, value in given.items()}
+    return found, build(found, given, recipe.resolve().parent if recipe else None, known)
+
+
+def _merge(
+    expression: str | None, recipe: Path | None, models_dir: Path | None, node: str | None, given: dict[str, Any],
+    output: Path, options: dict[str, Any], as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    from alkahest.provenance import output_for
+
+    found, weights = _expression(expression, recipe, models_dir, node, given)
+    for name in [name for name, value in given.items() if value == "auto"]:
         weights = _with_computed(weights, name, options, quiet)
-    _save(weights, output, {**found.output, **options}, as_json, quiet)
+    recorded = output_for(found, weights)
+    if recorded != found.output:
+        print("an input is quantised: ComfyUI's bits cannot be had, the arithmetic is Alkahest's own", file=sys.stderr)
+    _save(weights, output, {**recorded, **options}, as_json, quiet)
 
 
 def _with_computed(weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool) -> alkahest.Weights:

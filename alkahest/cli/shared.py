@@ -30,6 +30,12 @@ Dtype = Annotated[
     ),
 ]
 Layout = Annotated[str | None, typer.Option(help="native (ComfyUI), diffusers or all-in-one.")]
+ModelsDir = Annotated[
+    Path | None, typer.Option(help="ComfyUI's folder, its models folder, or any that holds the files a workflow names.")
+]
+NodeId = Annotated[
+    str | None, typer.Option("--node", help="Of a workflow that saves several models: the id of the node that saves.")
+]
 Rounding = Annotated[str, typer.Option(help="nearest (to even) or stochastic.")]
 Seed = Annotated[int, typer.Option(help="Seed of stochastic rounding.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps, for the arithmetic.")]

@@ -1,0 +1,35 @@
+"""Commands on ComfyUI: install and uninstall the nodes, write a recipe as a workflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alkahest.cli.shared import app, reported
+
+group = typer.Typer(help="ComfyUI nodes: put them into a ComfyUI, and take them out again.", no_args_is_help=True)
+app.add_typer(group, name="nodes")
+ComfyUI = Annotated[Path, typer.Argument(metavar="COMFYUI", help="The folder that ComfyUI's main.py lies in.")]
+
+
+@group.command("install")
+def nodes_install(comfyui: ComfyUI) -> None:
+    """Register Alkahest's nodes in a ComfyUI; restart it afterwards."""
+    with reported():
+        from alkahest.nodes.install import install, lacking
+
+        print(f"installed in {install(comfyui)}; restart ComfyUI")
+        python, missing = lacking(comfyui)
+        if missing:
+            print(f"Multiplier, Supplement LoRA and Recipe Save also need: {python or 'ComfyUI-s Python'.replace('-', chr(39))} -m pip install {' '.join(missing)}")  # fmt: skip
+
+
+@group.command("uninstall")
+def nodes_uninstall(comfyui: ComfyUI) -> None:
+    """Remove them again."""
+    with reported():
+        from alkahest.nodes.install import uninstall
+
+        print(f"removed {uninstall(comfyui)}")

@@ -1,0 +1,84 @@
+"""Put the nodes into a ComfyUI, and take them out again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import alkahest
+from alkahest.errors import OutputError
+from alkahest.files import write_file
+
+_MARK = '"""Alkahest\'s nodes; written by `alkahest nodes install`, and removed by `alkahest nodes uninstall`."""'
+_LOADER = """{mark}
+
+import importlib.util
+import sys
+
+PACKAGE = {package!r}
+found = importlib.util.find_spec("alkahest")
+if found is None or found.origin is None:  # not installed in ComfyUI's Python: from where it was installed
+    spec = importlib.util.spec_from_file_location("alkahest", PACKAGE + "/__init__.py", submodule_search_locations=[PACKAGE])
+    sys.modules["alkahest"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["alkahest"])
+
+from alkahest.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+"""
+NEEDED = ("pandas", "blake3")  # beside what ComfyUI itself needs, for the nodes that measure and save
+
+
+def install(comfyui: str | os.PathLike[str]) -> Path:
+    """Register the nodes in a ComfyUI folder; returns the folder that holds them. Installing again updates it.
+
+    Nothing is copied: the folder holds one file, which takes the package from ComfyUI's Python or, if it is not
+    installed there, from where it is now. Raises OutputError if the folder is no ComfyUI, or holds other nodes of
+    that name.
+    """
+    folder = _folder(comfyui)
+    _require_ours(folder)
+    folder.mkdir(exist_ok=True)
+    package = Path(alkahest.__file__).resolve().parent
+    write_file(folder / "__init__.py", _LOADER.format(mark=_MARK, package=package.as_posix()).encode())
+    return folder
+
+
+def uninstall(comfyui: str | os.PathLike[str]) -> Path:
+    """Remove what `install` made; OutputError if it is not there, or not ours."""
+    folder = _folder(comfyui)
+    if not folder.exists():
+        raise OutputError("nodes uninstall", "the nodes are not installed here", file=folder)
+    _require_ours(folder)
+    shutil.rmtree(folder)
+    return folder
+
+
+def lacking(comfyui: str | os.PathLike[str]) -> tuple[str | None, list[str]]:
+    """ComfyUI's Python, if it can be found, and the packages that the nodes need and it lacks."""
+    root = Path(comfyui).expanduser()
+    names = [root / one / place for one in ("venv", ".venv") for place in ("bin/python", "Scripts/python.exe")]
+    names += [root / "python_embeded/python.exe", root.parent / "python_embeded/python.exe"]
+    python = next((str(name) for name in names if name.is_file()), None)
+    if python is None:
+        return None, list(NEEDED)
+    code = f"import importlib.util as u; print(*[n for n in {NEEDED!r} if u.find_spec(n) is None])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return python, done.stdout.split() if done.returncode == 0 else list(NEEDED)
+
+
+def _folder(comfyui: str | os.PathLike[str]) -> Path:
+    root = Path(comfyui).expanduser()
+    for place in (root, root / "ComfyUI"):  # the portable edition has it one further down
+        if (place / "custom_nodes").is_dir():
+            return place / "custom_nodes" / "alkahest"
+    raise OutputError("nodes", "this is not a ComfyUI folder", file=root, expected="a folder with custom_nodes in it", fix="name the folder that ComfyUI's main.py lies in")  # fmt: skip
+
+
+def _require_ours(folder: Path) -> None:
+    file = folder / "__init__.py"
+    ours = file.is_file() and file.read_text(errors="replace").startswith(_MARK)
+    if folder.is_symlink() or (folder.exists() and not ours and any(folder.iterdir())):
+        raise OutputError("nodes", "there is another alkahest among the custom nodes", file=folder, expected="a folder that alkahest nodes install wrote", fix="move it away first")  # fmt: skip

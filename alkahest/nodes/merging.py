@@ -1,0 +1,111 @@
+"""ComfyUI nodes that merge: difference and addition without caps, with the refiner kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alkahest.nodes.patches import ZERO, difference, key_patches, patchable, require_same, scaled_by, selected
+from alkahest.workflow.translate import parts_of
+
+CATEGORY = "alkahest"
+NOTED = "alkahest"  # the attachment in which a merged model says which multipliers its nodes used
+_PADS = "Pad tokens stay the first model's, as with ComfyUI's own merge nodes."
+MULTIPLIER = ("FLOAT", {"default": 1.0, "min": -1e6, "max": 1e6, "step": 0.1, "round": False})
+KEEP = ("BOOLEAN", {"default": True, "tooltip": "leave noise_refiner and context_refiner as they are in model1"})
+
+
+class AlkahestMerge:
+    """``bridge + multiplier * (variant - base)``, subtracted before it is multiplied."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "bridge": ("MODEL",), "variant": ("MODEL",), "base": ("MODEL",), "multiplier": MULTIPLIER,
+                "protect": ("STRING", {"default": "refiner", "tooltip": "what stays the bridge's: refiner, input, layers.0-9, ...; empty for nothing"}),
+                "parts": ("STRING", {"default": "", "tooltip": "more factors by part, such as layers.0-9: 1.5, embedders: 0; the last that fits counts"}),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }  # fmt: skip
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "merge"
+    CATEGORY = CATEGORY
+    DESCRIPTION = f"bridge + multiplier * (variant - base), keeping the bridge's refiner. The multiplier has no cap. {_PADS}"  # fmt: skip
+
+    def merge(self, bridge: Any, variant: Any, base: Any, multiplier: float, protect: str = "refiner", parts: str = "", unique_id: str = "") -> tuple[Any]:  # fmt: skip
+        require_same("Alkahest Merge", {"bridge": bridge, "variant": variant, "base": base})
+        keys = patchable(bridge)
+        kept, factors = selected(protect, keys, "protect"), _factors(parts, keys)
+        v, b, merged = key_patches(variant), key_patches(base), bridge.clone()
+        by_factor: dict[float, dict[str, Any]] = {}
+        for key in keys:
+            if key not in kept:
+                by_factor.setdefault(factors.get(key, 1.0) * multiplier, {})[key] = difference(v, b, key)
+        for factor, chosen in by_factor.items():
+            merged.add_patches(chosen, factor, 1.0)
+        return (noted(merged, unique_id, multiplier, bridge, variant, base),)
+
+
+class AlkahestSubtract:
+    """``multiplier * (model1 - model2)``, subtracted before it is multiplied."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"model1": ("MODEL",), "model2": ("MODEL",), "multiplier": MULTIPLIER, "keep_refiner": KEEP},
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "merge"
+    CATEGORY = CATEGORY
+    DESCRIPTION = f"multiplier * (model1 - model2), without a cap. With keep_refiner the difference is zero there, so that adding it, with any node, keeps the other model's refiner. {_PADS}"  # fmt: skip
+
+    def merge(self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = "") -> tuple[Any]:  # fmt: skip
+        require_same("Alkahest Subtract", {"model1": model1, "model2": model2})
+        keys, base, merged = patchable(model1), key_patches(model2), model1.clone()
+        kept = selected("refiner" if keep_refiner else "", keys, "keep refiner")
+        merged.add_patches({key: ZERO for key in keys if key in kept}, 1.0, 1.0)
+        merged.add_patches({key: base[key] for key in keys if key not in kept}, -1.0, 1.0)
+        if multiplier != 1.0:
+            only, *strengths = scaled_by(multiplier)
+            merged.add_patches({key: only for key in keys if key not in kept}, *strengths)
+        return (noted(merged, unique_id, multiplier, model1, model2),)
+
+
+class AlkahestAdd:
+    """``model1 + multiplier * model2``, for a difference as model2."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return AlkahestSubtract.INPUT_TYPES()
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "merge"
+    CATEGORY = CATEGORY
+    DESCRIPTION = f"model1 + multiplier * model2, for a difference as model2, without a cap; keep_refiner leaves model1's refiner as it is. About 20 is the practical limit on this side. {_PADS}"  # fmt: skip
+
+    def merge(self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = "") -> tuple[Any]:  # fmt: skip
+        require_same("Alkahest Add", {"model1": model1, "model2": model2})
+        keys, delta, merged = patchable(model1), key_patches(model2), model1.clone()
+        kept = selected("refiner" if keep_refiner else "", keys, "keep refiner")
+        merged.add_patches({key: delta[key] for key in keys if key not in kept}, multiplier, 1.0)
+        return (noted(merged, unique_id, multiplier, model1, model2),)
+
+
+def noted(merged: Any, node: str, multiplier: float, *inputs: Any) -> Any:
+    """The model with a note of the multipliers that this node and those before it used; a graph alone may not say."""
+    known: dict[str, float] = {}
+    for one in inputs:
+        known |= one.attachments.get(NOTED) or {}
+    merged.set_attachments(NOTED, {**known, str(node): multiplier})
+    return merged
+
+
+def _factors(parts: str, keys: list[str]) -> dict[str, float]:
+    """Factor by key; the last part that takes a key counts."""
+    found: dict[str, float] = {}
+    for pattern, factor in parts_of(parts).items():
+        found |= dict.fromkeys(selected(pattern, keys, "parts"), factor)
+    return found

@@ -1,0 +1,84 @@
+"""Files with a ComfyUI workflow in them: JSON, pictures, and checkpoints that ComfyUI saved."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from alkahest.errors import RecipeError
+from alkahest.files import Reader
+from alkahest.locate import locate
+from alkahest.workflow.graph import Graph, json_in, parsed_json, read_graph
+from alkahest.workflow.translate import WorkflowRecipe, recipes_of
+
+PNG = b"\x89PNG\r\n\x1a\n"
+_TEXT = (b"tEXt", b"iTXt", b"zTXt")
+_MAX_TEXT = 64 << 20  # bytes of one text in a picture, unpacked
+
+
+def read_workflow(path: str | os.PathLike[str]) -> list[WorkflowRecipe]:
+    """The recipes in a ComfyUI workflow, one for each model that it saves, or else draws with.
+
+    >>> (recipe,) = ak.read_workflow("merge.json"); recipe.text, recipe.files
+    ('bridge + 10 * (variant - base)', {'bridge': diffusion_models/bridge.safetensors, ...})
+    >>> build(recipe, recipe.locate("ComfyUI/models")).save("out.safetensors", **recipe.output)
+
+    Takes the editor's form (with subgraphs) and the API form as JSON, PNG pictures, and checkpoints that ComfyUI
+    saved, of which only the recipe of that very file is given. Raises RecipeError that names the node, for whatever
+    cannot be said in a recipe.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".safetensors":
+        return _own(recipes_of(graph_in(locate(path).metadata, path), path), path)
+    reader = Reader(path)
+    if reader.size >= 8 and reader.read(0, 8) == PNG:
+        return recipes_of(graph_in(dict(_texts(reader)), path), path)
+    return recipes_of(read_graph(json_in(reader), path), path)
+
+
+def graph_in(metadata: Mapping[str, str], file: object) -> Graph:
+    """The graph in what ComfyUI writes into its files: ``prompt`` is the API form, ``workflow`` the editor's."""
+    for name in ("prompt", "workflow"):
+        if metadata.get(name, "").strip() not in ("", "{}", "null"):
+            return read_graph(parsed_json(metadata[name].encode(), file), file)
+    raise RecipeError("workflow", "there is no workflow in this file", file=file, expected="prompt or workflow, which ComfyUI writes unless it is told --disable-metadata")  # fmt: skip
+
+
+def _own(recipes: list[WorkflowRecipe], path: Path) -> list[WorkflowRecipe]:
+    """Of several recipes the one whose saver wrote a file of this name: ``prefix_00001_.safetensors``."""
+    stem = re.sub(r"_\d{5,}_$", "", path.stem)
+    mine = [recipe for recipe in recipes if recipe.saved_as.replace("\\", "/").rsplit("/")[-1] == stem]
+    return mine or recipes
+
+
+def _texts(reader: Reader) -> Iterator[tuple[str, str]]:
+    """Keyword and text of a PNG's text chunks (W3C PNG, 11.3.3); ComfyUI writes tEXt through Pillow."""
+    place = len(PNG)
+    while place + 12 <= reader.size:
+        head = reader.read(place, 8)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind == b"IEND" or place + 12 + length > reader.size:
+            return
+        if kind in _TEXT and length <= _MAX_TEXT:
+            keyword, _, rest = reader.read(place + 8, length).partition(b"\0")
+            yield keyword.decode("latin-1"), _text(kind, rest)
+        place += 12 + length
+
+
+def _text(kind: bytes, rest: bytes) -> str:
+    if kind == b"tEXt":
+        return rest.decode("latin-1")
+    if kind == b"zTXt":
+        return _unpacked(rest[1:]).decode("latin-1")
+    packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
+    return (_unpacked(rest) if packed else rest).decode("utf-8", "replace")
+
+
+def _unpacked(data: bytes) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(data, _MAX_TEXT)
+    except zlib.error:
+        return b""

@@ -1,0 +1,337 @@
+"""A ComfyUI graph -> the recipes of the models that it saves, or else draws with.
+
+Sources: ComfyUI's ``comfy_extras/nodes_model_merging.py``, ``nodes.py`` and ``comfy/lora.py`` for what the nodes do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alkahest.checkpoint import identifier
+from alkahest.errors import AlkahestError, RecipeError
+from alkahest.recipe import Recipe
+from alkahest.scalar import text_of
+from alkahest.workflow import values
+from alkahest.workflow.editor import Absent, Link
+from alkahest.workflow.folders import ModelFile, find_model
+from alkahest.workflow.graph import Graph, Node
+from alkahest.workflow.values import DELTA, TOTAL, WEIGHTS, Value
+
+SAVERS = {"ModelSave": "native", "CheckpointSave": None, "AlkahestSave": "native"}  # and the layout that they write
+# Nodes that draw: the input through which their model comes.
+_SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider", "BasicGuider", "DualCFGGuider")
+# Nodes of ComfyUI that change how a model is sampled, and none of its weights.
+_PASSING = (
+    "ModelSamplingAuraFlow", "ModelSamplingSD3", "ModelSamplingFlux", "RescaleCFG", "RenormCFG", "CFGNorm", "CFGZeroStar",
+    "EasyCache", "LazyCache", "TorchCompileModel", "DifferentialDiffusion", "SkipLayerGuidanceDiT", "FreSca", "MahiroCFG",
+)  # fmt: skip
+_OTHER_FAMILIES = ("ModelMergeSD", "ModelMergeFlux", "ModelMergeAuraflow", "ModelMergeMochi", "ModelMergeLTXV", "ModelMergeCosmos", "ModelMergeWAN", "ModelMergeQwen", "ImageOnlyCheckpointLoader")  # fmt: skip
+_OTHER_ENCODERS = ("DualCLIPLoader", "TripleCLIPLoader", "QuadrupleCLIPLoader")
+_ENCODER_TYPES = (
+    "lumina2",
+    "stable_diffusion",
+    "qwen_image",
+)  # with which ComfyUI makes of qwen_3_4b what Z-Image needs
+_MAX_DEPTH = 140  # nodes in a row; an expression nests as deep as that
+
+
+@dataclass(frozen=True)
+class WorkflowRecipe(Recipe):
+    """The recipe of one model in a workflow: text, the file behind each name, and what could not be said in it.
+
+    ``node`` is the id of the node that saves the model or draws with it, ``saved_as`` a saver's prefix. ``output``
+    asks for ``comfy_compatible``, so that an unquantised merge has the bits that ComfyUI gives it on a CPU.
+    """
+
+    node: str = ""
+    saved_as: str = ""
+    files: dict[str, ModelFile] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    computed: tuple[str, ...] = ()  # names of multipliers that the graph computes while it runs
+    source: Path | None = None
+
+    def locate(self, models: Any) -> dict[str, Path]:
+        """Where each of its files lies in ComfyUI's models folder; see `alkahest.workflow.folders.find_model`."""
+        return {name: find_model(file, models, self.source) for name, file in self.files.items()}
+
+
+def recipes_of(graph: Graph, source: Path | None = None) -> list[WorkflowRecipe]:
+    """One recipe for every node that saves a model; if there is none, for every model that is sampled."""
+    found = [node for node in graph.values() if node.kind in SAVERS]
+    found = found or [node for node in graph.values() if node.kind in _SAMPLERS]
+    if not found:
+        raise RecipeError(
+            "workflow", "the workflow neither saves nor samples a model", file=source,
+            expected=", ".join([*SAVERS, *_SAMPLERS[:3]]), found=", ".join(sorted({node.kind for node in graph.values()}))[:500],
+        )  # fmt: skip
+    made = [_Reading(graph, source).recipe(node) for node in found]
+    if found[0].kind in SAVERS:
+        return made
+    return list({recipe.text: recipe for recipe in reversed(made)}.values())[::-1]  # two samplers, one model
+
+
+class _Reading:
+    """Follows the graph backwards from one node."""
+
+    def __init__(self, graph: Graph, source: Path | None) -> None:
+        self.graph, self.source = graph, source
+        self.files: dict[str, ModelFile] = {}
+        self.notes: list[str] = []
+        self.computed: dict[str, str] = {}  # id of a node that computes a multiplier -> the name it has in the recipe
+        self._known: dict[Link, Value] = {}
+        self._path: list[str] = []
+
+    def recipe(self, node: Node) -> WorkflowRecipe:
+        value = self.model(node, "model")
+        if value.kind != WEIGHTS:
+            what = "which is no model yet; add it to one" if value.kind == DELTA else "whose factors do not add up to 1"
+            raise self.refused(node, f"the model that arrives is {value.kind}, {what}", found=value.text)
+        output: dict[str, Any] = {"comfy_compatible": True}
+        if layout := SAVERS.get(node.kind):
+            output["layout"] = layout
+        if node.kind == "CheckpointSave":
+            self.companions(node, value)
+        self.require_family(node)
+        saved_as = node.inputs.get("filename_prefix", "") if node.kind in SAVERS else ""
+        return WorkflowRecipe(
+            value.text, {}, output, "", node.id, saved_as if isinstance(saved_as, str) else "", self.files,
+            list(dict.fromkeys(self.notes)), tuple(self.computed.values()), self.source,
+        )  # fmt: skip
+
+    def model(self, node: Node, name: str) -> Value:
+        """What arrives at an input of type MODEL."""
+        link = node.inputs.get(name)
+        if not isinstance(link, Link):
+            why = link.why if isinstance(link, Absent) else "nothing is connected to it"
+            raise self.refused(node, f"{name} is missing: {why}")
+        if link in self._known:
+            return self._known[link]
+        origin = self.graph.get(link.node)
+        if origin is None:
+            raise self.refused(node, f"{name} comes from node {link.node}, which does not exist")
+        if origin.id in self._path:
+            circle = " -> ".join([*self._path[self._path.index(origin.id) :], origin.id])
+            raise self.refused(node, "the graph runs in a circle", found=circle, fix="ComfyUI cannot run this either; take the loop out")  # fmt: skip
+        if len(self._path) >= _MAX_DEPTH:
+            raise self.refused(node, "the graph is too deep", expected=f"at most {_MAX_DEPTH} nodes in a row")
+        self._path.append(origin.id)
+        self._known[link] = found = self.of(origin, node)
+        self._path.pop()
+        return found
+
+    def of(self, node: Node, after: Node) -> Value:
+        """What a node puts out as MODEL."""
+        if node.kind in _NODES:
+            return _NODES[node.kind](self, node)
+        if node.kind in _PASSING:
+            self.pass_through(node)
+            return self.model(node, "model")
+        if node.kind.startswith(_OTHER_FAMILIES):
+            raise self.refused(node, "this node is for another family of models", expected="Z-Image")
+        raise self.refused(
+            node, f"what this node does to a model is not known, and {after} takes its output",
+            expected=", ".join([*_NODES, *_PASSING[:3], "..."]),
+            fix="take it out, or save the model before it and start from that file",
+        )  # fmt: skip
+
+    def pass_through(self, node: Node) -> None:
+        settings = ", ".join(f"{name} = {value}" for name, value in node.inputs.items() if isinstance(value, (int, float)))  # fmt: skip
+        self.notes.append(f"{node} changes how the model is sampled, not its weights{f': {settings}' if settings else ''}")  # fmt: skip
+        if node.kind == "ModelSamplingSD3":
+            self.notes.append(f"{node} is wrong for Z-Image: it passes times a thousand times too large; use ModelSamplingAuraFlow")  # fmt: skip
+
+    def number(self, node: Node, name: str, default: float | None = None) -> float:
+        value = self.literal(node, name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.refused(node, f"{name} is not a number", found=str(value)[:200])
+        return float(value)
+
+    def literal(self, node: Node, name: str, default: Any = None) -> Any:
+        """The value of a widget, through nodes that hold one."""
+        value, seen = node.inputs.get(name, default), 0
+        while isinstance(value, Link) and seen < _MAX_DEPTH:
+            origin, seen = self.graph.get(value.node), seen + 1
+            if origin is None or not origin.kind.startswith("Primitive"):
+                raise self.refused(node, f"{name} is computed while the graph runs", found=f"it comes from {origin or 'node ' + value.node}", fix="type the number in")  # fmt: skip
+            value = origin.inputs.get("value")
+        if isinstance(value, Absent):
+            raise self.refused(node, f"{name} is missing: {value.why}")
+        if value is None or isinstance(value, Link):
+            raise self.refused(node, f"{name} is missing")
+        return value
+
+    def file(self, node: Node, folder: str, name: str) -> str:
+        """The name in the recipe of the file that a loader loads."""
+        text = self.literal(node, name)
+        if not isinstance(text, str):
+            raise self.refused(node, f"{name} is not a file's name", found=str(text)[:200])
+        for known, file in self.files.items():
+            if (file.folder, file.name) == (folder, text):
+                return known
+        chosen = next(one for one in _numbered(identifier(Path(text.replace("\\", "/")))) if one not in self.files)
+        self.files[chosen] = ModelFile(folder, text, str(node))
+        return chosen
+
+    def companions(self, node: Node, value: Value) -> None:
+        """CheckpointSave also writes a text encoder and a VAE; a recipe carries those of its leading file."""
+        for name in ("clip", "vae"):
+            link = node.inputs.get(name)
+            origin = self.graph.get(link.node) if isinstance(link, Link) else None
+            if origin is None or origin.kind != "CheckpointLoaderSimple":
+                self.notes.append(f"{node} also saves a {name} from {origin or 'nowhere'}, which a recipe does not carry")  # fmt: skip
+
+    def require_family(self, node: Node) -> None:
+        """Refuse a model that is used with a text encoder as Z-Image has none; its own files are not opened here."""
+        waiting, seen = [node.id], {node.id}
+        while waiting:
+            for link in self.graph[waiting.pop()].inputs.values():
+                origin = self.graph.get(link.node) if isinstance(link, Link) else None
+                if origin is None or origin.id in seen:
+                    continue
+                kind = origin.inputs.get("type", "lumina2") if origin.kind == "CLIPLoader" else "lumina2"
+                if origin.kind in _OTHER_ENCODERS or kind not in _ENCODER_TYPES:
+                    raise self.refused(origin, "this text encoder is for another family of models", expected="Z-Image: CLIPLoader with type lumina2", found=f"{origin.kind} {kind}")  # fmt: skip
+                seen.add(origin.id)
+                waiting.append(origin.id)
+
+    def refused(self, node: Node, problem: str, **facts: Any) -> AlkahestError:
+        return RecipeError("workflow", f"{node}: {problem}", file=self.source, **facts)
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem
+    number = 2
+    while True:
+        yield f"{stem}_{number}"
+        number += 1
+
+
+def _unet(reading: _Reading, node: Node) -> Value:
+    dtype = node.inputs.get("weight_dtype", "default")
+    if dtype != "default":
+        reading.notes.append(f"{node} loads in {dtype}; the recipe takes the file as it is, so results differ by that rounding")  # fmt: skip
+    return values.model(reading.file(node, "diffusion_models", "unet_name"))
+
+
+def _checkpoint(reading: _Reading, node: Node) -> Value:
+    return values.model(reading.file(node, "checkpoints", "ckpt_name"))
+
+
+def _subtract(reading: _Reading, node: Node) -> Value:
+    return values.subtracted(reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, "multiplier"))  # fmt: skip
+
+
+def _add(reading: _Reading, node: Node) -> Value:
+    first, second = reading.model(node, "model1"), reading.model(node, "model2")
+    made = values.added(first, second)
+    if first.kind == DELTA and second.kind == WEIGHTS and not first.terms:
+        reading.notes.append(f"{node} has the difference as model1, so ComfyUI would keep that one's pad tokens; the recipe keeps model2's")  # fmt: skip
+    return made
+
+
+def _simple(reading: _Reading, node: Node, ratio: str = "ratio") -> Value:
+    return values.mixed(reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, ratio))
+
+
+def _blocks(reading: _Reading, node: Node) -> Value:
+    # Its ratios are for tensors that begin with input, middle or out. Z-Image has none, so the first is for all.
+    if len({reading.number(node, name, 1.0) for name in ("input", "middle", "out")}) > 1:
+        reading.notes.append(f"{node}: no tensor of Z-Image is called input, middle or out, so the first ratio is used for all, in ComfyUI too")  # fmt: skip
+    return _simple(reading, node, "input")
+
+
+def _lora(reading: _Reading, node: Node) -> Value:
+    weights, strength = reading.model(node, "model"), reading.number(node, "strength_model")
+    if node.kind == "LoraLoader" and not isinstance(node.inputs.get("clip"), Absent):
+        reading.notes.append(f"{node} may also change the text encoder, which is not part of a recipe")
+    if strength == 0.0:
+        return weights
+    name = reading.file(node, "loras", "lora_name")
+    if weights.kind == TOTAL:
+        raise reading.refused(node, "a LoRA on a sum of models that is none yet", found=weights.text)
+    return values.plus(weights, values.times(strength, values.named_delta(name)))
+
+
+def _our_merge(reading: _Reading, node: Node) -> Value:
+    bridge, variant, base = (reading.model(node, name) for name in ("bridge", "variant", "base"))
+    for name, value in (("bridge", bridge), ("variant", variant), ("base", base)):
+        if value.kind != WEIGHTS:
+            raise reading.refused(node, f"{name} is {value.kind}, not a model", found=value.text)
+    # Zero on what is protected, and not .protect(): that would hold for what later nodes add as well.
+    delta = values.difference(variant, base, _and_pads(str(reading.literal(node, "protect", "refiner"))))
+    factor, parts = _factor(reading, node), str(reading.literal(node, "parts", ""))
+    if not parts.strip():
+        return values.plus(bridge, values.times(factor, delta))
+    if isinstance(factor, str):
+        raise reading.refused(node, "a multiplier that is computed cannot be combined with parts", fix="type the number in")  # fmt: skip
+    factors = {"all": factor, **{pattern: factor * value for pattern, value in parts_of(parts).items()}}
+    inside = ", ".join(f"{pattern!r}: {text_of(value)}" for pattern, value in factors.items())
+    return values.plus(bridge, values.named_delta(f"{delta.text}.scaled({{{inside}}})"))
+
+
+def _our_subtract(reading: _Reading, node: Node) -> Value:
+    first, second = reading.model(node, "model1"), reading.model(node, "model2")
+    if not first.kind == second.kind == WEIGHTS:
+        raise reading.refused(node, "this node subtracts a model from a model", found=f"{first.kind} and {second.kind}")
+    kept = "refiner" if reading.literal(node, "keep_refiner", True) else ""
+    return values.times(_factor(reading, node), values.difference(first, second, _and_pads(kept)))
+
+
+def _our_add(reading: _Reading, node: Node) -> Value:
+    first, second = reading.model(node, "model1"), reading.model(node, "model2")
+    if (first.kind, second.kind) != (WEIGHTS, DELTA):
+        raise reading.refused(node, "this node adds a difference to a model", expected="model1 a model, model2 a difference", found=f"{first.kind} and {second.kind}")  # fmt: skip
+    kept = values.without(second, "refiner") if reading.literal(node, "keep_refiner", True) else second
+    return values.plus(first, values.times(_factor(reading, node), kept))
+
+
+def _and_pads(pattern: str) -> str:
+    """ComfyUI never merges pad tokens: they are parameters of a module that has others below it."""
+    return f"{pattern.strip()}, pad_tokens" if pattern.strip() else "pad_tokens"
+
+
+def _factor(reading: _Reading, node: Node) -> float | str:
+    """A multiplier: a number, or the name of one if our Multiplier node computes it."""
+    link = node.inputs.get("multiplier")
+    origin = reading.graph.get(link.node) if isinstance(link, Link) else None
+    if origin is None or origin.kind != "AlkahestMultiplier":
+        return reading.number(node, "multiplier")
+    names = _numbered("k_auto")
+    name = reading.computed.get(origin.id) or next(one for one in names if one not in reading.computed.values())
+    reading.computed[origin.id] = name
+    reading.notes.append(f"{origin} computes the multiplier of {node}: give it by --{name} NUMBER, or --{name} auto")
+    return name
+
+
+def parts_of(text: str) -> dict[str, float]:
+    """``"layers.0-9: 1.5, embedders: 0"`` as pattern -> factor; RecipeError for anything else."""
+    found: dict[str, float] = {}
+    for piece in filter(None, (piece.strip() for piece in text.replace("\n", ",").split(","))):
+        pattern, colon, number = piece.rpartition(":")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not colon or not pattern.strip() or not math.isfinite(value):
+            raise RecipeError("parts", "a part and its factor cannot be read", expected="such as layers.0-9: 1.5, embedders: 0", found=piece[:200])  # fmt: skip
+        found[pattern.strip()] = value
+    return found
+
+
+_NODES: Mapping[str, Callable[[_Reading, Node], Value]] = {
+    "UNETLoader": _unet,
+    "CheckpointLoaderSimple": _checkpoint,
+    "ModelMergeSubtract": _subtract,
+    "ModelMergeAdd": _add,
+    "ModelMergeSimple": _simple,
+    "ModelMergeBlocks": _blocks,
+    "LoraLoaderModelOnly": _lora,
+    "LoraLoader": _lora,
+    "AlkahestMerge": _our_merge,
+    "AlkahestSubtract": _our_subtract,
+    "AlkahestAdd": _our_add,
+}

@@ -1,0 +1,122 @@
+"""What a MODEL in a graph stands for, as recipe text: weights, a difference, or a sum of models that is neither yet.
+
+ComfyUI adds patches to its first model in the order of the nodes (``comfy/lora.py``, ``calculate_weight``), so the
+text is chosen such that ``comfy_compatible`` evaluates it in just that order: ``A + m * (V - B)`` is
+``A + (V*m - m*B)``, and ``weighted_sum([V, B, A], [m, -m, 1])`` is ``(V*m - m*B) + A`` with V's pad tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alkahest.errors import RecipeError
+from alkahest.expr import ATOM, PRODUCT, SUM
+from alkahest.recipe import MAX_TEXT
+from alkahest.scalar import text_of
+
+WEIGHTS, DELTA, TOTAL = "weights", "a difference", "a sum of models"
+
+
+@dataclass(frozen=True)
+class Value:
+    """Recipe text with how tightly it binds, what it is, and the models that it adds up, led by the first."""
+
+    text: str
+    level: int
+    kind: str
+    terms: tuple[tuple[str, float], ...] = ()  # for sums of whole models: text of each, and its factor
+    scaled: bool = False  # whether the text already has a factor in front
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MAX_TEXT:
+            raise RecipeError("workflow", "the recipe of this graph is too long", expected=f"at most {MAX_TEXT:,} characters")  # fmt: skip
+
+    def wrapped(self, least: int) -> str:
+        return self.text if self.level >= least else f"({self.text})"
+
+
+def model(name: str) -> Value:
+    return Value(name, ATOM, WEIGHTS, ((name, 1.0),))
+
+
+def named_delta(name: str) -> Value:
+    return Value(name, ATOM, DELTA)
+
+
+def difference(variant: Value, base: Value, zero: str = "") -> Value:
+    """``variant - base``, zero on the tensors that the pattern selects."""
+    made = Value(f"{variant.wrapped(SUM)} - {base.wrapped(PRODUCT)}", SUM, DELTA)
+    return without(made, zero) if zero else made
+
+
+def without(delta: Value, pattern: str) -> Value:
+    return Value(f"{delta.wrapped(ATOM)}.without({pattern!r})", ATOM, DELTA)
+
+
+def times(factor: float | str, delta: Value) -> Value:
+    """A multiple of a difference; a second factor is kept apart from the first, because each one rounds."""
+    if factor == 1.0:
+        return delta
+    if factor == -1.0:
+        text = delta.wrapped(PRODUCT)
+        return Value(text[1:] if text.startswith("-") else f"-{text}", PRODUCT, DELTA, scaled=delta.scaled)
+    number = factor if isinstance(factor, str) else text_of(factor)
+    if delta.scaled:
+        return Value(f"{delta.wrapped(ATOM)}.scaled({{'all': {number}}})", ATOM, DELTA, scaled=True)
+    return Value(f"{number} * {delta.wrapped(ATOM)}", PRODUCT, DELTA, scaled=True)
+
+
+def plus(left: Value, delta: Value) -> Value:
+    """Weights or a difference, and a difference added to it."""
+    if delta.text.startswith("-"):
+        return Value(f"{left.wrapped(SUM)} - {delta.wrapped(PRODUCT)[1:]}", SUM, left.kind)
+    return Value(f"{left.wrapped(SUM)} + {delta.wrapped(PRODUCT)}", SUM, left.kind)
+
+
+def subtracted(first: Value, second: Value, factor: float) -> Value:
+    """ModelMergeSubtract: ``first*m - m*second``."""
+    if first.kind == second.kind == WEIGHTS:
+        made = times(factor, difference(first, second))
+        return Value(made.text, made.level, DELTA, (*_scaled(first, factor), *_scaled(second, -factor)), made.scaled)
+    if first.kind == second.kind == DELTA:
+        return plus(times(factor, first), times(-factor, second))
+    if first.kind == WEIGHTS and second.kind == DELTA and factor == 1.0:
+        return plus(first, times(-1.0, second))
+    return total(_scaled(first, factor), _scaled(second, -factor))
+
+
+def added(first: Value, second: Value) -> Value:
+    """ModelMergeAdd: ``first + second``."""
+    if second.kind == DELTA and first.kind != TOTAL:
+        return plus(first, second)
+    if first.kind == DELTA and not first.terms and second.kind == WEIGHTS:
+        return plus(second, first)
+    return total(_scaled(first, 1.0), _scaled(second, 1.0))
+
+
+def mixed(first: Value, second: Value, ratio: float) -> Value:
+    """ModelMergeSimple: ``ratio*first + (1 - ratio)*second``."""
+    if ratio == 1.0:
+        return first
+    share = 1.0 - ratio
+    if first.kind == second.kind == WEIGHTS:
+        return Value(f"lerp({first.text}, {second.text}, {text_of(share)})", ATOM, WEIGHTS)
+    if first.kind == second.kind == DELTA:
+        return plus(times(ratio, first), times(share, second))
+    return total(_scaled(first, ratio), _scaled(second, share))
+
+
+def total(first: tuple[tuple[str, float], ...], second: tuple[tuple[str, float], ...]) -> Value:
+    """A sum of whole models with factors; weights if those add up to 1."""
+    terms = (*first, *second)
+    factors = sum(factor for _, factor in terms)
+    texts, shares = ", ".join(text for text, _ in terms), ", ".join(text_of(factor) for _, factor in terms)
+    is_model = bool(first and second) and abs(factors - 1.0) < 1e-9
+    return Value(f"weighted_sum([{texts}], [{shares}])", ATOM, WEIGHTS if is_model else TOTAL, terms if first and second else ())  # fmt: skip
+
+
+def _scaled(value: Value, factor: float) -> tuple[tuple[str, float], ...]:
+    """The models that a value adds up, times a factor; none if it cannot be told."""
+    if value.kind == WEIGHTS and not value.terms:
+        return ((value.text, factor),)
+    return tuple((text, share * factor) for text, share in value.terms)

@@ -1,0 +1,212 @@
+"""An expression -> a ComfyUI graph in the API form: core nodes where they can say it, Alkahest's where they cannot.
+
+ComfyUI's ModelMergeSubtract takes a multiplier of at most 10 and ModelMergeAdd none, so 171.1 becomes
+``10 * 10 * 1.711``: a difference is multiplied once more by subtracting a model minus itself from it, which is zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alkahest.checkpoint import Checkpoint
+from alkahest.errors import AlgebraError, OutputError
+from alkahest.expr import (
+    Delta,
+    DeltaSum,
+    Difference,
+    Everywhere,
+    Expression,
+    Masked,
+    Protected,
+    Scaled,
+    ScaledParts,
+    Sum,
+    Weights,
+)
+from alkahest.files import write_file
+from alkahest.lora.read import Lora
+from alkahest.mixture import Mixture
+from alkahest.scalar import Param, Scalar, text_of
+from alkahest.workflow.folders import FOLDERS
+
+LIMIT = 10.0  # of ModelMergeSubtract's multiplier, either side of zero; the server refuses more
+_LORA_LIMIT = 100.0
+PADS = "ComfyUI merges no pad tokens: they stay the first model's"
+
+
+def write_workflow(expression: Weights, path: str | os.PathLike[str], prefix: str = "diffusion_models/alkahest") -> list[str]:  # fmt: skip
+    """Write an expression as a ComfyUI workflow (API form, which the editor opens too) that saves the model.
+
+    >>> ak.write_workflow(bridge + 171.1 * (variant - base), "merge.json")
+    ['ComfyUI merges no pad tokens: they stay the first model's']
+
+    Returns what the graph does otherwise. Protection, factors by part and what else ComfyUI's own nodes cannot say
+    becomes an Alkahest Merge node. Raises AlgebraError for what no node says (merge methods, made-up weights), and
+    OutputError for a checkpoint that ComfyUI cannot load; nothing is written then.
+    """
+    graph, notes = graph_of(expression, prefix)
+    write_file(Path(path).expanduser(), (json.dumps(graph, indent=2, ensure_ascii=False) + "\n").encode())
+    return notes
+
+
+def graph_of(expression: Weights, prefix: str = "diffusion_models/alkahest") -> tuple[dict[str, Any], list[str]]:
+    """The graph of `write_workflow`, and its notes."""
+    if not isinstance(expression, Weights):
+        raise AlgebraError("workflow", "a workflow saves a complete model", found=type(expression).__name__, fix="add the delta to a checkpoint")  # fmt: skip
+    writing = _Writing()
+    last = writing.weights(expression)
+    writing.node("ModelSave", model=last, filename_prefix=prefix)
+    return writing.graph, list(dict.fromkeys(writing.notes))
+
+
+class _Writing:
+    def __init__(self) -> None:
+        self.graph: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self._known: dict[Any, list[Any]] = {}
+
+    def node(self, kind: str, **inputs: Any) -> list[Any]:
+        """A node, once for the same inputs; the link to its first output."""
+        key = (kind, repr(inputs))
+        if key not in self._known:
+            name = str(len(self.graph) + 1)
+            self.graph[name] = {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
+            self._known[key] = [name, 0]
+        return self._known[key]
+
+    def weights(self, one: Weights) -> list[Any]:
+        match one:
+            case Checkpoint():
+                return self.checkpoint(one)
+            case Protected():
+                return self.weights(one.weights)
+            case Sum():
+                self.notes.append(PADS)
+                start, protect = self.weights(one.weights), ", ".join(dict.fromkeys(one.weights.protection))
+                for factor, delta in _added(one.delta):
+                    start = self.added(start, factor, delta, protect, one.weights)
+                return start
+            case Mixture():
+                return self.mixture(one)
+        raise _unsaid(one)
+
+    def mixture(self, one: Mixture) -> list[Any]:
+        self.notes.append(PADS)
+        first, protect = self.weights(one.operands[0]), ", ".join(dict.fromkeys(one.protection))
+        shares = [_value(share) for share in one.shares]
+        if one.is_lerp and not protect and 0.0 <= shares[0] <= 1.0:
+            return self.node("ModelMergeSimple", model1=first, model2=self.weights(one.operands[1]), ratio=1.0 - shares[0])  # fmt: skip
+        mixed = first
+        for share, other in zip(shares, one.operands[1:], strict=True):
+            if protect:
+                mixed = self.merge(mixed, self.weights(other), first, share, protect, "")
+            else:
+                mixed = self.node("ModelMergeAdd", model1=mixed, model2=self.subtracted(self.weights(other), first, share))  # fmt: skip
+        return mixed
+
+    def added(self, start: list[Any], factor: float, delta: Delta, protect: str, weights: Weights) -> list[Any]:
+        """One term of a sum: a core node if it changes all tensors alike, else Alkahest Merge."""
+        if isinstance(delta, Lora):
+            return self.lora(start, factor, delta, protect, weights)
+        if isinstance(delta, Difference) and not protect:
+            variant, base = self.weights(delta.variant), self.weights(delta.base)
+            return self.node("ModelMergeAdd", model1=start, model2=self.subtracted(variant, base, factor))
+        kept, parts = [protect] if protect else [], ""
+        while not isinstance(delta, Difference):
+            match delta:
+                case Scaled():
+                    factor *= _value(delta.factor)
+                case Everywhere():
+                    kept = kept[1:] if protect else kept
+                case Masked(keep=False):
+                    kept.append(delta.pattern)
+                case Masked() if not parts:
+                    parts = _parts([("all", 0.0), (delta.pattern, 1.0)])
+                case ScaledParts() if not parts:
+                    parts = _parts([(pattern, _value(number)) for pattern, number in delta.factors])
+                case _:
+                    raise _unsaid(delta)
+            delta = delta.delta
+        return self.merge(start, self.weights(delta.variant), self.weights(delta.base), factor, ", ".join(kept), parts)
+
+    def merge(self, bridge: Any, variant: Any, base: Any, factor: float, protect: str, parts: str) -> list[Any]:
+        return self.node("AlkahestMerge", bridge=bridge, variant=variant, base=base, multiplier=factor, protect=protect, parts=parts)  # fmt: skip
+
+    def subtracted(self, variant: list[Any], base: list[Any], factor: float) -> list[Any]:
+        """``factor * (variant - base)`` by core nodes, however large the factor."""
+        first, *more = _split(factor)
+        delta = self.node("ModelMergeSubtract", model1=variant, model2=base, multiplier=first)
+        for number in more:
+            zero = self.node("ModelMergeSubtract", model1=base, model2=base, multiplier=1.0)
+            delta = self.node("ModelMergeSubtract", model1=delta, model2=zero, multiplier=number)
+        return delta
+
+    def lora(self, start: list[Any], factor: float, lora: Lora, protect: str, weights: Weights) -> list[Any]:
+        name = _file_name(lora.path, "loras", lora.text())
+        if protect and any(weights.is_protected(key) for key in lora.shapes):
+            # Alkahest Merge keeps what is protected: the LoRA on the model, less the model.
+            changed = self.node("LoraLoaderModelOnly", model=start, lora_name=name, strength_model=1.0)
+            return self.merge(start, changed, start, factor, protect, "")
+        if abs(factor) > _LORA_LIMIT:
+            raise AlgebraError("workflow", "LoraLoaderModelOnly takes a strength of at most 100", found=f"{factor:g} * {lora.text()}")  # fmt: skip
+        return self.node("LoraLoaderModelOnly", model=start, lora_name=name, strength_model=factor)
+
+    def checkpoint(self, one: Checkpoint) -> list[Any]:
+        if len(one.files) > 1 or one.layout != "native":
+            raise OutputError(
+                "workflow", "ComfyUI cannot load this checkpoint", file=one.path, expected="one file with native names",
+                found=f"{one.layout}, {len(one.files)} files", fix=f"alkahest convert {one.path} -o {one.name}.safetensors",
+            )  # fmt: skip
+        path = one.files[0].path
+        if one.companions:
+            return self.node("CheckpointLoaderSimple", ckpt_name=_file_name(path, "checkpoints", one.name))
+        return self.node("UNETLoader", unet_name=_file_name(path, "diffusion_models", one.name), weight_dtype="default")
+
+
+def _added(delta: Delta, factor: float = 1.0) -> Iterator[tuple[float, Delta]]:
+    """The terms of a delta with their factors, sums taken apart."""
+    match delta:
+        case DeltaSum():
+            yield from _added(delta.left, factor)
+            yield from _added(delta.right, factor)
+        case Scaled():
+            yield from _added(delta.delta, factor * _value(delta.factor))
+        case _:
+            yield factor, delta
+
+
+def _split(factor: float) -> list[float]:
+    """Factors of at most 10 with that product, the tens first, as the article splits 171.1."""
+    found = []
+    while abs(factor) > LIMIT:
+        found.append(LIMIT)
+        factor /= LIMIT
+    return [*found, factor]
+
+
+def _parts(factors: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{item.strip()}: {text_of(number)}" for pattern, number in factors for item in pattern.split(","))
+
+
+def _value(scalar: Scalar) -> float:
+    return scalar.value if isinstance(scalar, Param) else scalar
+
+
+def _file_name(path: Path, folder: str, name: str) -> str:
+    """A file as a loader names it: below ComfyUI's folder if it lies there, else by its own name."""
+    parts = path.resolve().parts
+    for one in FOLDERS[folder]:
+        if one in parts[:-1]:
+            return "/".join(parts[len(parts) - parts[::-1].index(one) :])
+    return path.name
+
+
+def _unsaid(one: Expression) -> AlgebraError:
+    return AlgebraError(
+        "workflow", "no ComfyUI node says this", found=f"{type(one).__name__}: {one.text()}"[:500],
+        expected="files, sums with differences and LoRAs, lerp, weighted_sum", fix="save that part as a file, and start from it",
+    )  # fmt: skip
