@@ -17,7 +17,7 @@ import torch
 from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import Format, encode, rounding_noise
 from alkahest.errors import NonFiniteError
-from alkahest.expr import DeltaLeaf
+from alkahest.expr import DeltaLeaf, Leaf
 from alkahest.options import Options
 from alkahest.term import Term, Workspace, needs_whole_tensor, sources
 
@@ -195,6 +195,11 @@ def why_nonfinite(term: Term, key: str, operation: str = "save") -> NonFiniteErr
                 )  # fmt: skip
         elif isinstance(source.leaf, DeltaLeaf):
             source.leaf.check_finite(source.key, operation)
+        elif isinstance(source.leaf, Leaf):  # computed, or another program's
+            whole = torch.empty(math.prod(source.leaf.shapes[source.key]))
+            source.leaf.read(source.key, 0, whole.numel(), whole, Workspace(whole.device))
+            if bad := int((~torch.isfinite(whole)).sum()):
+                return NonFiniteError(operation, f"{source.leaf.name} holds NaN or infinity", key=key, expected="finite numbers", found=f"{bad:,} of them in this tensor")  # fmt: skip
     return NonFiniteError(operation, "the result overflows float32", key=key, fix="use a smaller multiplier")
 
 

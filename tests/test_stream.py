@@ -355,6 +355,29 @@ def test_a_small_disk_is_told_before_reading(models: Models, tmp_path: Path, mon
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("key", [LAYER, "noise_refiner.0.attention.to_k.weight"])
+def test_nan_of_weights_that_are_no_file_is_theirs(tmp_path: Path) -> None:
+    class Broken(type(ak.made_up(1, width=96))):  # type: ignore[misc]
+        def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: object) -> None:
+            out.fill_(float("nan") if key == "layers.0.ffn_norm1.weight" else 1.0)
+
+    broken = Broken(1, 0, 0.0, "all", 96, "broken")
+    with pytest.raises(NonFiniteError, match=r"(?s)broken holds NaN.*96 of them"):
+        broken.save(tmp_path / "out.safetensors")
+
+
+def test_metadata_is_written_recorded_and_checked(trio: dict[str, Path], tmp_path: Path) -> None:
+    merged = ak.open(trio["bridge"]) + 2 * (ak.open(trio["variant"]) - ak.open(trio["base"]))
+    merged.save(tmp_path / "out.safetensors", metadata={"title": "mine", "prompt": "{}"})
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata()["title"] == "mine"
+    recipe = ak.read_recipe(tmp_path / "out.safetensors")[1]
+    merged.save(tmp_path / "again.safetensors", **recipe.output)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    for wrong in ({"alkahest": "x"}, {"format": "np"}, {"a": 1}, "text"):
+        with pytest.raises(OutputError, match="metadata"):
+            merged.save(tmp_path / "none.safetensors", metadata=wrong)
+
+
 @pytest.mark.parametrize("dtype", [None, "comfy_quant", "fp16"])
 def test_nonfinite_inputs_are_refused_by_key_and_count(
     value: float, key: str, dtype: str | None, models: Models, tmp_path: Path

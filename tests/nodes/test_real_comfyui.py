@@ -205,6 +205,25 @@ def test_a_supplement_is_what_the_package_extracts(comfyui: Any) -> None:
             torch.testing.assert_close(a.get_tensor(name), b.get_tensor(name), rtol=1e-4, atol=1e-5)
 
 
+def test_loras_are_close(comfyui: Any, tmp_path: Path) -> None:
+    """ComfyUI multiplies the factors of q, k and v with its own blocking, so the last bit may differ, and no more."""
+    variant, base = (ak.open(comfyui.models / f"diffusion_models/{name}.safetensors") for name in ("z/variant", "base"))
+    lora = ak.extract_lora((variant - base).only("attention, feed_forward.w2"), rank=4)
+    lora.save(comfyui.models / "loras/style.safetensors")
+    lora = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["nm", 0], "lora_name": "style.safetensors", "strength_model": 1.7}}  # fmt: skip
+    comfyui.run({**LOADERS, "nm": GRAPHS["our merge"]["nout"], "nout": lora, **SAVE})
+    path = comfyui.saved("out/core")
+    text = merged(comfyui, path, tmp_path / "recipe.safetensors")
+    assert text == "bridge + 171.1 * (variant - base).without('refiner, pad_tokens') + 1.7 * style"
+    with safe_open(path, "pt") as a, safe_open(tmp_path / "recipe.safetensors", "pt") as b:
+        for name in b.keys():  # noqa: SIM118
+            one, other = a.get_tensor(PREFIX + name), b.get_tensor(name)
+            same = one == other
+            assert float(same.float().mean()) > 0.9995, name
+            torch.testing.assert_close(one[~same].float(), other[~same].float(), rtol=2**-7, atol=1e-6)
+    path.unlink()
+
+
 def test_errors_reach_the_person(comfyui: Any) -> None:
     from comfyui import Refused
 
