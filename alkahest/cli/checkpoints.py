@@ -157,7 +157,7 @@ def recipe(
             if models_dir is not None:
                 found = _located(found, models_dir)
             if as_json:
-                print(found.to_json())
+                print(_json(found))
             else:
                 _print_recipe(found, several=len(recipes) > 1)
 
@@ -232,6 +232,17 @@ def make_checkpoint(
         weights = alkahest.made_up(layers=layers, seed=seed, delta=delta, only=only, width=width)
         options = options_of(dtype=storage, layout=layout, max_shard_size=max_shard_size, threads=threads)
         _save(weights, output, options, as_json, quiet)
+
+
+def _json(found: Any) -> str:
+    """A recipe as JSON; a workflow's, whose files nobody looked up, says what they are called."""
+    from alkahest.workflow.translate import WorkflowRecipe
+
+    text = str(found.to_json())
+    if not isinstance(found, WorkflowRecipe):
+        return text
+    said = {"node": found.node, "saved_as": found.saved_as, "files": {n: str(f) for n, f in found.files.items()}, "notes": found.notes}  # fmt: skip
+    return json.dumps({**json.loads(text), **said}, ensure_ascii=False)
 
 
 def _print_recipe(found: Any, several: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alkahest.nodes.patches import ZERO, difference, key_patches, patchable, require_same, scaled_by, selected
+from alkahest.nodes.patches import NOTHING, ZERO, difference, key_patches, patchable, require_same, selected
 from alkahest.workflow.translate import parts_of
 
 CATEGORY = "alkahest"
@@ -38,12 +38,8 @@ class AlkahestMerge:
         keys = patchable(bridge)
         kept, factors = selected(protect, keys, "protect"), _factors(parts, keys)
         v, b, merged = key_patches(variant), key_patches(base), bridge.clone()
-        by_factor: dict[float, dict[str, Any]] = {}
-        for key in keys:
-            if key not in kept:
-                by_factor.setdefault(factors.get(key, 1.0) * multiplier, {})[key] = difference(v, b, key)
-        for factor, chosen in by_factor.items():
-            merged.add_patches(chosen, factor, 1.0)
+        chosen = [key for key in keys if key not in kept and factors.get(key) != 0.0]
+        merged.add_patches({key: difference(v, b, key, factors.get(key, 1.0)) for key in chosen}, multiplier, 1.0)
         return (noted(merged, unique_id, multiplier, bridge, variant, base),)
 
 
@@ -69,8 +65,7 @@ class AlkahestSubtract:
         merged.add_patches({key: ZERO for key in keys if key in kept}, 1.0, 1.0)
         merged.add_patches({key: base[key] for key in keys if key not in kept}, -1.0, 1.0)
         if multiplier != 1.0:
-            only, *strengths = scaled_by(multiplier)
-            merged.add_patches({key: only for key in keys if key not in kept}, *strengths)
+            merged.add_patches({key: NOTHING for key in keys if key not in kept}, 0.0, multiplier)
         return (noted(merged, unique_id, multiplier, model1, model2),)
 
 

@@ -17,6 +17,7 @@ from alkahest.keys import Pattern
 
 PREFIX = "diffusion_model."
 Patches = dict[str, list[Any]]
+NOTHING = ("diff", (torch.zeros(1),))  # at strength 0: such a patch only multiplies what is there
 ZERO = ("set", (torch.tensor([-0.0]),))  # a difference of -0: added to anything, -0 too, it changes no bit
 
 
@@ -48,14 +49,10 @@ def key_patches(model: Any) -> Patches:
     return found
 
 
-def difference(variant: Patches, base: Patches, key: str) -> list[Any]:
-    """The value of a patch that is ``variant - base``, evaluated by ComfyUI in float32."""
-    return [*variant[key], (-1.0, base[key], 1.0, None, None)]
-
-
-def scaled_by(factor: float) -> tuple[Any, float, float]:
-    """Arguments of a patch that only multiplies what is there by ``factor``."""
-    return ("diff", (torch.zeros(1),)), 0.0, factor
+def difference(variant: Patches, base: Patches, key: str, factor: float) -> list[Any]:
+    """The value of a patch that is ``factor * (variant - base)``, evaluated by ComfyUI in float32."""
+    scale = [] if factor == 1.0 else [(0.0, NOTHING, factor, None, None)]
+    return [*variant[key], (-1.0, base[key], 1.0, None, None), *scale]
 
 
 def canonical(key: str) -> tuple[str, ...]:

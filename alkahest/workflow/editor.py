@@ -78,7 +78,8 @@ class _Scope:
 
     def __post_init__(self) -> None:
         self.nodes = {str(_get(node, "id", (int, str), self.file)): node for node in _list(self.graph, "nodes", dict, self.file)}  # fmt: skip
-        self.links = dict(_link(link, self.file) for link in _list(self.graph, "links", (list, dict), self.file))
+        self.ends = [_ends(link, self.file) for link in _list(self.graph, "links", (list, dict, type(None)), self.file) if link is not None]  # fmt: skip
+        self.links = {one: (origin, slot) for one, origin, slot, _, _ in self.ends}
 
 
 def flattened(workflow: Mapping[str, Any], file: object) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -170,7 +171,7 @@ class _Editor:
             return self.named(scope, first, name, seen)
         if kind in self.subgraphs:
             inner = self.inside(scope, one, node)
-            for link, (target, number) in _targets(inner.graph, self.file).items():
+            for link, _, _, target, number in inner.ends:
                 if target == str(_TO_OUTSIDE) and number == slot:
                     return self.source(inner, link, seen)
             return Absent(f"output {slot} of subgraph {name} is connected to nothing inside")
@@ -226,10 +227,8 @@ def _promoted(inner: _Scope, outer: Mapping[tuple[str, str], Any], one: str) -> 
 def _own_widgets(inner: _Scope) -> list[str]:
     """The inputs of a subgraph that are widgets, in order: those linked to a widget inside."""
     file, found = inner.file, []
-    targets = _targets(inner.graph, file)
     for number, definition in enumerate(_list(inner.graph, "inputs", dict, file)):
-        for link, (origin, slot) in inner.links.items():
-            target, index = targets[link]
+        for _, origin, slot, target, index in inner.ends:
             slots = _list(inner.nodes.get(target, {}), "inputs", dict, file)
             if origin == str(_FROM_OUTSIDE) and slot == number and 0 <= index < len(slots) and _widget(slots[index]):
                 found.append(str(definition.get("name")))
@@ -250,19 +249,8 @@ def _widget(slot: Mapping[str, Any]) -> str:
     return str(widget.get("name")) if isinstance(widget, dict) and widget.get("name") else ""
 
 
-def _link(link: Any, file: object) -> tuple[Any, tuple[str, int]]:
-    """A link's id, and the node and output that it comes from."""
-    one, origin, slot, _, _ = _ends(link, file)
-    return one, (origin, slot)
-
-
-def _targets(graph: Mapping[str, Any], file: object) -> dict[Any, tuple[str, int]]:
-    """Link id -> the node and input that it goes to."""
-    ends = [_ends(link, file) for link in _list(graph, "links", (list, dict), file)]
-    return {one: (target, number) for one, _, _, target, number in ends}
-
-
 def _ends(link: Any, file: object) -> tuple[Any, str, int, str, int]:
+    """A link's id, the node and output that it comes from, and the node and input that it goes to."""
     if isinstance(link, dict):
         link = [link.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
     one, origin, slot, target, number = [*link, *[None] * 5][:5]

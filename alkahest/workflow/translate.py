@@ -113,6 +113,10 @@ class _Reading:
         origin = self.graph.get(link.node)
         if origin is None:
             raise self.refused(node, f"{name} comes from node {link.node}, which does not exist")
+        if link.slot != 0:
+            raise self.refused(
+                node, f"{name} takes output {link.slot} of {origin}, which is no model", expected="output 0"
+            )
         if origin.id in self._path:
             circle = " -> ".join([*self._path[self._path.index(origin.id) :], origin.id])
             raise self.refused(node, "the graph runs in a circle", found=circle, fix="ComfyUI cannot run this either; take the loop out")  # fmt: skip
@@ -135,7 +139,8 @@ class _Reading:
         raise self.refused(
             node, f"what this node does to a model is not known, and {after} takes its output",
             expected=", ".join([*_NODES, *_PASSING[:3], "..."]),
-            fix="take it out, or save the model before it and start from that file",
+            fix="it is a group node of an older editor: unpack it there and save again" if node.kind.startswith("workflow")
+            else "take it out, or save the model before it and start from that file",
         )  # fmt: skip
 
     def pass_through(self, node: Node) -> None:
@@ -266,11 +271,8 @@ def _our_merge(reading: _Reading, node: Node) -> Value:
     factor, parts = _factor(reading, node), str(reading.literal(node, "parts", ""))
     if not parts.strip():
         return values.plus(bridge, values.times(factor, delta))
-    if isinstance(factor, str):
-        raise reading.refused(node, "a multiplier that is computed cannot be combined with parts", fix="type the number in")  # fmt: skip
-    factors = {"all": factor, **{pattern: factor * value for pattern, value in parts_of(parts).items()}}
-    inside = ", ".join(f"{pattern!r}: {text_of(value)}" for pattern, value in factors.items())
-    return values.plus(bridge, values.named_delta(f"{delta.text}.scaled({{{inside}}})"))
+    inside = ", ".join(f"{pattern!r}: {text_of(value)}" for pattern, value in parts_of(parts).items())
+    return values.plus(bridge, values.times(factor, values.named_delta(f"{delta.text}.scaled({{{inside}}})")))
 
 
 def _our_subtract(reading: _Reading, node: Node) -> Value:

@@ -61,6 +61,12 @@ def test_a_plain_workflow(tmp_path: Path) -> None:
     assert graph["4"].inputs["multiplier"] == 1.1
 
 
+def test_links_that_were_taken_out_are_null(tmp_path: Path) -> None:
+    workflow = flat()
+    workflow["links"].insert(1, None)
+    assert texts(workflow, tmp_path) == [WANTED]
+
+
 def test_reroutes_primitives_and_stored_names(tmp_path: Path) -> None:
     workflow = flat()
     workflow["nodes"] += [

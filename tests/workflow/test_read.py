@@ -94,6 +94,8 @@ def test_recipes_and_merges_on_the_command_line(comfyui: Path, tmp_path: Path) -
     assert shown.exit_code == 0
     assert TEXT in shown.output
     assert "#   variant: diffusion_models/variant.safetensors, loaded by node 2 (UNETLoader)" in shown.output
+    names = json.loads(run("recipe", workflow, "--json").stdout)
+    assert (names["recipe"], names["node"], names["files"]["base"]) == (TEXT, "10", "diffusion_models/base.safetensors")
     done = run("merge", "--recipe", workflow, "--models-dir", comfyui, "-o", tmp_path / "out.safetensors", "-q")
     assert done.exit_code == 0, done.output
     bridge, variant, base, out = (ak.open(path) for path in [*(comfyui / f"models/diffusion_models/{name}.safetensors" for name in ("bridge", "variant", "base")), tmp_path / "out.safetensors"])  # fmt: skip

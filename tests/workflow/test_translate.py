@@ -128,7 +128,7 @@ OURS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing protected": ({"9": node("AlkahestMerge", bridge="#1", variant="#2", base="#3", multiplier=2, protect="", parts=" ")}, "bridge + 2 * (variant - base).without('pad_tokens')"),
     "parts": (
         {"9": node("AlkahestMerge", bridge="#1", variant="#2", base="#3", multiplier=4, protect="refiner", parts="layers.0: 1.5, embedders: 0")},
-        "bridge + (variant - base).without('refiner, pad_tokens').scaled({'all': 4, 'layers.0': 6, 'embedders': 0})",
+        "bridge + 4 * (variant - base).without('refiner, pad_tokens').scaled({'layers.0': 1.5, 'embedders': 0})",
     ),
     "subtract, core add": (
         {"8": node("AlkahestSubtract", model1="#2", model2="#3", multiplier=12.5, keep_refiner=True), "9": node("ModelMergeAdd", model1="#1", model2="#8")},
@@ -178,8 +178,8 @@ def test_a_multiplier_that_the_graph_computes(models: Path, tmp_path: Path) -> N
     build(found, {**found.locate(models), "k_auto": 3.0})
     with pytest.raises(RecipeError, match="nothing is given for 'k_auto'"):
         build(found, found.locate(models))
-    with pytest.raises(RecipeError, match=r"node 9 .*cannot be combined with parts"):
-        recipe(tmp_path, {"7": computes, "9": {**merge, "inputs": {**merge["inputs"], "parts": "layers: 2"}}})
+    found = recipe(tmp_path, {"7": computes, "9": {**merge, "inputs": {**merge["inputs"], "parts": "layers: 2"}}})
+    assert found.text == "bridge + k_auto * (variant - base).without('refiner, pad_tokens').scaled({'layers': 2})"
 
 
 def test_loras(models: Path, tmp_path: Path) -> None:
@@ -254,6 +254,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a computed number": ({"7": node("MathExpression"), "9": node("ModelMergeSimple", model1="#1", model2="#2", ratio="#7")}, r"(?s)ratio is computed while the graph runs.*MathExpression"),
     "a name that is none": ({"1": node("UNETLoader", unet_name=7), "9": node("ModelMergeAdd", model1="#1", model2="#2")}, "unet_name is not a file's name"),
     "parts that are none": ({"9": node("AlkahestMerge", bridge="#1", variant="#2", base="#3", multiplier=1, protect="", parts="layers")}, "(?s)parts.*cannot be read"),
+    "a text encoder as a model": ({"4": node("CheckpointLoaderSimple", ckpt_name="a"), "9": {"class_type": "ModelMergeAdd", "inputs": {"model1": ["4", 1], "model2": ["2", 0]}}}, "takes output 1 of node 4"),
+    "a group node": ({"9": node("workflow>mine", model="#1")}, "(?s)what this node does.*unpack it"),
     "adding a model": ({"9": node("AlkahestAdd", model1="#1", model2="#2", multiplier=1)}, "adds a difference to a model"),
 }  # fmt: skip
 
