@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from alkahest.checkpoint import open as open
     from alkahest.compare import compare as compare
     from alkahest.compare import comparison_matrix as comparison_matrix
+    from alkahest.delta_methods import breadcrumbs as breadcrumbs
+    from alkahest.delta_methods import dare as dare
+    from alkahest.delta_methods import della as della
+    from alkahest.delta_methods import model_stock as model_stock
+    from alkahest.delta_methods import nuslerp as nuslerp
+    from alkahest.delta_methods import sce as sce
+    from alkahest.delta_methods import ties as ties
     from alkahest.delta_table import delta_table as delta_table
     from alkahest.delta_table import rolled_up as rolled_up
     from alkahest.errors import AlkahestError as AlkahestError
@@ -45,12 +52,13 @@ if TYPE_CHECKING:
     from alkahest.measures import flow_loss as flow_loss
     from alkahest.measures import picture_difference as picture_difference
     from alkahest.measures import picture_measures as picture_measures
-    from alkahest.methods import dare as dare
     from alkahest.methods import method as method
-    from alkahest.methods import slerp as slerp
-    from alkahest.methods import ties as ties
     from alkahest.mixture import lerp as lerp
     from alkahest.mixture import weighted_sum as weighted_sum
+    from alkahest.model_methods import cosine_add as cosine_add
+    from alkahest.model_methods import karcher as karcher
+    from alkahest.model_methods import slerp as slerp
+    from alkahest.model_methods import train_difference as train_difference
     from alkahest.multiplier import Multiplier as Multiplier
     from alkahest.multiplier import needed_multiplier as needed_multiplier
     from alkahest.pipeline import pipeline as pipeline
@@ -75,25 +83,31 @@ _PUBLIC = {
     "Weights": "expr",
     "absorbed": "rounding",
     "apply_lora": "lora.apply",
+    "breadcrumbs": "delta_methods",
     "cached": "cache",
     "clear_cache": "cache",
     "compare": "compare",
     "comparison_matrix": "compare",
     "convert_lora": "lora.convert",
-    "dare": "methods",
+    "cosine_add": "model_methods",
+    "dare": "delta_methods",
+    "della": "delta_methods",
     "delta_spectra": "spectrum",
     "delta_table": "delta_table",
     "extract_lora": "lora.extract",
     "file_noise": "rounding",
     "finetune": "finetune.loop",
     "flow_loss": "measures",
+    "karcher": "model_methods",
     "lerp": "mixture",
     "lora_ranks": "lora.ranks",
     "made_up": "made_up",
     "memory_plan": "finetune.plan",
     "method": "methods",
+    "model_stock": "delta_methods",
     "nearest_base": "check",
     "needed_multiplier": "multiplier",
+    "nuslerp": "delta_methods",
     "open": "checkpoint",
     "open_lora": "lora.read",
     "param": "scalar",
@@ -108,9 +122,11 @@ _PUBLIC = {
     "rolled_up": "delta_table",
     "rounding_curve": "rounding",
     "sample": "sample",
-    "slerp": "methods",
+    "sce": "delta_methods",
+    "slerp": "model_methods",
     "sweep": "sweep",
-    "ties": "methods",
+    "ties": "delta_methods",
+    "train_difference": "model_methods",
     "weighted_sum": "mixture",
     "write_workflow": "workflow.write",
 }

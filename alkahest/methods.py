@@ -5,14 +5,14 @@
 
 Operands come first: single tensors, or one ``list[Tensor]`` of any number. Keyword-only arguments
 are settings. A parameter ``uniform: Tensor`` receives seeded random numbers in (0, 1), one per
-element, and gives the method a ``seed`` setting. Operands are flat float32 tensors; ones that are
-zero for a tensor (protected or left out by ``only``) are not in the list.
+element, and gives the method a ``seed`` setting; a parameter ``shape`` receives the tensor's shape.
+Operands are flat float32 tensors; ones that are zero for a tensor (protected or left out by
+``only``) are not in the list. Those that ship are in `alkahest.delta_methods` and `alkahest.model_methods`.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -41,6 +41,7 @@ class Method:
     operands: int
     defaults: Mapping[str, float]
     random: bool
+    shaped: bool
     elementwise: bool
 
     def __call__(self, *operands: Any, **settings: Any) -> Any:
@@ -83,10 +84,12 @@ def method(
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Any]:
         name, hints = function.__name__, get_type_hints(function)
-        positional, defaults, draws = [], {}, False
+        positional, defaults, draws, shaped = [], {}, False, False
         for parameter in inspect.signature(function).parameters.values():
             if parameter.name == "uniform":
                 draws = True
+            elif parameter.name == "shape":
+                shaped = True
             elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 if parameter.default is inspect.Parameter.empty:
                     raise AlgebraError("method", f"setting {parameter.name!r} of {name} needs a default")
@@ -101,7 +104,7 @@ def method(
         if draws:
             defaults["seed"] = 0.0
         makes = Weights if weights else Delta
-        made = Method(name, function, makes, many, len(positional), defaults, draws, elementwise)
+        made = Method(name, function, makes, many, len(positional), defaults, draws, shaped, elementwise)
         REGISTRY[name] = made
 
         # A plain function, so that help() shows what this method does and takes.
@@ -109,7 +112,7 @@ def method(
             return made(*operands, **settings)
 
         build.__name__, build.__qualname__, build.__doc__ = name, name, function.__doc__
-        kept = [p for p in inspect.signature(function).parameters.values() if p.name != "uniform"]
+        kept = [p for p in inspect.signature(function).parameters.values() if p.name not in ("uniform", "shape")]
         if draws:
             kept.append(inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=0))
         build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -129,6 +132,8 @@ class _Merged(Expression):
         values: dict[str, Any] = {name: rules.value(value) for name, value in self.settings}
         if self.method.random:
             values["uniform"] = _Uniform(int(values.pop("seed")), self.method.name)
+        if self.method.shaped:
+            values["shape"] = self.shapes[key]
         settings = tuple(values.items())
         m = self.method
         return term.Apply(m.function, tuple(terms), m.many, m.elementwise, settings, key)
@@ -198,61 +203,14 @@ class _Uniform:
         return torch.from_numpy(numbers.astype(np.float32))
 
 
-@method()
-def ties(deltas: list[Tensor], *, density: float = 0.2) -> Tensor:
-    """Trim each delta to its ``density`` largest entries, elect a sign per entry, average what agrees.
-
-    Yadav et al. 2023, arXiv:2306.01708, algorithm 1. Tensors are trimmed one by one (q, k and v apart).
-    """
-    _require_share("ties", "density", density)
-    stacked = torch.stack([_trimmed(delta, density) for delta in deltas])
-    elected = torch.sign(stacked.sum(dim=0))
-    agrees = (torch.sign(stacked) == elected) & (elected != 0)
-    total = torch.where(agrees, stacked, 0).sum(dim=0)
-    return total / agrees.sum(dim=0).clamp(min=1)
-
-
-@method(elementwise=True)
-def dare(delta: Tensor, *, drop: float = 0.9, uniform: Tensor) -> Tensor:
-    """Drop entries at random with probability ``drop`` and divide the rest by ``1 - drop``.
-
-    Yu et al. 2023, arXiv:2311.03099, section 3.2. Give each delta of a merge a ``seed`` of its own.
-    """
-    if not 0 <= drop < 1:
-        raise AlgebraError("dare", "drop is out of range", expected="0 <= drop < 1", found=drop)
-    return torch.where(uniform.to(delta.device) < drop, 0, delta / (1 - drop))
-
-
-@method(weights=True)
-def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
-    """Go from ``a`` to ``b`` along the arc between them, each tensor as one vector.
-
-    Shoemake 1985, "Animating rotation with quaternion curves"; weights keep their own lengths, as
-    in mergekit. Nearly parallel tensors are mixed linearly, where the two formulas agree.
-    """
-    cosine = _dot(a, b) / (_dot(a, a) * _dot(b, b)) ** 0.5 if a.any() and b.any() else 1.0
-    if abs(cosine) > 0.9995:
-        return a + t * (b - a)
-    angle = math.acos(max(-1.0, cosine))
-    share_a, share_b = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
-    return a * share_a + b * share_b
-
-
-def _trimmed(delta: Tensor, density: float) -> Tensor:
-    keep = round(density * delta.numel())
-    if keep == 0:
-        return torch.zeros_like(delta)
-    smallest_kept = torch.kthvalue(delta.abs(), delta.numel() - keep + 1).values
-    return torch.where(delta.abs() >= smallest_kept, delta, 0)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    # In pieces and float64, so that the angle does not depend on how torch splits the sum over threads.
+def dot(a: Tensor, b: Tensor) -> float:
+    """The dot product of two flat tensors, whatever torch's threads: in pieces, and in float64."""
     a, b, step = a.cpu(), b.cpu(), 1 << 15  # MPS has no float64
     ranges = (slice(start, start + step) for start in range(0, a.numel(), step))
     return sum(float(torch.dot(a[chosen].double(), b[chosen].double())) for chosen in ranges)
 
 
-def _require_share(operation: str, name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise AlgebraError(operation, f"{name} is out of range", expected=f"0 < {name} <= 1", found=value)
+def require_within(operation: str, name: str, value: float, low: float, high: float, closed: bool = False) -> None:
+    """Raise AlgebraError unless ``low < value <= high``, or ``low <= value <= high`` if ``closed``."""
+    if not (low < value <= high or (closed and value == low)):
+        raise AlgebraError(operation, f"{name} is out of range", expected=f"{low:g} {'<=' if closed else '<'} {name} <= {high:g}", found=value)  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alkahest import delta_methods, model_methods  # noqa: F401  (they add to the registry)
 from alkahest.errors import AlkahestError, RecipeError, nearest
 from alkahest.expr import Delta, Expression, Weights
 from alkahest.methods import REGISTRY
