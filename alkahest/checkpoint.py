@@ -10,6 +10,7 @@ import keyword
 import math
 import os
 import re
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from alkahest.files import Reader, size_text
 from alkahest.header import Entry
 from alkahest.keys import Pattern, in_model_order, part_of
 from alkahest.locate import Located, locate
-from alkahest.quantised import MARKER, Stored, resolve
+from alkahest.quantised import MARKER, Stored, resolve, whole_packed
 from alkahest.term import Workspace
 
 
@@ -43,7 +44,12 @@ class Slice:
 
     @property
     def elements(self) -> int:
-        return math.prod(self.stored.entry.shape) // self.of
+        return math.prod(self.stored.shape) // self.of
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, scales apart."""
+        return self.stored.entry.nbytes // self.of
 
     @property
     def offset(self) -> int:
@@ -81,6 +87,8 @@ class Checkpoint(Leaf):
         self._shapes = {key: _shape(piece) for key, piece in self.slices.items()}
         self.architecture = infer(self._shapes, located.path)
         self.unknown = unknown_tensors(self._shapes, self.architecture)
+        self._whole: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
         self.layout = layouts.layout_of(name.removeprefix(self.prefix) for name in mine)
 
     @property
@@ -94,7 +102,7 @@ class Checkpoint(Leaf):
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.elements * piece.stored.form.itemsize for piece in self.slices.values())
+        return sum(piece.nbytes for piece in self.slices.values())
 
     @property
     def parameters(self) -> int:
@@ -102,10 +110,23 @@ class Checkpoint(Leaf):
 
     def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Workspace) -> None:
         piece = self.slices[key]
+        if piece.stored.packed is not None:
+            first = piece.number * piece.elements
+            out.copy_(self._unpacked(piece.stored)[first + start : first + stop])
+            return
         size = piece.stored.form.itemsize
         raw = workspace.raw((stop - start) * size)
         piece.stored.reader.read_into(raw.numpy().data, piece.offset + start * size)
         decode(raw, piece.stored.form, out, piece.stored.scale)
+
+    def _unpacked(self, stored: Stored) -> torch.Tensor:
+        """A packed weight, whole; the last two are kept, because its blocks and rows are asked for one by one."""
+        with self._lock:
+            if stored.name not in self._whole:
+                while len(self._whole) > 1:
+                    self._whole.pop(next(iter(self._whole)))
+                self._whole[stored.name] = whole_packed(stored)
+            return self._whole[stored.name]
 
     def part(self, pattern: str) -> Part:
         """The tensors that a pattern selects: ``base.part("refiner")``, ``base.part("layers.3")``."""
@@ -117,6 +138,9 @@ class Checkpoint(Leaf):
         if key not in self.slices:
             raise UnknownNameError("read", "no such tensor", file=self.path, key=key, fix=nearest(key, self._shapes))
         piece = self.slices[key]
+        if piece.stored.packed is not None:
+            first = piece.number * piece.elements
+            return self._unpacked(piece.stored)[first : first + piece.elements].clone().view(self._shapes[key])
         raw = torch.frombuffer(
             bytearray(piece.stored.reader.read(piece.offset, piece.elements * piece.stored.form.itemsize)),
             dtype=torch.uint8,
@@ -177,7 +201,7 @@ class Checkpoint(Leaf):
             row = parts.setdefault(name, {"tensors": 0, "parameters": 0, "bytes": 0, "storage": []})
             row["tensors"] += piece.number == 0
             row["parameters"] += piece.elements
-            row["bytes"] += piece.elements * piece.stored.form.itemsize
+            row["bytes"] += piece.nbytes
             if piece.stored.storage not in row["storage"]:
                 row["storage"].append(piece.stored.storage)
         return parts
@@ -246,9 +270,9 @@ def open(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoi
     >>> ak.open("models/Z-Image/transformer"), ak.open("Tongyi-MAI/Z-Image")
 
     Takes single files with any published prefix, all-in-one files, diffusers and pipeline folders,
-    sharded checkpoints and hub ids; fp32, fp16, bf16, fp8 plain and scaled. ``name`` is what recipes
-    call it (default: from the file's name). Raises FileFormatError for damaged, incomplete or lying
-    files, UnsupportedError for other models and for nvfp4, mxfp8, int8, GGUF and pickles.
+    sharded checkpoints and hub ids; fp32, fp16, bf16, fp8 plain and scaled, and with comfy-kitchen nvfp4, mxfp8 and
+    int8. ``name`` is what recipes call it (default: from the file's name). Raises FileFormatError for damaged,
+    incomplete or lying files, UnsupportedError for other models, other quantised forms, GGUF and pickles.
     """
     return Checkpoint(locate(source), name)
 
@@ -257,11 +281,11 @@ def _slices(stored: Mapping[str, Stored], file: Path) -> dict[str, Slice]:
     slices: dict[str, Slice] = {}
     for name, weight in stored.items():
         keys = layouts.canonical(name)
-        rows = weight.entry.shape[0] if weight.entry.shape else 0
+        rows = weight.shape[0] if weight.shape else 0
         if len(keys) > 1 and (rows % len(keys) or rows == 0):
             raise FileFormatError(
                 "open", "a fused tensor cannot be cut into equal parts", file=file, key=name,
-                expected=f"a multiple of {len(keys)} rows", found=weight.entry.shape,
+                expected=f"a multiple of {len(keys)} rows", found=weight.shape,
             )  # fmt: skip
         for number, key in enumerate(keys):
             if key in slices:
@@ -274,7 +298,7 @@ def _slices(stored: Mapping[str, Stored], file: Path) -> dict[str, Slice]:
 
 
 def _shape(piece: Slice) -> tuple[int, ...]:
-    shape = piece.stored.entry.shape
+    shape = piece.stored.shape
     return shape if piece.of == 1 else (shape[0] // piece.of, *shape[1:])
 
 

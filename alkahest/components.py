@@ -19,7 +19,7 @@ from alkahest.errors import FileFormatError, MismatchError, UnknownNameError, ne
 from alkahest.expr import Weights
 from alkahest.files import Reader
 from alkahest.header import read_header
-from alkahest.quantised import resolve
+from alkahest.quantised import resolve, whole_packed
 
 NAMES = ("text_encoder", "tokenizer", "vae", "scheduler")
 # The last three are how all-in-one files name theirs.
@@ -181,6 +181,9 @@ def _stripped(path: Path, prefixes: tuple[str, ...], landmark: str, dtype: torch
     mine = {name: (reader, entry) for name, entry in header.entries.items() if name.startswith(prefix)}
     state: dict[str, Tensor] = {}
     for name, stored in resolve(mine, header.metadata, prefix).items():
+        if stored.packed is not None:
+            state[name] = whole_packed(stored).to(dtype).view(stored.shape)
+            continue
         elements = torch.Size(stored.entry.shape).numel()
         raw = torch.empty(elements * stored.form.itemsize, dtype=torch.uint8)
         reader.read_into(raw.numpy().data, stored.entry.offset)

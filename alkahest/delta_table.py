@@ -182,7 +182,7 @@ class _Task:
         """Of everything that is read."""
         reads = dict.fromkeys(source for term in self.terms.values() for source in sources(term))
         pieces = [source.leaf.slices[source.key] for source in reads if isinstance(source.leaf, Checkpoint)]
-        return sum(piece.elements * piece.stored.form.itemsize for piece in pieces)
+        return sum(piece.nbytes for piece in pieces)
 
     def row(self, workspace: Workspace, loops: Kernels | None) -> dict[str, Any]:
         tally = Tally()
@@ -274,7 +274,7 @@ def unit_of(where: Term | None) -> tuple[Format, float] | None:
         return None
     if isinstance(where.leaf, Checkpoint):
         stored = where.leaf.slices[where.key].stored
-        return stored.form, stored.scale
+        return None if stored.packed else (stored.form, stored.scale)
     return FORMATS[where.leaf.storage[where.key]], 1.0
 
 

@@ -199,14 +199,14 @@ class _Held:
     def raw(self, leaf: Checkpoint, key: str) -> torch.Tensor | None:
         """The stored bytes of a tensor if they are held or there is room; None to read it from disk."""
         piece = leaf.slices[key]
-        size = piece.elements * piece.stored.form.itemsize
+        size = piece.nbytes
         with self._lock:
             known = self._raw.get((leaf, key))
             if (leaf, key) not in self._counted:  # a tensor is read in several blocks
                 self._counted.add((leaf, key))
                 self.from_memory += 0 if known is None else size
                 self.from_disk += size if known is None else 0
-            fresh = known is None and self.nbytes + size <= self.budget
+            fresh = known is None and piece.stored.packed is None and self.nbytes + size <= self.budget
             if fresh:
                 self.nbytes += size
         if fresh:  # one worker computes a tensor, so no other asks for it meanwhile

@@ -16,6 +16,7 @@ from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
 from alkahest.expr import Leaf, Weights
 from alkahest.files import Reader
 from alkahest.header import BITS, Entry
+from alkahest.packed import PACKED
 from alkahest.quantised import MARKER, QUANTISATION, helper_bytes
 from alkahest.scalar import Rules
 from alkahest.term import Term
@@ -180,6 +181,7 @@ def _storage(leading: Leaf, keys: list[str], requested: str | None) -> tuple[For
         storages = [leading.storage[key] for key in keys]
         wide = [name for name in storages if name not in (*FP8, *SCALED)]
         name = wide[0] if wide else storages[0]
+        name = "bf16" if name in PACKED else name  # which is read, and never written
     elif requested in (*FP8, *SCALED) and not all(is_quantisable(key) for key in keys):
         name = "bf16"
     else:

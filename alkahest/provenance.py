@@ -60,16 +60,16 @@ def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[s
             kind = "LoRA" if any(map(is_lora, located.tensors)) else "checkpoint"
             return f"a {kind} with a recipe inside", [Recipe.from_json(metadata[METADATA_KEY], path)]
         if "prompt" in metadata or "workflow" in metadata:
-            return "a checkpoint that ComfyUI saved, with its workflow inside", _of_node(path, node)
+            return "a checkpoint that ComfyUI saved, with its workflow inside", read_workflow(path, node)
         raise RecipeError("recipe", "this checkpoint holds no recipe", file=path, fix="only merged files have one")
     reader = Reader(path)
     start = reader.read(0, min(reader.size, 64))
     if start.startswith(PNG):
-        return "a picture with a workflow in it", _of_node(path, node)
+        return "a picture with a workflow in it", read_workflow(path, node)
     if start.lstrip()[:1] == b"{":
         if "recipe" in json_in(reader):
             return "a recipe", [Recipe.from_json(reader.read(0, reader.size).decode(), path)]
-        return "a ComfyUI workflow", _of_node(path, node)
+        return "a ComfyUI workflow", read_workflow(path, node)
     if reader.size > MAX_TEXT * 10:
         raise RecipeError("recipe", "this is too long for a recipe", file=path, found=f"{reader.size:,} bytes")
     try:
@@ -78,14 +78,6 @@ def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[s
         raise RecipeError("recipe", "this is neither a checkpoint nor text", file=path) from None
     names_in(text)
     return "recipe text", [Recipe(text.strip())]
-
-
-def _of_node(path: Path, node: str | None) -> list[WorkflowRecipe]:
-    every = read_workflow(path)
-    chosen = [recipe for recipe in every if node in (None, recipe.node)]
-    if not chosen:
-        raise RecipeError("recipe", f"no node {node} saves a model", file=path, fix=nearest(str(node), [recipe.node for recipe in every]))  # fmt: skip
-    return chosen
 
 
 def output_for(recipe: Recipe, weights: Weights) -> dict[str, Any]:
@@ -183,7 +175,7 @@ def verify(
     for key, piece in checkpoint.slices.items():
         if bad := _nonfinite(checkpoint, key, workspace):
             verdict.nonfinite[key] = bad
-        done += piece.elements * piece.stored.form.itemsize
+        done += piece.nbytes
         yield Event(done, checkpoint.nbytes, key)
     if METADATA_KEY in checkpoint.metadata:
         recipe = Recipe.from_json(checkpoint.metadata[METADATA_KEY], checkpoint.path)

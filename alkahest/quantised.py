@@ -1,8 +1,8 @@
 """Quantised storage: which helper tensors belong to which weight, and what the weight means.
 
 Recognises ComfyUI's three spellings of fp8 with one scale per tensor (``scale_weight`` with a
-``scaled_fp8`` marker, ``comfy_quant`` with ``weight_scale``, the ``_quantization_metadata`` header)
-and refuses every other quantised format by name.
+``scaled_fp8`` marker, ``comfy_quant`` with ``weight_scale``, the ``_quantization_metadata`` header),
+the packed forms of `alkahest.packed`, and refuses every other quantised format by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from alkahest.dtypes import BY_TAG, FP8, Format
 from alkahest.errors import FileFormatError, UnsupportedError
 from alkahest.files import Reader
 from alkahest.header import Entry
+from alkahest.packed import PACKED, Packed, packed_of, unpacked
 
 MARKER = "scaled_fp8"
 QUANTISATION = "_quantization_metadata"
@@ -25,10 +27,7 @@ _SCALES = ("weight_scale", "scale_weight")
 _INPUT_SCALES = ("input_scale", "scale_input")
 _HELPERS = (*_SCALES, *_INPUT_SCALES, "comfy_quant", "weight_scale_2")
 _FORMATS = {"float8_e4m3fn": "fp8_e4m3fn", "float8_e5m2": "fp8_e5m2"}
-_CONVERT = (
-    "use the bf16, fp16 or fp8 file of the same model; nvfp4, mxfp8 and int8 can be dequantised with "
-    "comfy-kitchen, GGUF with the gguf package"
-)
+_CONVERT = "use the bf16, fp16, fp8, nvfp4, mxfp8 or int8 file of the same model; GGUF can be dequantised with the gguf package"  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,24 @@ class Stored:
     scale: float = 1.0
     spelling: str | None = None  # "comfy_quant", "scaled_fp8", or None if there is no scale
     helpers: tuple[tuple[str, Entry], ...] = field(default=(), compare=False)
+    packed: Packed | None = None
 
     @property
     def storage(self) -> str:
-        """The storage form's name, as `dtypes.STORAGES` has it."""
+        """The storage form's name: one of `dtypes.STORAGES`, or of `packed.PACKED`."""
         return self.spelling or self.form.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, unpacked."""
+        return self.packed.shape if self.packed else self.entry.shape
 
 
 def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, str], prefix: str) -> dict[str, Stored]:
     """Stored weights by name (prefix removed), their helper tensors folded in.
 
-    Raises UnsupportedError for nvfp4, mxfp8, int8 and unknown formats or dtypes; FileFormatError if
-    a scale is missing, orphaned, of the wrong shape, or not a positive number.
+    Raises UnsupportedError for unknown formats and dtypes, and for packed ones without comfy-kitchen;
+    FileFormatError if a scale is missing, orphaned, of the wrong shape, or not a positive number.
     """
     bare = {name.removeprefix(prefix): place for name, place in tensors.items()}
     marker = bare.pop(MARKER, None)
@@ -68,10 +73,16 @@ def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, 
         used |= {f"{module}.{helper}" for helper in helpers} if name.endswith(".weight") else set()
         if not name.endswith(".weight"):
             helpers = {}
-        declared = layers.get(module) or _declared(helpers, reader, name)
-        form = _form(name, entry, reader, declared, helpers)
-        scale, spelling = _scale(name, form, helpers, reader, required=bool(scaled and len(entry.shape) == 2))
+        about = layers.get(module) or _declared(helpers, reader, name)
+        declared = str(about["format"]) if about else None
+        kind = declared or ("nvfp4" if "weight_scale_2" in helpers else None)
         kept = tuple((helper, place[1]) for helper, place in helpers.items())
+        if kind in PACKED:
+            packed = packed_of(name, kind, about or {}, entry, helpers, reader)
+            found[name] = Stored(reader, name, entry, PACKED[kind], 1.0, None, kept, packed)
+            continue
+        form = _form(name, entry, reader, declared)
+        scale, spelling = _scale(name, form, helpers, reader, required=bool(scaled and len(entry.shape) == 2))
         found[name] = Stored(reader, name, entry, form, scale, spelling, kept)
     orphans = [name for name in bare if name.rpartition(".")[2] in _HELPERS and name not in used]
     if orphans:
@@ -88,13 +99,23 @@ def helper_bytes(stored: Stored, helper: str) -> bytes | None:
     return None if entry is None else stored.reader.read(entry.offset, entry.nbytes)
 
 
-def _header_formats(metadata: Mapping[str, str], prefix: str, bare: Mapping[str, object]) -> dict[str, str]:
+def whole_packed(stored: Stored) -> torch.Tensor:
+    """Every number of a packed weight, float32 and flat."""
+    assert stored.packed is not None
+    raw = {}
+    for name, entry in (("weight", stored.entry), *stored.helpers):
+        raw[name] = torch.empty(entry.nbytes, dtype=torch.uint8)
+        stored.reader.read_into(raw[name].numpy().data, entry.offset)
+    return unpacked(stored.packed, raw).flatten()
+
+
+def _header_formats(metadata: Mapping[str, str], prefix: str, bare: Mapping[str, object]) -> dict[str, dict[str, Any]]:
     text = metadata.get(QUANTISATION)
     if text is None:
         return {}
     try:
         layers = json.loads(text)["layers"]
-        formats = {str(name): str(value["format"]) for name, value in layers.items()}
+        formats = {str(name): {**value, "format": str(value["format"])} for name, value in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FileFormatError(
             "open", "the _quantization_metadata header cannot be read", found=text[:200], fix="get the file again"
@@ -104,30 +125,26 @@ def _header_formats(metadata: Mapping[str, str], prefix: str, bare: Mapping[str,
     return {name: value for name, value in formats.items() if f"{name}.weight" in bare}
 
 
-def _declared(helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader, name: str) -> str | None:
+def _declared(helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader, name: str) -> dict[str, Any] | None:
+    """What ``comfy_quant`` says about a weight, its format above all."""
     if "comfy_quant" not in helpers:
         return None
     entry = helpers["comfy_quant"][1]
     if entry.nbytes > 4096:
         raise FileFormatError("open", "comfy_quant is too long", file=reader.path, key=name, found=entry.nbytes)
     try:
-        return str(json.loads(reader.read(entry.offset, entry.nbytes))["format"])
+        about = dict(json.loads(reader.read(entry.offset, entry.nbytes)))
+        return {**about, "format": str(about["format"])}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FileFormatError(
             "open", "comfy_quant is not the JSON it should be", file=reader.path, key=name, fix="get the file again"
         ) from None
 
 
-def _form(
-    name: str, entry: Entry, reader: Reader, declared: str | None, helpers: Mapping[str, tuple[Reader, Entry]]
-) -> Format:
+def _form(name: str, entry: Entry, reader: Reader, declared: str | None) -> Format:
     kind = declared if declared not in _FORMATS else None
-    if kind is None and "weight_scale_2" in helpers:
-        kind = "nvfp4"
-    elif kind is None and entry.dtype == "U8":
-        kind = "mxfp8, nvfp4 or another packed format"
-    elif kind is None and entry.dtype == "I8":
-        kind = "int8"
+    if kind is None and entry.dtype in ("U8", "I8"):
+        kind = f"packed {entry.dtype} without comfy_quant, which would say what it is,"
     if kind is not None:
         raise UnsupportedError(
             "open", f"{kind} storage is not supported", file=reader.path, key=name, expected=", ".join(BY_TAG),

@@ -181,10 +181,9 @@ def test_the_repr_reads_no_tensor(trio: dict[str, Path], monkeypatch: pytest.Mon
 
 
 QUANTISED = {
-    "nvfp4": ({"weight_scale_2": torch.ones(())}, torch.uint8, "nvfp4"),
-    "int8": ({}, torch.int8, "int8"),
-    "packed": ({}, torch.uint8, "packed"),
-    "declared": ({"comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)}, torch.uint8, "mxfp8"),
+    "int8": ({}, torch.int8, "packed I8 without comfy_quant"),
+    "packed": ({}, torch.uint8, "packed U8 without comfy_quant"),
+    "declared": ({"comfy_quant": torch.tensor(list(b'{"format": "awq_w4a16"}'), dtype=torch.uint8)}, torch.uint8, "awq_w4a16"),
     "rotated": ({"comfy_quant": torch.tensor(list(b'{"format": "convrot_w4a4"}'), dtype=torch.uint8)}, torch.int8, "convrot"),
 }  # fmt: skip
 
@@ -197,7 +196,7 @@ def test_other_quantised_formats_are_refused_by_name(kind: str, state: tiny.Stat
     stored[f"{module}.weight"] = torch.zeros(96, 128, dtype=dtype)
     stored |= {f"{module}.{helper}": value for helper, value in helpers.items()}
     save_file(stored, tmp_path / "x.safetensors")
-    with pytest.raises(UnsupportedError, match=rf"(?s){name}.*not supported.*{module}.*use the bf16, fp16 or fp8 file"):
+    with pytest.raises(UnsupportedError, match=rf"(?s){name}.*not supported.*{module}.*use the bf16, fp16, fp8"):
         ak.open(tmp_path / "x.safetensors")
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(alkahest.__file__).parent
 # Each module imports only modules above it. A new module takes its place here.
 ORDER = [
     "__init__", "errors", "files", "settings", "cache", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
-    "layouts.diffusers", "layouts", "layouts.lora", "random", "dtypes", "term", "scalar", "expr", "mixture", "methods", "model_methods", "delta_methods", "recipe", "quantised",
+    "layouts.diffusers", "layouts", "layouts.lora", "random", "dtypes", "term", "scalar", "expr", "mixture", "methods", "model_methods", "delta_methods", "recipe", "packed", "quantised",
     "locate", "checkpoint", "lora", "lora.factors", "lora.read", "lora.apply", "lora.write", "lora.convert", "made_up", "options", "output", "work", "write", "stream", "live", "workflow", "workflow.editor", "workflow.graph", "workflow.folders", "workflow.values", "workflow.translate", "workflow.read", "workflow.write", "provenance", "rounding", "remembered",
     "compiled", "tally", "delta_table", "spectrum", "lora.rank", "lora.ranks", "lora.decompose", "lora.noise", "lora.parts", "lora.result", "lora.extract", "compare", "check", "multiplier", "nodes.patches", "nodes.merging", "nodes.model", "nodes.measuring", "nodes.saving", "nodes", "nodes.install",
     "mini", "components", "pipeline", "sample", "live_model", "measures", "contact_sheet", "sweep", "mini.scenes", "mini.drawing", "dataset", "encoding", "order", "finetune", "finetune.config", "finetune.events", "finetune.parallel", "finetune.plan", "finetune.inputs", "finetune.objective", "finetune.optimise", "finetune.checkpoints", "finetune.trained", "finetune.adapter", "finetune.monitor", "finetune.loop",

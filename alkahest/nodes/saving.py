@@ -60,7 +60,7 @@ def _from_files(prompt: Any, node: str, model: Any) -> tuple[Any, dict[str, Any]
     from alkahest.workflow.graph import read_graph
     from alkahest.workflow.translate import recipes_of
 
-    (recipe,) = [one for one in recipes_of(read_graph(with_used(prompt, model))) if one.node == str(node)]
+    (recipe,) = recipes_of(read_graph(with_used(prompt, model)), node=str(node))
     weights = build(recipe, {name: _path(file.folder, file.name) for name, file in recipe.files.items()})
     notes = "".join(f"\nnote: {note}" for note in recipe.notes)
     return weights, output_for(recipe, weights), f"recipe: {weights.text()}{notes}"

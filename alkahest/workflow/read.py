@@ -19,7 +19,7 @@ _TEXT = (b"tEXt", b"iTXt", b"zTXt")
 _MAX_TEXT = 64 << 20  # bytes of one text in a picture, unpacked
 
 
-def read_workflow(path: str | os.PathLike[str]) -> list[WorkflowRecipe]:
+def read_workflow(path: str | os.PathLike[str], node: str | None = None) -> list[WorkflowRecipe]:
     """The recipes in a ComfyUI workflow, one for each model that it saves, or else draws with.
 
     >>> (recipe,) = ak.read_workflow("merge.json"); recipe.text, recipe.files
@@ -27,16 +27,17 @@ def read_workflow(path: str | os.PathLike[str]) -> list[WorkflowRecipe]:
     >>> build(recipe, recipe.locate("ComfyUI/models")).save("out.safetensors", **recipe.output)
 
     Takes the editor's form (with subgraphs) and the API form as JSON, PNG pictures, and checkpoints that ComfyUI
-    saved, of which only the recipe of that very file is given. Raises RecipeError that names the node, for whatever
-    cannot be said in a recipe.
+    saved, of which only the recipe of that very file is given. ``node`` is the id of the one node that is asked for.
+    Raises RecipeError that names the node, for whatever cannot be said in a recipe.
     """
     path = Path(path).expanduser()
     if path.suffix == ".safetensors":
-        return _own(recipes_of(graph_in(locate(path).metadata, path), path), path)
+        found = recipes_of(graph_in(locate(path).metadata, path), path, node)
+        return _own(found, path) if node is None else found
     reader = Reader(path)
     if reader.size >= 8 and reader.read(0, 8) == PNG:
-        return recipes_of(graph_in(dict(_texts(reader)), path), path)
-    return recipes_of(read_graph(json_in(reader), path), path)
+        return recipes_of(graph_in(dict(_texts(reader)), path), path, node)
+    return recipes_of(read_graph(json_in(reader), path), path, node)
 
 
 def graph_in(metadata: Mapping[str, str], file: object) -> Graph:

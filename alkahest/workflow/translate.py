@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alkahest.checkpoint import identifier
-from alkahest.errors import AlkahestError, RecipeError
+from alkahest.errors import AlkahestError, RecipeError, nearest
 from alkahest.recipe import Recipe
 from alkahest.scalar import text_of
 from alkahest.workflow import values
@@ -59,8 +59,8 @@ class WorkflowRecipe(Recipe):
         return {name: find_model(file, models, self.source) for name, file in self.files.items()}
 
 
-def recipes_of(graph: Graph, source: Path | None = None) -> list[WorkflowRecipe]:
-    """One recipe for every node that saves a model; if there is none, for every model that is sampled."""
+def recipes_of(graph: Graph, source: Path | None = None, node: str | None = None) -> list[WorkflowRecipe]:
+    """One recipe for every node that saves a model, or for one of them; if there is none, for every model that is sampled."""
     found = [node for node in graph.values() if node.kind in SAVERS]
     found = found or [node for node in graph.values() if node.kind in _SAMPLERS]
     if not found:
@@ -68,7 +68,10 @@ def recipes_of(graph: Graph, source: Path | None = None) -> list[WorkflowRecipe]
             "workflow", "the workflow neither saves nor samples a model", file=source,
             expected=", ".join([*SAVERS, *_SAMPLERS[:3]]), found=", ".join(sorted({node.kind for node in graph.values()}))[:500],
         )  # fmt: skip
-    made = [_Reading(graph, source).recipe(node) for node in found]
+    chosen = [one for one in found if node in (None, one.id)]
+    if not chosen:
+        raise RecipeError("workflow", f"no node {node} saves a model", file=source, fix=nearest(str(node), [one.id for one in found]))  # fmt: skip
+    made = [_Reading(graph, source).recipe(one) for one in chosen]
     if found[0].kind in SAVERS:
         return made
     return list({recipe.text: recipe for recipe in reversed(made)}.values())[::-1]  # two samplers, one model

@@ -212,6 +212,10 @@ def test_several_outputs_are_several_recipes(tmp_path: Path) -> None:
     assert (what, found.text) == ("a ComfyUI workflow", "variant")
     with pytest.raises(RecipeError, match="no node 3 saves"):
         ak.read_recipe(path, node="3")
+    graph["9"] = node("MyPackMagic", model="#1")  # what one node saves is still told when another's cannot be
+    with pytest.raises(RecipeError, match="MyPackMagic"):
+        ak.read_workflow(write(path, graph))
+    assert ak.read_recipe(path, node="11")[1].text == "variant"
     graph = {**LOADERS, "12": node("KSampler", model="#3", seed=1), "13": node("KSamplerAdvanced", model="#3"), "14": node("BasicGuider", model="#2")}  # fmt: skip
     assert [one.text for one in ak.read_workflow(write(path, graph))] == ["base", "variant"]
 
