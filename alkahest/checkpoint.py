@@ -33,6 +33,8 @@ from alkahest.locate import Located, locate
 from alkahest.quantised import MARKER, Stored, resolve, whole_packed
 from alkahest.term import Workspace
 
+_UNPACKING = threading.Lock()  # one at a time: memory is scarce there
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -88,7 +90,6 @@ class Checkpoint(Leaf):
         self.architecture = infer(self._shapes, located.path)
         self.unknown = unknown_tensors(self._shapes, self.architecture)
         self._whole: dict[str, torch.Tensor] = {}
-        self._lock = threading.Lock()
         self.layout = layouts.layout_of(name.removeprefix(self.prefix) for name in mine)
 
     @property
@@ -121,12 +122,15 @@ class Checkpoint(Leaf):
 
     def _unpacked(self, stored: Stored) -> torch.Tensor:
         """A packed weight, whole; the last two are kept, because its blocks and rows are asked for one by one."""
-        with self._lock:
+        with _UNPACKING:
             if stored.name not in self._whole:
                 while len(self._whole) > 1:
                     self._whole.pop(next(iter(self._whole)))
                 self._whole[stored.name] = whole_packed(stored)
             return self._whole[stored.name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_whole": {}}  # another process decodes for itself
 
     def part(self, pattern: str) -> Part:
         """The tensors that a pattern selects: ``base.part("refiner")``, ``base.part("layers.3")``."""
