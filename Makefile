@@ -7,7 +7,7 @@ PORT   ?= 8888
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: lab test check format notebooks reproduce clean
+.PHONY: lab test check format notebooks reproduce bench clean
 
 # Everything needed to use the package and its notebooks.
 $(VENV)/.lab: pyproject.toml constraints.txt
@@ -43,6 +43,10 @@ notebooks: $(VENV)/.dev
 reproduce: $(VENV)/.lab
 	$(BIN)/alkahest experiment run $(if $(RETRAIN),--retrain $(RETRAIN))
 	$(BIN)/alkahest experiment report -o reproduction.html
+
+# Beside the other tools and the floor; BENCH="--full" also on full-size files.
+bench: $(VENV)/.lab
+	$(BIN)/python experiments/benchmarks/bench.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
