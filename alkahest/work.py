@@ -167,13 +167,19 @@ def blocks(term: Term, elements: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, elements)
 
 
-def place_of(term: Term | None) -> tuple[int, int]:
-    """Where a term's first tensor lies: number of the file and position in it, the `Job.place` that reads forward."""
+def place_of(term: Term | None, start: int = 0, otherwise: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    """Where element ``start`` of a term's first tensor lies: number of the file and position in it, the `Job.place` that reads forward.
+
+    All blocks of a packed tensor have one place, because it is decoded whole. ``otherwise`` is for what is in no file.
+    """
     first = next(sources(term), None)
     if first is None or not isinstance(first.leaf, Checkpoint):
-        return (0, 0)
+        return otherwise
     held = first.leaf.slices[first.key]
-    return (first.leaf.files.index(held.stored.reader), held.offset)
+    file = first.leaf.files.index(held.stored.reader)
+    if held.stored.packed is not None:
+        return (file, held.stored.entry.offset)
+    return (file, held.offset + start * held.stored.form.itemsize)
 
 
 def half_step(form: Format) -> float:

@@ -38,7 +38,7 @@ def jobs_of(run: Run, writer: Sink, data_start: int, items: list[Item]) -> Itera
                     yield Job(item.name, item.nbytes, _constant(item.data, writer, start))
             case Weight(scale_name=str(scale_name)):
                 work = _scaled(run, writer, item, start, offsets[scale_name])
-                yield Job(item.name, item.nbytes + 4, work, place_of(item.pieces[0].term))
+                yield Job(item.name, item.nbytes + 4, work, place_of(item.pieces[0].term, otherwise=(0, start)))
             case Weight():
                 for piece in item.pieces:
                     yield from _plain(run, writer, item.form, piece, start)
@@ -47,10 +47,10 @@ def jobs_of(run: Run, writer: Sink, data_start: int, items: list[Item]) -> Itera
 
 def _plain(run: Run, writer: Sink, form: Format, piece: Piece, offset: int) -> Iterator[Job]:
     size = form.itemsize
-    file, position = place_of(piece.term)
     for start, stop in blocks(piece.term, piece.elements):
         work = _plain_block(run, writer, form, piece, start, stop, offset + start * size)
-        yield Job(piece.key, (stop - start) * size, work, (file, position + start * size))
+        # What is in no file is computed in the order of the output: a neighbour's block may come from the same work.
+        yield Job(piece.key, (stop - start) * size, work, place_of(piece.term, start, (0, offset + start * size)))
 
 
 def _plain_block(

@@ -13,7 +13,7 @@ from alkahest import layouts
 from alkahest.architecture import infer
 from alkahest.dtypes import FORMATS
 from alkahest.expr import ATOM, Leaf, Names
-from alkahest.nodes.patches import PREFIX, key_patches
+from alkahest.nodes.patches import PREFIX, as_it_is, key_patches
 from alkahest.term import Workspace
 
 _STORAGE = {form.torch: name for name, form in FORMATS.items()}
@@ -58,7 +58,11 @@ class ModelWeights(Leaf):
     def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Workspace) -> None:
         stored, number, _ = self._rows[key]
         offset = number * math.prod(self._shapes[key])
-        out.copy_(self._computed(stored)[offset + start : offset + stop])
+        (weight, convert), *patches = self._patches[stored]
+        # Most models that are measured are as they were loaded: a block of such a weight needs no copy of the whole.
+        plain = not patches and convert in (None, as_it_is) and weight.dtype in _STORAGE
+        values = weight.detach().view(-1) if plain and weight.is_contiguous() else self._computed(stored)
+        out.copy_(values[offset + start : offset + stop])
 
     def _computed(self, key: str) -> torch.Tensor:
         """One whole weight with its patches, flat; two are kept, because its blocks are asked for in turn."""

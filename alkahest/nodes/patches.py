@@ -45,7 +45,7 @@ def key_patches(model: Any) -> Patches:
             weight = model.backup[key].weight
         if key in model.hook_backup:
             weight = model.hook_backup[key][0]
-        found[key] = [(weight, convert or _as_it_is), *model.patches.get(key, [])]
+        found[key] = [(weight, convert or as_it_is), *model.patches.get(key, [])]
     return found
 
 
@@ -97,5 +97,6 @@ def require_same(operation: str, models: Mapping[str, Any]) -> None:
                 raise MismatchError(operation, f"{other} does not have the weights of {first}", key=key.removeprefix(PREFIX), expected=one or "no such weight", found=two or nearest(key, shapes[other]))  # fmt: skip
 
 
-def _as_it_is(weight: Any, **_: Any) -> Any:
+def as_it_is(weight: Any, **_: Any) -> Any:
+    """What ComfyUI calls to decode a weight, for one that needs no decoding."""
     return weight
