@@ -14,7 +14,7 @@ from alkahest import made_up  # noqa: F401  (lets recipes call it)
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.dtypes import is_finite
-from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, nearest
+from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
 from alkahest.expr import Delta, Leaf, Weights
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of, known_paths
@@ -257,6 +257,8 @@ def _require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[
 
 
 def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
+    if isinstance(given, (int, float)):
+        raise RecipeError("recipe", f"{name!r} is a file, and a number is given for it", found=str(given), fix=f"--{name} PATH")  # fmt: skip
     if given:  # somebody says that this is the input: if it is not, that is their error, not the file's
         return f"{_checked(open_input(given, name=name), recipe, name).path}, unchanged"
     try:
@@ -278,7 +280,7 @@ def _found(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | Lora:
         in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
         try:
             return _checked(open_input(path.parent if in_folder else path, name=name), recipe, name)
-        except FileFormatError:
+        except (FileFormatError, UnsupportedError):  # another file of that name
             continue
         except RecipeError as error:
             changed = error

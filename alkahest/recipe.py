@@ -91,6 +91,8 @@ class Recipe:
             value = json.loads(text)
             recipe = cls(value["recipe"], value["inputs"], value["output"], str(value.get("version", "")))
             for name, files in recipe.inputs.items():
+                if not isinstance(files, list) or not files:
+                    raise problem
                 for entry in files:
                     if not (
                         isinstance(name, str) and isinstance(entry["file"], str) and isinstance(entry["bytes"], int)

@@ -177,7 +177,7 @@ def workflow(
     """
     with reported():
         expression, given = named(what or [])
-        weights = _expression(expression, recipe, None, None, given)[1]
+        weights = _computed(_expression(expression, recipe, None, None, given)[1], given, {}, quiet=False)
         for note in alkahest.write_workflow(weights, output, prefix):
             print(f"note: {note}", file=sys.stderr)
         print(output)
@@ -296,7 +296,7 @@ def _expression(
     from alkahest.workflow.translate import WorkflowRecipe
 
     if (expression is None) == (recipe is None):
-        raise RecipeError("merge", "give either an expression or --recipe FILE", fix="see alkahest merge --help")
+        raise RecipeError("recipe", "give either an expression or --recipe FILE", fix="see --help")
     found = Recipe(expression or "") if recipe is None else alkahest.read_recipe(recipe, node)[1]
     if models_dir is not None:
         if not isinstance(found, WorkflowRecipe):
@@ -316,12 +316,18 @@ def _merge(
     from alkahest.provenance import output_for
 
     found, weights = _expression(expression, recipe, models_dir, node, given)
-    for name in [name for name, value in given.items() if value == "auto"]:
-        weights = _with_computed(weights, name, options, quiet)
+    weights = _computed(weights, given, options, quiet)
     recorded = output_for(found, weights)
     if recorded != found.output:
         print("an input is quantised: ComfyUI's bits cannot be had, the arithmetic is Alkahest's own", file=sys.stderr)
     _save(weights, output, {**recorded, **options}, as_json, quiet)
+
+
+def _computed(weights: alkahest.Weights, given: dict[str, Any], options: dict[str, Any], quiet: bool) -> alkahest.Weights:  # fmt: skip
+    """The same with every ``--NAME auto`` computed."""
+    for name in [name for name, value in given.items() if value == "auto"]:
+        weights = _with_computed(weights, name, options, quiet)
+    return weights
 
 
 def _with_computed(weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool) -> alkahest.Weights:

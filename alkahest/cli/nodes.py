@@ -23,7 +23,8 @@ def nodes_install(comfyui: ComfyUI) -> None:
         print(f"installed in {install(comfyui)}; restart ComfyUI")
         python, missing = lacking(comfyui)
         if missing:
-            print(f"Multiplier, Supplement LoRA and Recipe Save also need: {python or 'ComfyUI-s Python'.replace('-', chr(39))} -m pip install {' '.join(missing)}")  # fmt: skip
+            command = f"{python or 'python'} -m pip install {' '.join(missing)}"
+            print(f"Multiplier, Supplement LoRA and Recipe Save also need, with ComfyUI's Python: {command}")
 
 
 @group.command("uninstall")

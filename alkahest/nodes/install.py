@@ -65,7 +65,10 @@ def lacking(comfyui: str | os.PathLike[str]) -> tuple[str | None, list[str]]:
     if python is None:
         return None, list(NEEDED)
     code = f"import importlib.util as u; print(*[n for n in {NEEDED!r} if u.find_spec(n) is None])"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError):  # another system's Python, or one that does not start
+        return python, list(NEEDED)
     return python, done.stdout.split() if done.returncode == 0 else list(NEEDED)
 
 
@@ -80,5 +83,9 @@ def _folder(comfyui: str | os.PathLike[str]) -> Path:
 def _require_ours(folder: Path) -> None:
     file = folder / "__init__.py"
     ours = file.is_file() and file.read_text(errors="replace").startswith(_MARK)
-    if folder.is_symlink() or (folder.exists() and not ours and any(folder.iterdir())):
+    if (
+        folder.is_symlink()
+        or (folder.exists() and not folder.is_dir())
+        or (folder.exists() and not ours and any(folder.iterdir()))
+    ):
         raise OutputError("nodes", "there is another alkahest among the custom nodes", file=folder, expected="a folder that alkahest nodes install wrote", fix="move it away first")  # fmt: skip

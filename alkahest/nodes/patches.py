@@ -30,7 +30,7 @@ def patchable(model: Any) -> list[str]:
     for name, module in model.model.named_modules():
         own = [one for one, _ in module.named_parameters(recurse=False)]
         if own and name.startswith(PREFIX.rstrip(".")) and len(own) == len(list(module.named_parameters())):
-            found += [f"{name}.{one}" for one in own]
+            found += [f"{name}.{one}" for one in own if one in ("weight", "bias")]  # and no scales of quantised ones
     return found
 
 
@@ -84,8 +84,8 @@ def selected(pattern: str, keys: list[str], operation: str) -> set[str]:
 def require_same(operation: str, models: Mapping[str, Any]) -> None:
     """Raise MismatchError unless all models are Z-Image models with the same weights."""
     shapes = {
-        name: {key: tuple(value.shape) for key, value in model.model.state_dict().items() if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))}
-        for name, model in models.items()
+        name: {key: tuple(value.shape) for key, value in model.model.named_parameters() if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))}
+        for name, model in models.items()  # parameters, because quantised ones are packed in a state dict
     }  # fmt: skip
     first, *others = shapes
     if f"{PREFIX}cap_embedder.1.weight" not in shapes[first] or f"{PREFIX}noise_refiner.0.attention.qkv.weight" not in shapes[first]:  # fmt: skip

@@ -73,7 +73,6 @@ class _Scope:
     prefix: str = ""
     parent: _Scope | None = None
     instance: Mapping[str, Any] = field(default_factory=dict)
-    muted: bool = False
     promoted: Mapping[tuple[str, str], Any] = field(default_factory=dict)  # (node, widget) -> value from outside
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ class _Editor:
     def nodes_of(self, scope: _Scope) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for one, node in scope.nodes.items():
             kind = _kind(node, self.file)
-            if kind in _ONLY_IN_EDITOR or scope.muted or node.get("mode", 0) in (_MUTED, _BYPASSED):
+            if kind in _ONLY_IN_EDITOR or node.get("mode", 0) in (_MUTED, _BYPASSED):
                 continue
             self.count += 1
             if self.count > _MAX_NODES:

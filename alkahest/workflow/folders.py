@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -41,8 +42,9 @@ def find_model(file: ModelFile, models: str | os.PathLike[str], workflow: object
     bases = [base for base in (root / "models", root) if base.is_dir()]
     places = [base / folder for base in bases for folder in FOLDERS[file.folder]] + bases
     for place in places:
-        if (place / relative).is_file():
-            return place / relative
+        with contextlib.suppress(OSError):  # a name too long for any file
+            if (place / relative).is_file():
+                return place / relative
     known = [name for place in [*places[:-1], root] if place.is_dir() for name in islice(_names(place), _MOST)]
     raise FileFormatError(
         "workflow", f"{file.node} loads a file that is not here", file=root, expected=str(file),

@@ -31,7 +31,7 @@ def read_workflow(path: str | os.PathLike[str], node: str | None = None) -> list
     Raises RecipeError that names the node, for whatever cannot be said in a recipe.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.is_dir():
         found = recipes_of(graph_in(locate(path).metadata, path), path, node)
         return _own(found, path) if node is None else found
     reader = Reader(path)
@@ -44,7 +44,7 @@ def graph_in(metadata: Mapping[str, str], file: object) -> Graph:
     """The graph in what ComfyUI writes into its files: ``prompt`` is the API form, ``workflow`` the editor's."""
     for name in ("prompt", "workflow"):
         if metadata.get(name, "").strip() not in ("", "{}", "null"):
-            return read_graph(parsed_json(metadata[name].encode(), file), file)
+            return read_graph(parsed_json(metadata[name].encode("utf-8", "surrogatepass"), file), file)
     raise RecipeError("workflow", "there is no workflow in this file", file=file, expected="prompt or workflow, which ComfyUI writes unless it is told --disable-metadata")  # fmt: skip
 
 
@@ -64,8 +64,9 @@ def _texts(reader: Reader) -> Iterator[tuple[str, str]]:
         if kind == b"IEND" or place + 12 + length > reader.size:
             return
         if kind in _TEXT and length <= _MAX_TEXT:
-            keyword, _, rest = reader.read(place + 8, length).partition(b"\0")
-            yield keyword.decode("latin-1"), _text(kind, rest)
+            keyword = reader.read(place + 8, min(length, 80)).partition(b"\0")[0].decode("latin-1")
+            if keyword in ("prompt", "workflow"):
+                yield keyword, _text(kind, reader.read(place + 9 + len(keyword), max(length - 1 - len(keyword), 0)))
         place += 12 + length
 
 

@@ -97,7 +97,7 @@ class _Reading:
         if layout := SAVERS.get(node.kind):
             output["layout"] = layout
         if node.kind == "CheckpointSave":
-            self.companions(node, value)
+            self.companions(node)
         self.require_family(node)
         saved_as = node.inputs.get("filename_prefix", "") if node.kind in SAVERS else ""
         return WorkflowRecipe(
@@ -154,9 +154,13 @@ class _Reading:
 
     def number(self, node: Node, name: str, default: float | None = None) -> float:
         value = self.literal(node, name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.refused(node, f"{name} is not a number", found=str(value)[:200])
-        return float(value)
+        try:
+            number = float(value) if type(value) in (int, float) else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.refused(node, f"{name} is not a number", found=f"{value!r:.200}" if number != math.inf else "more than a number can be")  # fmt: skip
+        return number
 
     def literal(self, node: Node, name: str, default: Any = None) -> Any:
         """The value of a widget, through nodes that hold one."""
@@ -184,12 +188,16 @@ class _Reading:
         self.files[chosen] = ModelFile(folder, text, str(node))
         return chosen
 
-    def companions(self, node: Node, value: Value) -> None:
+    def companions(self, node: Node) -> None:
         """CheckpointSave also writes a text encoder and a VAE; a recipe carries those of its leading file."""
+        leading = next(iter(self.files.values()), None)
         for name in ("clip", "vae"):
             link = node.inputs.get(name)
             origin = self.graph.get(link.node) if isinstance(link, Link) else None
-            if origin is None or origin.kind != "CheckpointLoaderSimple":
+            led = (
+                origin and leading and (leading.folder, leading.name) == ("checkpoints", origin.inputs.get("ckpt_name"))
+            )
+            if origin is None or origin.kind != "CheckpointLoaderSimple" or not led:
                 self.notes.append(f"{node} also saves a {name} from {origin or 'nowhere'}, which a recipe does not carry")  # fmt: skip
 
     def require_family(self, node: Node) -> None:
@@ -219,7 +227,7 @@ def _numbered(stem: str) -> Iterator[str]:
 
 
 def _unet(reading: _Reading, node: Node) -> Value:
-    dtype = node.inputs.get("weight_dtype", "default")
+    dtype = reading.literal(node, "weight_dtype", "default")
     if dtype != "default":
         reading.notes.append(f"{node} loads in {dtype}; the recipe takes the file as it is, so results differ by that rounding")  # fmt: skip
     return values.model(reading.file(node, "diffusion_models", "unet_name"))
@@ -323,6 +331,7 @@ def parts_of(text: str) -> dict[str, float]:
             value = math.nan
         if not colon or not pattern.strip() or not math.isfinite(value):
             raise RecipeError("parts", "a part and its factor cannot be read", expected="such as layers.0-9: 1.5, embedders: 0", found=piece[:200])  # fmt: skip
+        found.pop(pattern.strip(), None)  # the last that fits counts
         found[pattern.strip()] = value
     return found
 

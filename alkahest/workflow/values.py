@@ -68,7 +68,7 @@ def times(factor: float | str, delta: Value) -> Value:
 
 def plus(left: Value, delta: Value) -> Value:
     """Weights or a difference, and a difference added to it."""
-    if delta.text.startswith("-"):
+    if delta.level >= PRODUCT and delta.text.startswith("-"):
         return Value(f"{left.wrapped(SUM)} - {delta.wrapped(PRODUCT)[1:]}", SUM, left.kind)
     return Value(f"{left.wrapped(SUM)} + {delta.wrapped(PRODUCT)}", SUM, left.kind)
 

@@ -34,6 +34,7 @@ from alkahest.scalar import Param, Scalar, text_of
 from alkahest.workflow.folders import FOLDERS
 
 LIMIT = 10.0  # of ModelMergeSubtract's multiplier, either side of zero; the server refuses more
+OUR_LIMIT = 1e6  # of Alkahest Merge's
 _LORA_LIMIT = 100.0
 PADS = "ComfyUI merges no pad tokens: they stay the first model's"
 
@@ -115,13 +116,14 @@ class _Writing:
         if isinstance(delta, Difference) and not protect:
             variant, base = self.weights(delta.variant), self.weights(delta.base)
             return self.node("ModelMergeAdd", model1=start, model2=self.subtracted(variant, base, factor))
-        kept, parts = [protect] if protect else [], ""
+        kept: list[str] = []
+        parts = ""
         while not isinstance(delta, Difference):
             match delta:
                 case Scaled():
                     factor *= _value(delta.factor)
                 case Everywhere():
-                    kept = kept[1:] if protect else kept
+                    protect = ""
                 case Masked(keep=False):
                     kept.append(delta.pattern)
                 case Masked() if not parts:
@@ -131,9 +133,20 @@ class _Writing:
                 case _:
                     raise _unsaid(delta)
             delta = delta.delta
-        return self.merge(start, self.weights(delta.variant), self.weights(delta.base), factor, ", ".join(kept), parts)
+        return self.merge(
+            start,
+            self.weights(delta.variant),
+            self.weights(delta.base),
+            factor,
+            ", ".join(filter(None, [protect, *kept])),
+            parts,
+        )
 
     def merge(self, bridge: Any, variant: Any, base: Any, factor: float, protect: str, parts: str) -> list[Any]:
+        if abs(factor) > OUR_LIMIT:
+            raise AlgebraError(
+                "workflow", f"Alkahest Merge takes a multiplier of at most {OUR_LIMIT:g}", found=f"{factor:g}"
+            )
         return self.node("AlkahestMerge", bridge=bridge, variant=variant, base=base, multiplier=factor, protect=protect, parts=parts)  # fmt: skip
 
     def subtracted(self, variant: list[Any], base: list[Any], factor: float) -> list[Any]:

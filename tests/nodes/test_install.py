@@ -64,6 +64,15 @@ def test_what_comfyuis_python_lacks(comfyui: Path) -> None:
     assert set(missing) <= {"pandas", "blake3"}
 
 
+def test_a_python_that_does_not_start_and_a_file_in_the_way(comfyui: Path) -> None:
+    (comfyui / "venv/bin").mkdir(parents=True)
+    (comfyui / "venv/bin/python").write_text("no program")
+    assert lacking(comfyui)[1] == ["pandas", "blake3"]
+    (comfyui / "custom_nodes/alkahest").write_text("a file")
+    with pytest.raises(OutputError, match="another alkahest"):
+        install(comfyui)
+
+
 @pytest.mark.parametrize("hidden", [False, True], ids=["installed", "not installed there"])
 def test_the_file_that_is_written_registers_the_nodes(comfyui: Path, hidden: bool) -> None:
     """As ComfyUI's ``nodes.py`` loads it; hidden as in a Python in which alkahest is not installed."""

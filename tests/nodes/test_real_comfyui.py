@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import alkahest as ak
 from alkahest.provenance import build, output_for, verify
@@ -188,6 +189,40 @@ def test_fp8_models_as_variant_and_base(comfyui: Any, tmp_path: Path, spelling: 
     assert differing(comfyui.saved("out/streamed"), tmp_path / "own.safetensors") == {}
     for path in (comfyui.saved("out/streamed"), comfyui.saved("out/core"), variant.path, base.path):
         path.unlink()
+
+
+def test_input_scales_and_nvfp4_in_the_variant(comfyui: Any, tmp_path: Path) -> None:
+    """Quantised layers have parameters that are no weights, and shapes that are not those of what they stand for."""
+    import comfy_kitchen as ck
+
+    folder = comfyui.models / "diffusion_models"
+    quantised = ak.open(folder / "z/variant.safetensors").save(tmp_path / "q.safetensors", dtype="comfy_quant").path
+    stored = load_file(quantised)
+    module = "layers.0.feed_forward.w1"
+    weight = load_file(folder / "z/variant.safetensors")[f"{module}.weight"].float()
+    scale = weight.abs().max() / (448 * 6)
+    stored[f"{module}.weight"], stored[f"{module}.weight_scale"] = ck.quantize_nvfp4(weight, scale)
+    stored[f"{module}.weight_scale_2"] = scale
+    stored[f"{module}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    stored["layers.0.feed_forward.w2.input_scale"] = torch.tensor(0.5)
+    save_file(stored, folder / "mixed.safetensors")
+    graph = {
+        "n1": loader("bridge"), "n2": loader("mixed"), "n3": loader("base"),
+        "nd": node("AlkahestSubtract", model1="n2", model2="n3", multiplier=2.0, keep_refiner=True),
+        "nout": node("AlkahestAdd", model1="n1", model2="nd", multiplier=1.0, keep_refiner=True),
+        "nk": node("AlkahestMultiplier", variant="n2", base="n3", bridge="n1", basis="relative", target=0.0),
+        **SAVE,
+    }  # fmt: skip
+    said = comfyui.run(graph)
+    assert "Multiplier" in said["nk"]["text"][0]
+    bridge, variant, base = (ak.open(folder / f"{name}.safetensors") for name in ("bridge", "mixed", "base"))
+    (bridge.protect("refiner, pad_tokens") + 2 * (variant - base)).save(tmp_path / "own.safetensors")
+    path = comfyui.saved("out/core")
+    found = differing(path, tmp_path / "own.safetensors")
+    assert found.pop(f"{module}.weight", 0) < 100  # ComfyUI decodes nvfp4 in bf16 or float32, as its version has it
+    assert found == {}
+    path.unlink()
+    (folder / "mixed.safetensors").unlink()
 
 
 def test_a_supplement_is_what_the_package_extracts(comfyui: Any) -> None:

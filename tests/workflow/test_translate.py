@@ -182,6 +182,18 @@ def test_a_multiplier_that_the_graph_computes(models: Path, tmp_path: Path) -> N
     assert found.text == "bridge + k_auto * (variant - base).without('refiner, pad_tokens').scaled({'layers': 2})"
 
 
+def test_a_negative_multiple_of_a_difference_of_differences(models: Path, tmp_path: Path) -> None:
+    one, two = (node("ModelMergeSubtract", model1=first, model2="#3", multiplier=1) for first in ("#2", "#1"))
+    for factor in (-2.0, -1.0):
+        graph = {"5": one, "6": two, "8": node("ModelMergeSubtract", model1="#5", model2="#6", multiplier=factor), "9": node("ModelMergeAdd", model1="#1", model2="#8")}  # fmt: skip
+        found = recipe(tmp_path, graph)
+        build(found, found.locate(models)).save(tmp_path / "out.safetensors", **found.output)
+        key = "layers.0.attention.to_q.weight"
+        a, v, b = (ak.open(models / f"diffusion_models/{name}.safetensors")[key].float() for name in ("bridge", "variant", "base"))  # fmt: skip
+        wanted = a + ((v - b) * factor + -factor * (a - b))
+        assert torch.equal(ak.open(tmp_path / "out.safetensors")[key], wanted.bfloat16()), found.text
+
+
 def test_loras(models: Path, tmp_path: Path) -> None:
     (models / "loras").mkdir(exist_ok=True)
     base, variant = (ak.open(models / f"diffusion_models/{name}.safetensors") for name in ("base", "variant"))
@@ -227,6 +239,9 @@ def test_all_in_one_files(tmp_path: Path) -> None:
     found = recipe(tmp_path, graph, **{"10": save})
     assert found.output == {"comfy_compatible": True}
     assert str(found.files["aio"]) == "checkpoints/aio.safetensors"
+    save["inputs"]["clip"] = ["11", 1]  # of another file than the one that leads
+    other = recipe(tmp_path, {**graph, "11": node("CheckpointLoaderSimple", ckpt_name="b.safetensors")}, **{"10": save})
+    assert any("saves a clip from node 11" in note for note in other.notes)
     assert [note for note in found.notes if "node 10" in note] == ["node 10 (CheckpointSave) also saves a vae from node 5 (VAELoader), which a recipe does not carry"]  # fmt: skip
 
 
@@ -254,6 +269,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a missing input": ({"9": node("ModelMergeAdd", model1="#1")}, r"node 9 \(ModelMergeAdd\): model2 is missing"),
     "a link to nowhere": ({"9": node("ModelMergeAdd", model1="#1", model2="#77")}, "model2 comes from node 77, which does not exist"),
     "a number that is none": ({"9": node("ModelMergeSimple", model1="#1", model2="#2", ratio="half")}, "ratio is not a number"),
+    "a number beyond all": ({"9": node("ModelMergeSimple", model1="#1", model2="#2", ratio=10**400)}, "ratio is not a number"),
     "a number that is infinite": ({"9": node("ModelMergeSimple", model1="#1", model2="#2", ratio=1e999)}, "ratio is not a number"),
     "a computed number": ({"7": node("MathExpression"), "9": node("ModelMergeSimple", model1="#1", model2="#2", ratio="#7")}, r"(?s)ratio is computed while the graph runs.*MathExpression"),
     "a name that is none": ({"1": node("UNETLoader", unet_name=7), "9": node("ModelMergeAdd", model1="#1", model2="#2")}, "unet_name is not a file's name"),
@@ -305,6 +321,8 @@ def test_files_that_are_not_here_or_not_ours(models: Path, tmp_path: Path) -> No
     for name in ("../../base", "/etc/passwd", "C:\\models\\base", "z\\..\\..\\base", "\\\\server\\share\\x", "a//b", "./base", "a\0b"):  # fmt: skip
         with pytest.raises(RecipeError, match="outside the models folder"):
             locate(name)
+    with pytest.raises(AlkahestError, match="not here"):
+        locate("x" * 300)
     tiny.write(models / "diffusion_models/z/deep.safetensors", tiny.native(tiny.state(1)))
     assert locate("z\\deep")["deep"] == models / "diffusion_models/z/deep.safetensors"
 

@@ -54,6 +54,9 @@ def test_a_picture(tmp_path: Path) -> None:
             ak.read_workflow(path)
         except ak.AlkahestError:
             continue
+    path = picture(tmp_path / "odd.png", prompt="{", other="x" * 100)
+    with pytest.raises(RecipeError, match="not valid JSON"):
+        ak.read_workflow(path)
     with pytest.raises(RecipeError, match="no workflow in this file"):
         ak.read_recipe(picture(tmp_path / "plain.png"))
 
@@ -82,6 +85,14 @@ def test_a_checkpoint_that_comfyui_saved(tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "renamed.safetensors", state, metadata=metadata)
     with pytest.raises(RecipeError, match="several models"):
         ak.read_recipe(path)
+
+
+def test_half_a_character_in_a_checkpoints_metadata(tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "x.safetensors", tiny.native(tiny.state(1)), metadata={"prompt": "SURROGATE"})
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"SURROGATE", b'{"\\ud8"}'.ljust(9)))
+    with pytest.raises(ak.AlkahestError):
+        ak.read_workflow(path)
 
 
 def test_recipes_and_merges_on_the_command_line(comfyui: Path, tmp_path: Path) -> None:

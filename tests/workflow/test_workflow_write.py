@@ -48,6 +48,7 @@ CASES: dict[str, Any] = {
     "parts": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).scaled({"layers.0, layers.1": 2, "attention.qkv": 0.5}), {"AlkahestMerge"}),
     "only": (lambda m: m["a"] + 3 * (m["v"] - m["b"]).only("layers.0"), {"AlkahestMerge"}),
     "without": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).without("embedders"), {"AlkahestMerge"}),
+    "everywhere twice": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).everywhere().without("layers").everywhere(), {"AlkahestMerge"}),
     "everywhere": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).everywhere(), {"AlkahestMerge"}),
     "a parameter": (lambda m: m["a"] + ak.param("k", 4.0) * (m["v"] - m["b"]), {"ModelMergeSubtract", "ModelMergeAdd"}),
 }  # fmt: skip
@@ -89,6 +90,7 @@ def test_names_below_comfyuis_folders(tmp_path: Path) -> None:
         (lambda m: ak.slerp(m["a"], m["c"]), AlgebraError, "no ComfyUI node says this"),
         (lambda m: ak.made_up(1, width=96), AlgebraError, "no ComfyUI node says this"),
         (lambda m: m["a"] + 200 * m["lo"], AlgebraError, "at most 100"),
+        (lambda m: m["a"].protect("refiner") + 2e6 * (m["v"] - m["b"]), AlgebraError, "at most 1e"),
         (lambda m: m["v"] - m["b"], AlgebraError, "complete model"),
         (lambda m: m["a"] + (m["v"] - m["b"]).only("layers").only("attention"), AlgebraError, "no ComfyUI node says this"),
     ],
@@ -113,3 +115,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["workflow", "a + 20 * (v - b)", *(part for name in "avb" for part in (f"--{name}", str(folder / f"{name}.safetensors"))), "-o", str(tmp_path / "graph.json")])  # fmt: skip
     assert done.exit_code == 0, done.output
     assert ak.read_recipe(tmp_path / "graph.json")[1].text == "a + ((10 * (v - b)).scaled({'all': 2}) - 2 * (b - b))"
+    done = CliRunner().invoke(app, ["workflow", "a + k * (v - b)", "--k", "auto", *(part for name in "avb" for part in (f"--{name}", str(folder / f"{name}.safetensors"))), "-o", str(tmp_path / "auto.json")])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    models = opened(folder)
+    k = float(ak.needed_multiplier(models["v"] - models["b"], on=models["a"]))
+    (subtract,) = [one for one in json.loads((tmp_path / "auto.json").read_text()).values() if one["class_type"] == "ModelMergeSubtract"]  # fmt: skip
+    assert subtract["inputs"]["multiplier"] == pytest.approx(k, rel=1e-6)
