@@ -112,22 +112,22 @@ class Checkpoint(Leaf):
     def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Workspace) -> None:
         piece = self.slices[key]
         if piece.stored.packed is not None:
-            first = piece.number * piece.elements
-            out.copy_(self._unpacked(piece.stored)[first + start : first + stop])
+            out.copy_(self._unpacked(piece)[start:stop])
             return
         size = piece.stored.form.itemsize
         raw = workspace.raw((stop - start) * size)
         piece.stored.reader.read_into(raw.numpy().data, piece.offset + start * size)
         decode(raw, piece.stored.form, out, piece.stored.scale)
 
-    def _unpacked(self, stored: Stored) -> torch.Tensor:
-        """A packed weight, whole; the last two are kept, because its blocks and rows are asked for one by one."""
+    def _unpacked(self, piece: Slice) -> torch.Tensor:
+        """The numbers of a packed tensor; the last two weights are kept whole, because blocks and rows are asked for one by one."""
+        stored, first = piece.stored, piece.number * piece.elements
         with _UNPACKING:
             if stored.name not in self._whole:
                 while len(self._whole) > 1:
                     self._whole.pop(next(iter(self._whole)))
                 self._whole[stored.name] = whole_packed(stored)
-            return self._whole[stored.name]
+            return self._whole[stored.name][first : first + piece.elements]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_whole": {}}  # another process decodes for itself
@@ -143,8 +143,7 @@ class Checkpoint(Leaf):
             raise UnknownNameError("read", "no such tensor", file=self.path, key=key, fix=nearest(key, self._shapes))
         piece = self.slices[key]
         if piece.stored.packed is not None:
-            first = piece.number * piece.elements
-            return self._unpacked(piece.stored)[first : first + piece.elements].clone().view(self._shapes[key])
+            return self._unpacked(piece).clone().view(self._shapes[key])
         raw = torch.frombuffer(
             bytearray(piece.stored.reader.read(piece.offset, piece.elements * piece.stored.form.itemsize)),
             dtype=torch.uint8,

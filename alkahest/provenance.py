@@ -24,12 +24,12 @@ from alkahest.lora import apply  # noqa: F401  (lets recipes call it)
 from alkahest.lora.read import Lora, open_input
 from alkahest.options import Options
 from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
-from alkahest.stream import headers_of, plan_of, readers_of, recipe_of
+from alkahest.stream import hashed_recipe, headers_of, plan_of
 from alkahest.term import Source, Workspace
 from alkahest.work import Event, Run, blocks
-from alkahest.workflow.graph import json_in
+from alkahest.workflow.graph import json_in, read_graph
 from alkahest.workflow.read import PNG, read_workflow
-from alkahest.workflow.translate import WorkflowRecipe
+from alkahest.workflow.translate import WorkflowRecipe, recipes_of
 from alkahest.write import jobs_of
 
 
@@ -67,9 +67,10 @@ def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[s
     if start.startswith(PNG):
         return "a picture with a workflow in it", read_workflow(path, node)
     if start.lstrip()[:1] == b"{":
-        if "recipe" in json_in(reader):
+        value = json_in(reader)
+        if "recipe" in value:
             return "a recipe", [Recipe.from_json(reader.read(0, reader.size).decode(), path)]
-        return "a ComfyUI workflow", read_workflow(path, node)
+        return "a ComfyUI workflow", recipes_of(read_graph(value, path), path, node)
     if reader.size > MAX_TEXT * 10:
         raise RecipeError("recipe", "this is too long for a recipe", file=path, found=f"{reader.size:,} bytes")
     try:
@@ -195,9 +196,7 @@ def _differing(checkpoint: Checkpoint, recipe: Recipe, expression: Weights) -> G
     options = Options.checked(recipe.output)
     plan = plan_of(expression, options)
     run = Run(options)
-    readers = readers_of(expression)
-    hashes = dict(zip(readers, blake3_of(readers), strict=True))
-    headers = headers_of(plan, recipe_of(expression, options, hashes))
+    headers = headers_of(plan, hashed_recipe(expression, options))
     files = sorted(checkpoint.files, key=lambda reader: reader.path.name)
     differing: set[str] = set()
     if len(files) != len(headers):

@@ -188,6 +188,12 @@ def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str
     return Recipe(expression.text(names), inputs_of(names, hashes), options.record(), __version__)
 
 
+def hashed_recipe(expression: Weights, options: Options) -> Recipe:
+    """`recipe_of`, with its inputs hashed now."""
+    readers = readers_of(expression)
+    return recipe_of(expression, options, dict(zip(readers, blake3_of(readers), strict=True)))
+
+
 def inputs_of(names: Names, hashes: Mapping[Reader, str]) -> dict[str, list[dict[str, Any]]]:
     """What a recipe records of the files that it was made from."""
     return {

@@ -265,10 +265,9 @@ def _print_recipe(found: Any, several: bool) -> None:
 
 def _located(found: Any, models_dir: Path) -> Any:
     """A workflow's recipe with its files looked up, opened and hashed."""
-    from alkahest.hashes import blake3_of
     from alkahest.options import Options
     from alkahest.provenance import build, output_for
-    from alkahest.stream import readers_of, recipe_of
+    from alkahest.stream import hashed_recipe
     from alkahest.workflow.translate import WorkflowRecipe
 
     if not isinstance(found, WorkflowRecipe):
@@ -281,9 +280,7 @@ def _located(found: Any, models_dir: Path) -> Any:
             fix=f"alkahest merge --recipe FILE --models-dir DIR --{found.computed[0]} auto -o OUT",
         )  # fmt: skip
     weights = build(found, found.locate(models_dir))
-    readers = readers_of(weights)
-    hashes = dict(zip(readers, blake3_of(readers), strict=True))
-    return recipe_of(weights, Options.checked(output_for(found, weights)), hashes)
+    return hashed_recipe(weights, Options.checked(output_for(found, weights)))
 
 
 def _expression(

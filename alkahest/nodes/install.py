@@ -10,6 +10,7 @@ from pathlib import Path
 import alkahest
 from alkahest.errors import OutputError
 from alkahest.files import write_file
+from alkahest.nodes.running import NEEDED
 
 _MARK = '"""Alkahest\'s nodes; written by `alkahest nodes install`, and removed by `alkahest nodes uninstall`."""'
 _LOADER = """{mark}
@@ -28,7 +29,6 @@ from alkahest.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 """
-NEEDED = ("pandas", "blake3")  # beside what ComfyUI itself needs, for the nodes that measure and save
 
 
 def install(comfyui: str | os.PathLike[str]) -> Path:
@@ -83,9 +83,6 @@ def _folder(comfyui: str | os.PathLike[str]) -> Path:
 def _require_ours(folder: Path) -> None:
     file = folder / "__init__.py"
     ours = file.is_file() and file.read_text(errors="replace").startswith(_MARK)
-    if (
-        folder.is_symlink()
-        or (folder.exists() and not folder.is_dir())
-        or (folder.exists() and not ours and any(folder.iterdir()))
-    ):
+    free = ours or not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.is_symlink() or not free:
         raise OutputError("nodes", "there is another alkahest among the custom nodes", file=folder, expected="a folder that alkahest nodes install wrote", fix="move it away first")  # fmt: skip

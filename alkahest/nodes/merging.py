@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from alkahest.nodes.patches import NOTHING, ZERO, difference, key_patches, patchable, require_same, selected
+from alkahest.nodes.running import CATEGORY
 from alkahest.workflow.translate import parts_of
 
-CATEGORY = "alkahest"
 NOTED = "alkahest"  # the attachment in which a merged model says which multipliers its nodes used
 _PADS = "Pad tokens stay the first model's, as with ComfyUI's own merge nodes."
 MULTIPLIER = ("FLOAT", {"default": 1.0, "min": -1e6, "max": 1e6, "step": 0.1, "round": False})

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from alkahest.errors import AlkahestError
-from alkahest.nodes.measuring import _require_pandas, with_progress
-from alkahest.nodes.merging import CATEGORY, NOTED
+from alkahest.nodes.merging import NOTED
+from alkahest.nodes.running import SavingNode, reported, require_packages, with_progress
 
 
-class AlkahestSave:
+class AlkahestSave(SavingNode):
     """Saves a model without holding the merged one: from its files where the graph can be read, else as it is."""
-
-    def __init__(self) -> None:
-        import folder_paths
-
-        self.output_dir = folder_paths.get_output_directory()
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -26,20 +20,14 @@ class AlkahestSave:
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"},
         }
 
-    RETURN_TYPES = ("STRING",)
-    RETURN_NAMES = ("report",)
     FUNCTION = "save"
-    CATEGORY = CATEGORY
-    OUTPUT_NODE = True
     DESCRIPTION = "Save a merged model block by block. Where the graph can be read as a recipe the file is computed from the models' files, in float32, and carries the recipe with their hashes: `alkahest recipe FILE`. Else ComfyUI's model is written tensor by tensor. The names are bare native ones, which UNETLoader reads."  # fmt: skip
 
     def save(self, model: Any, filename_prefix: str, prompt: Any = None, extra_pnginfo: Any = None, unique_id: str = "") -> dict[str, Any]:  # fmt: skip
-        _require_pandas("Alkahest Recipe Save")
-        import folder_paths
+        require_packages("Alkahest Recipe Save")
         from comfy.cli_args import args
 
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, self.output_dir)
-        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        path = self.path(filename_prefix)
         metadata = {} if args.disable_metadata else {"prompt": prompt, **(extra_pnginfo or {})}
         texts = {key: json.dumps(value) for key, value in metadata.items() if value is not None}
         try:
@@ -50,8 +38,7 @@ class AlkahestSave:
             weights, options = ModelWeights(model, "model"), {"layout": "native"}
             said = f"no recipe, because:\n{error}"
         saved = with_progress(weights.stream(path, metadata=texts, **options))
-        report = f"{saved!r}\n{said}"
-        return {"ui": {"text": [report]}, "result": (report,)}
+        return reported(f"{saved!r}\n{said}")
 
 
 def _from_files(prompt: Any, node: str, model: Any) -> tuple[Any, dict[str, Any], str]:

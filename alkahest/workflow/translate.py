@@ -31,11 +31,8 @@ _PASSING = (
 )  # fmt: skip
 _OTHER_FAMILIES = ("ModelMergeSD", "ModelMergeFlux", "ModelMergeAuraflow", "ModelMergeMochi", "ModelMergeLTXV", "ModelMergeCosmos", "ModelMergeWAN", "ModelMergeQwen", "ImageOnlyCheckpointLoader")  # fmt: skip
 _OTHER_ENCODERS = ("DualCLIPLoader", "TripleCLIPLoader", "QuadrupleCLIPLoader")
-_ENCODER_TYPES = (
-    "lumina2",
-    "stable_diffusion",
-    "qwen_image",
-)  # with which ComfyUI makes of qwen_3_4b what Z-Image needs
+# With these ComfyUI makes of qwen_3_4b what Z-Image needs.
+_ENCODER_TYPES = ("lumina2", "stable_diffusion", "qwen_image")
 _MAX_DEPTH = 140  # nodes in a row; an expression nests as deep as that
 
 

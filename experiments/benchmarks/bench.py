@@ -31,7 +31,6 @@ import alkahest as ak
 HERE = Path(__file__).resolve().parent
 PEERS = ("mergekit==0.1.5", "sd-mecha==1.1.8", "peft==0.21.2")
 SIZES = {"0.4 GB": (1, 1792), "1.8 GB": (1, 3840), "2.9 GB": (4, 3840), "12.3 GB": (30, 3840)}  # layers and width
-MERGES = ("floor", "alkahest", "torch", "mergekit", "sd-mecha")
 
 
 @dataclass(frozen=True)
