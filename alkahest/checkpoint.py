@@ -14,11 +14,13 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from alkahest import layouts
@@ -27,6 +29,7 @@ from alkahest.dtypes import decode
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
 from alkahest.expr import Leaf
 from alkahest.files import Reader, size_text
+from alkahest.fused import Bits
 from alkahest.header import Entry
 from alkahest.keys import Pattern, in_model_order, part_of
 from alkahest.locate import Located, locate
@@ -44,16 +47,21 @@ class Slice:
     number: int
     of: int
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return math.prod(self.stored.shape) // self.of
+
+    @cached_property
+    def is_bf16(self) -> bool:
+        """Whether its numbers are bf16 as they stand."""
+        return self.stored.packed is None and self.stored.form.name == "bf16" and self.stored.scale == 1.0
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file, scales apart."""
         return self.stored.entry.nbytes // self.of
 
-    @property
+    @cached_property
     def offset(self) -> int:
         """Position of the first byte in the file."""
         return self.stored.entry.offset + self.number * self.elements * self.stored.form.itemsize
@@ -114,10 +122,21 @@ class Checkpoint(Leaf):
         if piece.stored.packed is not None:
             out.copy_(self._unpacked(piece)[start:stop])
             return
-        size = piece.stored.form.itemsize
-        raw = workspace.raw((stop - start) * size)
-        piece.stored.reader.read_into(raw.numpy().data, piece.offset + start * size)
-        decode(raw, piece.stored.form, out, piece.stored.scale)
+        size, offset = piece.stored.form.itemsize, piece.offset + start * piece.stored.form.itemsize
+        with workspace.raw((stop - start) * size, offset) as raw:
+            piece.stored.reader.read_into(raw.numpy().data, offset)
+            decode(raw, piece.stored.form, out, piece.stored.scale)
+
+    def is_bf16(self, key: str) -> bool:
+        return self.slices[key].is_bf16
+
+    @contextmanager
+    def bits(self, key: str, start: int, stop: int, workspace: Workspace) -> Iterator[Bits]:
+        piece = self.slices[key]
+        offset = piece.offset + 2 * start
+        with workspace.raw(2 * (stop - start), offset) as raw:
+            piece.stored.reader.read_into(raw.numpy().data, offset)
+            yield raw.numpy().view(np.uint16)
 
     def _unpacked(self, piece: Slice) -> torch.Tensor:
         """The numbers of a packed tensor; the last two weights are kept whole, because blocks and rows are asked for one by one."""

@@ -1,4 +1,4 @@
-"""What measuring a pair of tensors costs most, as compiled loops: one pass instead of a dozen.
+"""What merging and measuring cost most, as compiled loops: one pass instead of a dozen.
 
 Needs numba (the extra ``fast``); without it the same numbers come from torch, operation by operation.
 Where reading takes its time from the same processors, that is what makes the difference.
@@ -23,11 +23,13 @@ _POWERS = 2.0 ** np.arange(-127, 129)  # by exponent, plus 127
 class Kernels(NamedTuple):
     """``pair(v, b)`` gives the sums of squares of v, b and v - b, how many of v - b are not 0, and the largest of them.
 
-    ``sampled`` tallies one run of elements in ``stride`` into arrays: see `_sampled`.
+    ``sampled`` tallies one run of elements in ``stride`` into arrays: see `_sampled`. ``combined(a, b, c, k, out)``
+    writes ``a + k * (b - c)``, all as the bits of bf16, and gives its largest magnitude before rounding.
     """
 
     pair: Callable[..., tuple[float, float, float, float, float]]
     sampled: Callable[..., None]
+    combined: Callable[..., float]
 
 
 @functools.cache
@@ -43,6 +45,7 @@ def kernels() -> Kernels | None:
         return _from_bf16 if isinstance(x, numba.types.Integer) else _as_it_is
 
     register_jitable(_exponent)
+    register_jitable(_from_bf16)
 
     def compiled(function: Callable[..., Any], **settings: Any) -> Any:
         try:
@@ -51,7 +54,7 @@ def kernels() -> Kernels | None:
             return numba.njit(function, nogil=True, error_model="numpy", **settings)
 
     # Sums may be taken in any order, which lets them run eight or sixteen abreast.
-    return Kernels(compiled(_pair, fastmath={"reassoc", "nsz", "contract"}), compiled(_sampled))
+    return Kernels(compiled(_pair, fastmath={"reassoc", "nsz", "contract"}), compiled(_sampled), compiled(_combined))
 
 
 def _number(x: Any) -> Any:
@@ -121,3 +124,15 @@ def _sampled(
                 steps[2] += ulp_b * ulp_b
             else:
                 steps[3] += ulp_v * ulp_v
+
+
+def _combined(a: Any, b: Any, c: Any, k: float, out: Any) -> float:
+    """Each operation rounded to float32 by itself, as torch does, and the sum once more to bf16, to even on ties."""
+    factor = np.float32(k)
+    largest: Any = np.uint32(0)
+    for i in range(out.size):
+        x = np.float32(np.float32(_from_bf16(b[i]) - _from_bf16(c[i])) * factor)
+        bits = np.uint32(np.float32(_from_bf16(a[i]) + x).view(np.uint32))
+        largest = max(largest, bits & np.uint32(0x7FFFFFFF))
+        out[i] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return float(np.uint32(largest).view(np.float32))

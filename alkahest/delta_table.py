@@ -18,6 +18,7 @@ from alkahest.compiled import Kernels, Numbers
 from alkahest.dtypes import FORMATS, SCALED, Format, storage_name
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
 from alkahest.expr import Delta, Leaf, Weights, ends, require_same
+from alkahest.fused import bits_of, is_bf16
 from alkahest.keys import REFINERS, part_of
 from alkahest.options import Options
 from alkahest.remembered import remembered
@@ -186,9 +187,10 @@ class _Task:
 
     def row(self, workspace: Workspace, loops: Kernels | None) -> dict[str, Any]:
         tally = Tally()
-        ranges = blocks(list(self.terms.values())[-1], self.elements) if self.terms else ()
         if not (self.is_pair and workspace.device.type == "cpu"):
             loops = None
+        # A compiled loop keeps nothing between two passes, so that its blocks need not stay in a cache.
+        ranges = blocks(list(self.terms.values())[-1], self.elements, 4 if loops else 1) if self.terms else ()
         for start, stop in ranges:
             if loops:
                 with _pair(self.terms, start, stop, workspace) as numbers:
@@ -304,26 +306,17 @@ def _values(terms: dict[str, Term], start: int, stop: int, workspace: Workspace)
 def _pair(terms: dict[str, Term], start: int, stop: int, workspace: Workspace) -> Iterator[tuple[Numbers, Numbers, Numbers]]:  # fmt: skip
     """A block of variant, base and on, each read once: as float32, or all as the bf16 they are stored in."""
     names = ("variant", "base", "on")
-    raw = all(_is_bf16(terms[name]) for name in names)
+    raw = all(is_bf16(terms[name]) for name in names)
     known: dict[Term, Numbers] = {}
     with contextlib.ExitStack() as stack:
         for term in (terms[name] for name in names):
             if term in known:
                 continue
-            buffer = stack.enter_context(workspace.block(stop - start))
-            if raw and isinstance(term, Source) and isinstance(term.leaf, Checkpoint):
-                piece = term.leaf.slices[term.key]
-                known[term] = buffer.numpy().view(np.uint16)[: stop - start]
-                piece.stored.reader.read_into(known[term].data.cast("B"), piece.offset + 2 * start)
+            if raw:
+                known[term] = stack.enter_context(bits_of(term, start, stop, workspace))
             else:
+                buffer = stack.enter_context(workspace.block(stop - start))
                 evaluate(term, start, stop, buffer, workspace)
                 known[term] = buffer.numpy()
         variant, base, on = (known[terms[name]] for name in names)
         yield variant, base, on
-
-
-def _is_bf16(term: Term) -> bool:
-    if not (isinstance(term, Source) and isinstance(term.leaf, Checkpoint)):
-        return False
-    stored = term.leaf.slices[term.key].stored
-    return stored.form.name == "bf16" and stored.scale == 1.0

@@ -44,6 +44,7 @@ FORMATS = {
     )
 }
 BY_TAG = {form.tag: form for form in FORMATS.values()}
+FORMAT_OF = {form.torch: form for form in FORMATS.values()}
 FP8 = ("fp8_e4m3fn", "fp8_e5m2")
 
 # Storage forms of whole files: a format, or fp8 with one scale per tensor in one of two spellings.

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from alkahest import layouts
-from alkahest.dtypes import FORMATS, Format
+from alkahest.dtypes import FORMAT_OF
 from alkahest.errors import MismatchError
 from alkahest.expr import Weights
 from alkahest.options import Options
 from alkahest.scalar import Rules
-from alkahest.term import Term, Workspace, evaluate
+from alkahest.term import Term, Workspace
 from alkahest.work import Event, Job, Run, blocks
-
-_FORMAT_OF = {form.torch: form for form in FORMATS.values()}
 
 
 def load_into(expression: Weights, module: torch.nn.Module, **options: Any) -> int:
@@ -47,19 +45,16 @@ def fill(terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options
     jobs = []
     for key, term in terms.items():
         target = targets[key]
-        jobs.append(Job(key, target.nbytes, _fill(run, key, term, target, _FORMAT_OF[target.dtype])))
+        jobs.append(Job(key, target.nbytes, _fill(run, key, term, target)))
     yield from run.progress(jobs)
 
 
-def _fill(run: Run, key: str, term: Term, target: torch.Tensor, form: Format) -> Callable[[Workspace], None]:
+def _fill(run: Run, key: str, term: Term, target: torch.Tensor) -> Callable[[Workspace], None]:
     flat = target.view(-1)
 
     def work(workspace: Workspace) -> None:
         for start, stop in blocks(term, flat.numel()):
-            with workspace.block(stop - start) as values:
-                evaluate(term, start, stop, values, workspace)
-                run.check(values, key, form, term)
-                flat[start:stop].copy_(run.round(values, key, start, form))
+            run.computed(term, key, start, stop, workspace, flat[start:stop])
 
     return work
 
@@ -73,7 +68,7 @@ def slices(expression: Weights, module: torch.nn.Module) -> dict[str, torch.Tens
         if ".lora_" in wrapped:
             continue
         name, values = wrapped.replace(".base_layer.", "."), parameter.detach()
-        if values.is_meta or not values.is_contiguous() or values.dtype not in _FORMAT_OF:
+        if values.is_meta or not values.is_contiguous() or values.dtype not in FORMAT_OF:
             raise MismatchError(
                 "load_into", "this parameter cannot be written in place", key=name,
                 expected="a contiguous float tensor in memory", found=f"{values.dtype} on {values.device}",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from alkahest.checkpoint import Checkpoint
@@ -17,6 +19,7 @@ from alkahest.dtypes import decode
 from alkahest.errors import UnknownNameError, UnsupportedError, nearest
 from alkahest.expr import Weights, require_same
 from alkahest.files import size_text
+from alkahest.fused import Bits
 from alkahest.live import fill, slices
 from alkahest.options import Options, byte_count
 from alkahest.pipeline import pipeline
@@ -230,3 +233,15 @@ class _Holding:
             self.leaf.read(key, start, stop, out, workspace)
         else:
             decode(raw[start * size : stop * size], stored.form, out, stored.scale)
+
+    def is_bf16(self, key: str) -> bool:
+        return self.leaf.is_bf16(key)
+
+    @contextmanager
+    def bits(self, key: str, start: int, stop: int, workspace: Workspace) -> Iterator[Bits]:
+        raw = self.held.raw(self.leaf, key)
+        if raw is None:
+            with self.leaf.bits(key, start, stop, workspace) as found:
+                yield found
+        else:
+            yield raw[2 * start : 2 * stop].numpy().view(np.uint16)

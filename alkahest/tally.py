@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -64,12 +66,9 @@ class Tally:
             self.squares[name] = self.squares.get(name, 0.0) + square
         self.largest = max(self.largest, abs(factor) * largest)
         self.changed += int(changed)
-        forms = [units[name] for name in ("variant", "base", "on")]
-        mantissas, lowest = (np.array(found) for found in zip(*((f.mantissa, f.min_exponent + 127) for f, _ in forms), strict=True))  # fmt: skip
-        steps = np.zeros(4)
-        counts, energy = np.zeros_like(self.ulps), np.zeros_like(self.energy)
-        scales = np.array([scale for _, scale in forms], np.float32)
-        loops.sampled(v, b, w, stride, factor, mantissas, lowest, scales, counts, energy, steps)
+        steps, counts, energy = np.zeros(4), np.zeros_like(self.ulps), np.zeros_like(self.energy)
+        forms = _arrays(*(units[name] for name in ("variant", "base", "on")))
+        loops.sampled(v, b, w, stride, factor, *forms, counts, energy, steps)
         self.ulps += stride * counts
         self.energy += stride * energy
         self.stepped += int(steps[0])
@@ -131,6 +130,14 @@ class Tally:
         # v.b from three sums of squares: better conditioned than the sum of products where v and b are close.
         dot = (self.squares["variant"] + self.squares["base"] - self.squares["gap"]) / 2
         return max(-1.0, min(1.0, dot / product))
+
+
+@functools.lru_cache(maxsize=64)
+def _arrays(*units: tuple[Format, float]) -> tuple[npt.NDArray[Any], ...]:
+    """Mantissas, lowest exponents (plus 127) and scales of several stored formats."""
+    forms = [form for form, _ in units]
+    scales = np.array([scale for _, scale in units], np.float32)
+    return np.array([f.mantissa for f in forms]), np.array([f.min_exponent + 127 for f in forms]), scales
 
 
 def _runs(values: Tensor, stride: int) -> Tensor:

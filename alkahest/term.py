@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from alkahest.files import LINE
+
 Tensor = torch.Tensor
 
 
@@ -121,13 +123,19 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._free: list[Tensor] = []
-        self._raw = torch.empty(0, dtype=torch.uint8)
+        self._raw: list[Tensor] = []
 
-    def raw(self, nbytes: int) -> Tensor:
-        """A uint8 buffer on the CPU, valid until the next call."""
-        if self._raw.numel() < nbytes:
-            self._raw = torch.empty(nbytes, dtype=torch.uint8)
-        return self._raw[:nbytes]
+    @contextmanager
+    def raw(self, nbytes: int, offset: int) -> Iterator[Tensor]:
+        """``nbytes`` bytes on the CPU, for the length of the with block, to be read from or written to ``offset`` of a file."""
+        buffer = self._raw.pop() if self._raw else torch.empty(0, dtype=torch.uint8)
+        if buffer.numel() < nbytes + LINE:
+            buffer = torch.empty(nbytes + LINE, dtype=torch.uint8)
+        first = offset % LINE // 8 * 8  # torch's memory begins a line; a view as numbers needs 8
+        try:
+            yield buffer[first : first + nbytes]
+        finally:
+            self._raw.append(buffer)
 
     @contextmanager
     def block(self, count: int) -> Iterator[Tensor]:

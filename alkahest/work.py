@@ -6,22 +6,26 @@ import contextlib
 import ctypes
 import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from alkahest.checkpoint import Checkpoint
-from alkahest.dtypes import Format, encode, rounding_noise
+from alkahest.compiled import Kernels, kernels
+from alkahest.dtypes import FORMAT_OF, Format, encode, rounding_noise
 from alkahest.errors import NonFiniteError
 from alkahest.expr import DeltaLeaf, Leaf
+from alkahest.fused import combined
 from alkahest.options import Options
-from alkahest.term import Term, Workspace, needs_whole_tensor, sources
+from alkahest.term import Term, Workspace, evaluate, needs_whole_tensor, sources
 
-BLOCK = 1 << 20  # elements: 4 MB in float32, small enough for caches, large enough for disks
+BLOCK = 1 << 19  # elements: 2 MB in float32, small enough for caches, large enough for disks
+_COMPILED = 2 << 30  # bytes, above which compiled loops pay for being loaded
+_LISTEN = 0.05  # seconds between events
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,27 @@ class Run:
         self.nonfinite: Counter[str] = Counter()
         self.overflowed: Counter[str] = Counter()
         self._device = options.torch_device()
+        self._is_large = False
         self._lock = threading.Lock()
         self._local = threading.local()
 
     def perform(self, jobs: list[Job]) -> Iterator[Job]:
         """Run the jobs; yield each as it is done. An exception, or closing the generator, drops the rest."""
         before = torch.get_num_threads()
-        pool = ThreadPoolExecutor(self.options.worker_count(), "alkahest", self._start_worker)
+        self._is_large = sum(job.nbytes for job in jobs) >= _COMPILED
+        waiting = iter(sorted(jobs, key=lambda job: job.place))
+        done: deque[Job] = deque()
+        count = self.options.worker_count()
+        pool = ThreadPoolExecutor(count, "alkahest", self._start_worker)
         try:
-            ordered = sorted(jobs, key=lambda job: job.place)
-            futures: dict[Future[None], Job] = {pool.submit(self._work, job): job for job in ordered}
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
+            # Long loops, not a future for each job: waking this thread costs the workers more than a small job's arithmetic.
+            running = {pool.submit(self._work, waiting, done) for _ in range(count)}
+            while running:
+                ended, running = wait(running, _LISTEN, FIRST_COMPLETED)
+                for loop in ended:
+                    loop.result()
+                while done:
+                    yield done.popleft()
         except BaseException:
             self.cancelled.set()
             raise
@@ -105,6 +117,25 @@ class Run:
         total = sum(job.nbytes for job in jobs)
         yield Event(total, total, "done", result())
 
+    def computed(self, term: Term, key: str, start: int, stop: int, workspace: Workspace, out: torch.Tensor) -> None:
+        """Write elements ``start`` to ``stop`` of a term to ``out``, checked and rounded once to its dtype."""
+        form = FORMAT_OF[out.dtype]
+        if form.name == "bf16" and out.device.type == "cpu" and (loops := self._compiled()):
+            largest = combined(term, start, stop, workspace, loops, out)
+            if largest is not None and largest < form.largest + half_step(form):  # false for NaN
+                return
+        turn = self.whole_tensor if needs_whole_tensor(term) else contextlib.nullcontext()
+        with turn, workspace.block(stop - start) as values:
+            evaluate(term, start, stop, values, workspace)
+            self.check(values, key, form, term)
+            self.round(values, key, start, out)
+
+    def _compiled(self) -> Kernels | None:
+        if not self._is_large or self.options.rounding != "nearest" or self._device.type != "cpu":
+            return None
+        with self._lock:  # loaded by one worker
+            return kernels()
+
     def check(self, values: torch.Tensor, key: str, form: Format, term: Term) -> None:
         """Raise NonFiniteError for NaN, infinity, and what ``form`` cannot hold; or count them if allowed."""
         if values.numel() == 0:
@@ -117,14 +148,14 @@ class Run:
         elif max(-low, high) >= limit:
             self._tally(self.overflowed, key, values.abs() >= limit, lambda: _overflow(key, form, max(-low, high)))
 
-    def round(self, values: torch.Tensor, key: str, start: int, form: Format) -> torch.Tensor:
-        """Round a checked float32 block once to ``form``."""
+    def round(self, values: torch.Tensor, key: str, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Round a checked float32 block once to the dtype of ``out``, and into it."""
         if values.device.type == "mps":  # has no float64 and no fp8
             values = values.cpu()
-        noise = None
         if self.options.rounding == "stochastic":
             noise = rounding_noise(self.options.seed, key, start, values.numel(), values.device)
-        return encode(values, form, noise)
+            values = encode(values, FORMAT_OF[out.dtype], noise)
+        return out.copy_(values)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -142,10 +173,19 @@ class Run:
         torch.set_num_threads(1)
         self._local.workspace = Workspace(self._device)
 
-    def _work(self, job: Job) -> None:
-        if not self.cancelled.is_set():
-            with torch.inference_mode():
-                job.work(self._local.workspace)
+    def _work(self, waiting: Iterator[Job], done: deque[Job]) -> None:
+        with torch.inference_mode():
+            while not self.cancelled.is_set():
+                with self._lock:
+                    job = next(waiting, None)
+                if job is None:
+                    return
+                try:
+                    job.work(self._local.workspace)
+                except BaseException:
+                    self.cancelled.set()
+                    raise
+                done.append(job)
 
     def _tally(self, tally: Counter[str], key: str, bad: torch.Tensor, error: Callable[[], Exception]) -> None:
         if not self.options.allow_nonfinite:
@@ -160,9 +200,9 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def blocks(term: Term, elements: int) -> Iterator[tuple[int, int]]:
-    """Element ranges to compute one after the other: all at once if a method needs the whole tensor."""
-    step = max(elements, 1) if needs_whole_tensor(term) else BLOCK
+def blocks(term: Term, elements: int, most: int = 1) -> Iterator[tuple[int, int]]:
+    """Element ranges to compute one after the other, ``most`` times `BLOCK`: all at once if a method needs the whole tensor."""
+    step = max(elements, 1) if needs_whole_tensor(term) else most * BLOCK
     for start in range(0, elements, step):
         yield start, min(start + step, elements)
 

@@ -58,11 +58,11 @@ def _plain_block(
 ) -> Callable[[Workspace], None]:
     def work(workspace: Workspace) -> None:
         if piece.copied is not None:
-            writer.write(_copied(run, workspace, form, piece, start, stop), offset)
+            _copy(run, workspace, writer, form, piece, start, stop, offset)
             return
-        with _values(run, workspace, piece, start, stop) as values:
-            run.check(values, piece.key, form, piece.term)
-            writer.write(_bytes(run.round(values, piece.key, start, form)), offset)
+        with workspace.raw((stop - start) * form.itemsize, offset) as raw:
+            run.computed(piece.term, piece.key, start, stop, workspace, raw.view(form.torch))
+            writer.write(_bytes(raw), offset)
 
     return work
 
@@ -85,26 +85,29 @@ def _scaled(run: Run, writer: Sink, item: Weight, offset: int, scale_offset: int
         position = offset
         for piece, start, stop in ranges:
             if piece.copied is not None:
-                writer.write(_copied(run, workspace, item.form, piece, start, stop), position)
+                _copy(run, workspace, writer, item.form, piece, start, stop, position)
             else:
-                with _values(run, workspace, piece, start, stop) as values:
+                with (
+                    _values(run, workspace, piece, start, stop) as values,
+                    workspace.raw(stop - start, position) as raw,
+                ):
                     values.div_(scale).clamp_(-item.form.largest, item.form.largest)
-                    writer.write(_bytes(run.round(values, piece.key, start, item.form)), position)
+                    run.round(values, piece.key, start, raw.view(item.form.torch))
+                    writer.write(_bytes(raw), position)
             position += stop - start
         writer.write(_bytes(torch.tensor([scale], dtype=torch.float32)), scale_offset)
 
     return work
 
 
-def _copied(run: Run, workspace: Workspace, form: Format, piece: Piece, start: int, stop: int) -> memoryview:
+def _copy(run: Run, workspace: Workspace, writer: Sink, form: Format, piece: Piece, start: int, stop: int, offset: int) -> None:  # fmt: skip
     assert piece.copied is not None
-    raw = workspace.raw((stop - start) * form.itemsize)
-    view = raw.numpy().data
-    piece.copied.stored.reader.read_into(view, piece.copied.offset + start * form.itemsize)
-    with workspace.block(stop - start) as values:
+    place, count = piece.copied.offset + start * form.itemsize, (stop - start) * form.itemsize
+    with workspace.raw(count, place) as raw, workspace.block(stop - start) as values:
+        piece.copied.stored.reader.read_into(raw.numpy().data, place)
         decode(raw, form, values)
         run.check(values, piece.key, form, piece.term)
-    return view
+        writer.write(_bytes(raw), offset)
 
 
 @contextlib.contextmanager
@@ -120,9 +123,9 @@ def _carried(item: Carried, writer: Sink, offset: int) -> Iterator[Job]:
         count = min(_COPY, item.nbytes - start)
 
         def work(workspace: Workspace, start: int = start, count: int = count) -> None:
-            view = workspace.raw(count).numpy().data
-            item.reader.read_into(view, item.entry.offset + start)
-            writer.write(view, offset + start)
+            with workspace.raw(count, item.entry.offset + start) as raw:
+                item.reader.read_into(raw.numpy().data, item.entry.offset + start)
+                writer.write(_bytes(raw), offset + start)
 
         yield Job(item.name, count, work, (0, item.entry.offset + start))
 
@@ -132,4 +135,4 @@ def _constant(data: bytes, writer: Sink, offset: int) -> Callable[[Workspace], N
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
-    return values.cpu().contiguous().view(torch.uint8).numpy().data
+    return values.view(torch.uint8).numpy().data

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,6 +115,26 @@ def test_a_full_disk_in_the_middle_is_told_and_cleaned(tmp_path: Path, monkeypat
     with pytest.raises(OutputError, match="no space left"), whole_file(tmp_path / "a.bin", 5) as writer:
         writer.write(b"hello", 0)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves only there")
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(files, "require_free", lambda *arguments: None)  # what is free now may not be later
+    with pytest.raises(OutputError, match=r"(?s)(no space left|file too large).*a.bin"), whole_file(tmp_path / "a.bin", 1 << 62):  # fmt: skip
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_that_reserves_nothing_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def unsupported(*arguments: object) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *arguments, **options: SimpleNamespace(fallocate=unsupported))
+    with whole_file(tmp_path / "a.bin", 7) as writer:
+        writer.write(b"o", 4)
+        assert (writer.path).stat().st_size == 7
+    assert (tmp_path / "a.bin").read_bytes() == b"\0\0\0\0o\0\0"
 
 
 def test_a_failed_write_back_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
 
 def test_what_we_build_the_library_reads(tmp_path: Path) -> None:
     header = build_header([("wide", "F32", (2, 3)), ("narrow", "BF16", (5,))], {"a": "b"})
-    assert len(header) % 8 == 0
+    assert len(header) % 64 == 0  # where processors copy fastest; the format asks for 8
     (tmp_path / "x.safetensors").write_bytes(header + bytes(24 + 10))
     with safe_open(tmp_path / "x.safetensors", "pt") as reference:
         assert reference.metadata() == {"a": "b"}

@@ -97,21 +97,37 @@ def measured_at(size: str, options: argparse.Namespace, python: Path) -> list[di
         tools = [tool for tool in TOOLS[what] if size != "12.3 GB" or tool.script != "peers.py"]
         if what in ("lora", "live") and size != "2.9 GB":
             continue
-        caches = ["warm", "cold"] if what == "merge" else ["warm"]
-        for cache in caches:
+        for cache in caches(what, stored):
             # What is read is in the page cache from here on, and ours has hashed its inputs, which it does once.
             for tool in tools[:2]:
                 cost = run(tool, folder, options.threads, python)
-                if what == "merge" and cache == "warm" and tool.name == "alkahest":
+                if what == "merge" and cache != "warm" and tool.name == "alkahest":
                     rows.append({"what": what, "size": size, "GB": stored, "cache": "first time", "round": 0, "tool": tool.name, **cost})  # fmt: skip
             for number in range(options.rounds):
-                for tool in tools if number % 2 == 0 else tools[::-1]:
+                for tool in turns(tools, number):
                     if cache == "cold":
                         forget(folder)
                     cost = run(tool, folder, options.threads, python)
                     rows.append({"what": what, "size": size, "GB": stored, "cache": cache, "round": number, "tool": tool.name, **cost})  # fmt: skip
                     print(f"{size} {what} {cache} {tool.name:17}", {name: round(value, 2) for name, value in cost.items()}, flush=True)  # fmt: skip
     return rows
+
+
+def caches(what: str, size: float) -> list[str]:
+    """With what in the page cache a job is measured: its inputs, nothing, or nothing because they do not fit there."""
+    if what not in ("merge", "table"):
+        return ["warm"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return ["cold", "warm"] if 4 * size < memory else ["cold"]
+
+
+def turns(tools: list[Tool], number: int) -> list[Tool]:
+    """One round: floor and ours, which are quick, before each of the others, and every second time the other way round."""
+    first, others = tools[:2], tools[2:] or [None]
+    order = []
+    for turn, other in enumerate(others, number):
+        order += [*(first if turn % 2 == 0 else first[::-1]), *([other] if other else [])]
+    return order
 
 
 def run(tool: Tool, folder: Path, threads: int, python: Path) -> dict[str, float]:

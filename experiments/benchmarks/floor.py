@@ -2,62 +2,62 @@
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from measured import run_job
 
-CHUNK = 2 << 20  # bytes: a block of a bf16 file, as ours reads it
+from alkahest.files import LINE, Reader, Writer
+from alkahest.term import Workspace
+from alkahest.work import BLOCK
+
+CHUNK = 2 * BLOCK  # bytes: a block of a bf16 file, as ours reads it
 
 
 def prepare() -> None:
-    import torch  # noqa: F401
-
-    import alkahest.files  # noqa: F401
+    """Everything is imported."""
 
 
 def merge(folder: Path, threads: int) -> None:
     """Read bridge, variant and base side by side, and write as many bytes as the bridge has."""
-    import torch
-
-    from alkahest.files import Reader, Writer
-
     readers = [Reader(folder / f"{name}.safetensors") for name in ("bridge", "variant", "base")]
-    size = min(reader.size for reader in readers)
+    first = 8 + int.from_bytes(readers[0].read(0, 8), "little")
+    size = min(reader.size for reader in readers) - first
     (folder / "out.safetensors").unlink(missing_ok=True)
-    writer = Writer(folder / "out.safetensors", size)
+    writer = Writer(folder / "out.safetensors", LINE + size)
     local = threading.local()
 
     def copy(start: int) -> None:
-        if not hasattr(local, "buffer"):
-            # Aligned as ours is: copying to a bytearray takes six times as long on some processors.
-            local.buffer = memoryview(torch.empty(CHUNK, dtype=torch.uint8).numpy())
-        view = local.buffer[: min(CHUNK, size - start)]
+        if not hasattr(local, "workspace"):
+            local.workspace = Workspace(torch.device("cpu"))
+        count = min(CHUNK, size - start)
         for reader in readers:
-            reader.read_into(view, start)
-        writer.write(view, start)
+            with local.workspace.raw(count, first + start) as raw:
+                reader.read_into(raw.numpy().data, first + start)
+        with local.workspace.raw(count, LINE + start) as raw:
+            writer.write(raw.numpy().data, LINE + start)
 
-    # From the first tensor on, as ours does: writes at multiples of 2 MB are several times slower on some kernels.
-    header = 8 + int.from_bytes(readers[0].read(0, 8), "little")
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(copy, range(header, size, CHUNK)))
+        list(pool.map(copy, range(0, size, CHUNK)))
     writer.sync()
     writer.close()
 
 
 def read(folder: Path, threads: int) -> None:
     """Read variant and base from end to end, the same part of each at the same time, as delta_table does."""
-    files = [os.open(folder / f"{name}.safetensors", os.O_RDONLY) for name in ("variant", "base")]
-    size = os.fstat(files[0]).st_size
+    readers = [Reader(folder / f"{name}.safetensors") for name in ("variant", "base")]
+    size = min(reader.size for reader in readers)
     step = -(-size // (64 * threads))
 
     def part(start: int) -> None:
-        buffer = bytearray(CHUNK)
-        for offset in range(start, min(start + step, size), CHUNK):
-            for file in files:
-                os.preadv(file, [memoryview(buffer)[: min(CHUNK, size - offset)]], offset)
+        workspace, end = Workspace(torch.device("cpu")), min(start + step, size)
+        for offset in range(start, end, CHUNK):
+            for reader in readers:
+                with workspace.raw(min(CHUNK, end - offset), offset) as raw:
+                    reader.read_into(raw.numpy().data, offset)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(part, range(0, size, step)))
@@ -73,10 +73,6 @@ _PARAMETERS: list[tuple[object, object]] = []
 
 
 def prepare_pass() -> None:
-    import sys
-
-    import torch
-
     import alkahest as ak
 
     torch.set_num_threads(int(sys.argv[3]))

@@ -36,7 +36,7 @@ def measure(work: Callable[[], object]) -> dict[str, float]:
     peak, stop = list(resident_mb()), threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.02):
+        while not stop.wait(0.05):
             for number, value in enumerate(resident_mb()):
                 peak[number] = max(peak[number], value)
 

@@ -62,8 +62,20 @@ def prepare_live() -> None:
     torch.set_num_threads(int(sys.argv[3]))
     variant, base = opened(Path(sys.argv[2]), "variant", "base")
     expression = base + ak.param("k", 1.0) * (variant - base).only("layers")
-    LIVE["model"] = ak.LiveModel(expression, memory="4GB")
+    LIVE["model"] = ak.LiveModel(expression, components=small_parts(), memory="6GB")
     LIVE["model"].set({"k": 1.5})  # inputs are held from the second change on
+
+
+def small_parts() -> dict[str, Any]:
+    """A text encoder, tokenizer and VAE that fit a real transformer and weigh nothing: only the transformer is rewritten."""
+    from diffusers import AutoencoderKL
+    from transformers import Qwen3Config, Qwen3Model
+
+    import alkahest as ak
+
+    config = Qwen3Config(vocab_size=8, hidden_size=2560, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=16, norm_num_groups=2)
+    return {"text_encoder": Qwen3Model(config), "tokenizer": ak.mini.components() / "tokenizer", "vae": vae}
 
 
 def import_torch(folder: Path, threads: int) -> None:
