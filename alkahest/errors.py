@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AlkahestError(Exception):
@@ -42,6 +43,17 @@ class AlkahestError(Exception):
         lines = [f"{operation}: {problem}"]
         lines += [f"  {name}: {_printable(str(value))}" for name, value in facts if value is not None]
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that another process can send it."""
+        return _arrived, (type(self), self.args, self.__dict__)
+
+
+def _arrived(kind: type[AlkahestError], arguments: tuple[Any, ...], about: dict[str, Any]) -> AlkahestError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(about)
+    return error
 
 
 class FileFormatError(AlkahestError):

@@ -211,7 +211,7 @@ class Weights(Expression):
         """Compute the expression and write it to ``path``; ``help(alkahest.stream.save)`` explains each option.
 
         Options: ``dtype``, ``layout``, ``rounding``, ``seed``, ``device``, ``comfy_compatible``,
-        ``max_shard_size``, ``allow_nonfinite``, ``threads``.
+        ``max_shard_size``, ``allow_nonfinite``, ``metadata``, ``threads``, ``executor``.
         """
         from alkahest.stream import save
 

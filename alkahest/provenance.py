@@ -24,7 +24,7 @@ from alkahest.lora import apply  # noqa: F401  (lets recipes call it)
 from alkahest.lora.read import Lora, open_input
 from alkahest.options import Options
 from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
-from alkahest.stream import hashed_recipe, headers_of, plan_of
+from alkahest.recorded import hashed_recipe, headers_of, plan_of
 from alkahest.term import Source, Workspace
 from alkahest.work import Event, Run, blocks
 from alkahest.workflow.graph import json_in, read_graph

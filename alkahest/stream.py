@@ -7,24 +7,22 @@ it is on disk.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alkahest import __version__
-from alkahest.expr import Leaf, Names, Weights, name_leaves
-from alkahest.files import Reader, Writer, as_output_error, size_text, whole_file, whole_folder
+from alkahest.errors import OutputError
+from alkahest.expr import Weights
+from alkahest.files import Writer, as_output_error, size_text, whole_file, whole_folder
 from alkahest.hashes import blake3_of
-from alkahest.header import build_header
 from alkahest.options import Options, check_target
-from alkahest.output import Plan, make_plan, restored
-from alkahest.recipe import METADATA_KEY, Recipe
-from alkahest.scalar import Rules
+from alkahest.output import Plan, restored
+from alkahest.recorded import headers_of, plan_of, readers_of, recipe_of
+from alkahest.shards import file_names, write_json, write_shards
 from alkahest.work import Event, Run, finished
 from alkahest.write import jobs_of
 
@@ -80,6 +78,8 @@ def save(expression: Weights, path: str | os.PathLike[str], **options: Any) -> S
     - ``max_shard_size``: bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
     - ``allow_nonfinite``: write NaN, infinity and overflow instead of refusing; the result counts them.
     - ``threads``: workers; the bytes do not depend on it. Default: the processors at hand, at most 8.
+    - ``executor``: any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; each shard is then
+      a task, with its own ``threads``, that writes its own file: on any machine that sees the same folders.
 
     An existing file is replaced in one step at the end. Raises the AlkahestError kinds, before
     anything is written where that is possible; the target is never left half written.
@@ -88,7 +88,7 @@ def save(expression: Weights, path: str | os.PathLike[str], **options: Any) -> S
     return saved
 
 
-def stream(expression: Weights, path: str | os.PathLike[str], **options: Any) -> Iterator[Event]:
+def stream(expression: Weights, path: str | os.PathLike[str], *, executor: Executor | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
     """`save` as a generator of events; the last one carries the `Saved` result.
 
     Closing the generator, or any exception, stops the work and removes the partial file.
@@ -96,7 +96,20 @@ def stream(expression: Weights, path: str | os.PathLike[str], **options: Any) ->
     chosen = Options.checked(options)
     target = Path(path).expanduser()
     check_target(expression, target, chosen)
-    return _stream(expression, target, chosen, plan_of(expression, chosen))
+    if executor is None:
+        return _stream(expression, target, chosen, plan_of(expression, chosen))
+    if not chosen.makes_folder(target):
+        raise OutputError("save", "an executor writes shards, and this is one file", file=target, fix="max_shard_size='2GB' and a folder's name")  # fmt: skip
+    return _spread(expression, target, chosen, plan_of(expression, chosen), executor)
+
+
+def _spread(expression: Weights, target: Path, options: Options, plan: Plan, executor: Executor) -> Iterator[Event]:
+    """`_stream`, each file by a task of its own."""
+    started, run = time.perf_counter(), Run(options)
+    for event in write_shards(expression, target, run, plan, executor):
+        yield event
+    seconds = time.perf_counter() - started
+    yield replace(event, result=_result(expression, target, options, plan, file_names(plan), run, event.total, seconds))
 
 
 def _stream(expression: Weights, target: Path, options: Options, plan: Plan) -> Iterator[Event]:
@@ -126,7 +139,7 @@ def _stream(expression: Weights, target: Path, options: Options, plan: Plan) -> 
                 writer.write(header, 0)
                 writer.sync()
             if options.makes_folder(target):
-                _write_json(writers[0].path.parent, expression, plan, names)
+                write_json(writers[0].path.parent, expression, plan, names)
                 for writer in writers:
                     writer.close()
     result = _result(expression, target, options, plan, names, run, total, time.perf_counter() - started)
@@ -140,74 +153,12 @@ def _open_output(
     if not options.makes_folder(target):
         return [stack.enter_context(whole_file(target, sizes[0]))], [target.name]
     folder = stack.enter_context(whole_folder(target, sum(sizes)))
-    stem, count = _stem(plan), len(sizes)
-    names = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    names = names if count > 1 else [f"{stem}.safetensors"]
+    names = file_names(plan)
     with as_output_error(target):
         writers = [Writer(folder / name, size, target / name) for name, size in zip(names, sizes, strict=True)]
     for writer in writers:
         stack.callback(writer.close)
     return writers, names
-
-
-def _write_json(folder: Path, expression: Weights, plan: Plan, names: list[str]) -> None:
-    if plan.layout == "diffusers":
-        config = next((c for leaf in expression.leaves() if (c := leaf.config) is not None), None)
-        if config is None:
-            config = expression.leading.architecture.diffusers_config()
-            if expression.leading.architecture.head != 128:
-                plan.notes.append("config.json: rotary axes are not in the weights; guessed from the head size")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if len(names) > 1:
-        weight_map = {item.name: name for items, name in zip(plan.files, names, strict=True) for item in items}
-        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        (folder / f"{_stem(plan)}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _stem(plan: Plan) -> str:
-    return "diffusion_pytorch_model" if plan.layout == "diffusers" else "model"
-
-
-def plan_of(expression: Weights, options: Options) -> Plan:
-    """The output's tensors under these options."""
-    rules = Rules(comfy_compatible=options.comfy_compatible)
-    plan = make_plan(expression, rules, options.dtype, options.layout, options.shard_bytes())
-    return replace(plan, metadata={**(options.metadata or {}), **plan.metadata})
-
-
-def readers_of(expression: Weights) -> list[Reader]:
-    """Every file that an expression reads."""
-    return [reader for leaf in expression.leaves() for reader in leaf.files]
-
-
-def recipe_of(expression: Weights, options: Options, hashes: Mapping[Reader, str]) -> Recipe:
-    """What the output's metadata says about itself; no text if it reads weights that no recipe can name."""
-    names = name_leaves(expression)
-    if not all(leaf.is_reproducible for leaf in names if isinstance(leaf, Leaf)):
-        return Recipe("")
-    return Recipe(expression.text(names), inputs_of(names, hashes), options.record(), __version__)
-
-
-def hashed_recipe(expression: Weights, options: Options) -> Recipe:
-    """`recipe_of`, with its inputs hashed now."""
-    readers = readers_of(expression)
-    return recipe_of(expression, options, dict(zip(readers, blake3_of(readers), strict=True)))
-
-
-def inputs_of(names: Names, hashes: Mapping[Reader, str]) -> dict[str, list[dict[str, Any]]]:
-    """What a recipe records of the files that it was made from."""
-    return {
-        name: [{"file": leaf.file_names[r], "bytes": r.size, "blake3": hashes[r]} for r in leaf.files]
-        for leaf, name in names.items()
-        if leaf.files
-    }
-
-
-def headers_of(plan: Plan, recipe: Recipe) -> list[bytes]:
-    """The header of every output file."""
-    own = {METADATA_KEY: recipe.to_json()} if recipe.text else {}
-    metadata = {"format": "pt", **plan.metadata, **own}
-    return [build_header(((item.name, item.tag, item.shape) for item in items), metadata) for items in plan.files]
 
 
 def _result(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from alkahest.hashes import blake3_of
 from alkahest.live_model import LiveModel
 from alkahest.measures import picture_measures
 from alkahest.sample import sample
+from alkahest.work import spread
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -155,13 +156,8 @@ def _drawn(live: LiveModel, cells: list[Cell], executor: Executor | None, batch:
         for chosen in batches:
             yield from _kept(chosen, draw(live, chosen))
         return
-    futures: dict[Future[Any], list[Cell]] = {executor.submit(draw, live, chosen): chosen for chosen in batches}
-    try:
-        for future in as_completed(futures):
-            yield from _kept(futures[future], future.result())
-    finally:
-        for future in futures:
-            future.cancel()
+    for number, drawn in spread(executor, draw, {number: (live, chosen) for number, chosen in enumerate(batches)}):
+        yield from _kept(batches[number], drawn)
 
 
 def draw(live: LiveModel, cells: Sequence[Cell]) -> list[tuple[bytes, dict[str, Any]]]:

@@ -7,10 +7,10 @@ import ctypes
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ from alkahest.term import Term, Workspace, evaluate, needs_whole_tensor, sources
 BLOCK = 1 << 19  # elements: 2 MB in float32, small enough for caches, large enough for disks
 _COMPILED = 2 << 30  # bytes, above which compiled loops pay for being loaded
 _LISTEN = 0.05  # seconds between events
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ def concluded(streams: Iterable[Iterator[Event]], conclude: Callable[..., Any]) 
         results.append(event.result)
         before += event.total
     yield Event(before, before, "done", conclude(*results))
+
+
+def spread(executor: Executor, function: Callable[..., Result], calls: Mapping[Key, tuple[Any, ...]]) -> Iterator[tuple[Key, Result]]:  # fmt: skip
+    """Results of calls on any executor, as they come; after an exception those not begun are dropped, and the others awaited."""
+    futures = {executor.submit(function, *arguments): key for key, arguments in calls.items()}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        wait([future for future in futures if not future.cancel()])
 
 
 class Run:

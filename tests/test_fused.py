@@ -99,6 +99,7 @@ def test_other_inputs_are_left_to_torch(models: Models, calls: list[float], tmp_
 
 def with_one(path: Path, number: float) -> ak.Checkpoint:
     state = tiny.state(seed=1)
+    state = {**state, LAYER: state[LAYER].clone()}
     state[LAYER][2, 3] = number
     return ak.open(tiny.write(path, tiny.native(state)))
 

@@ -267,7 +267,7 @@ def _located(found: Any, models_dir: Path) -> Any:
     """A workflow's recipe with its files looked up, opened and hashed."""
     from alkahest.options import Options
     from alkahest.provenance import build, output_for
-    from alkahest.stream import hashed_recipe
+    from alkahest.recorded import hashed_recipe
     from alkahest.workflow.translate import WorkflowRecipe
 
     if not isinstance(found, WorkflowRecipe):

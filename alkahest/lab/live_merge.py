@@ -23,8 +23,8 @@ from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, number_with
 from alkahest.live_model import LiveModel
 from alkahest.measures import picture_measures
 from alkahest.options import Options
+from alkahest.recorded import readers_of, recipe_of
 from alkahest.sample import sample
-from alkahest.stream import readers_of, recipe_of
 from alkahest.sweep import SETTINGS
 from alkahest.work import Event
 
