@@ -4,9 +4,12 @@ import pytest
 import tiny
 import torch
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alkahest import layouts
-from alkahest.errors import FileFormatError, UnknownNameError
+from alkahest.errors import AlkahestError, FileFormatError, UnknownNameError
+from alkahest.layouts.lora import DOTTED, FLAT, REFUSED, ROLES, parsed
 
 
 def test_names_agree_with_diffusers_own_converter() -> None:
@@ -57,3 +60,19 @@ def test_the_siglip_branch_and_norm_final_map_too() -> None:
         f"siglip_refiner.0.attention.to_{x}.weight" for x in "qkv"
     )
     assert layouts.canonical("norm_final.weight") == ("norm_final.weight",)
+
+
+_PIECES = [*FLAT, *DOTTED, "layers", "noise_refiner", "siglip_refiner", "0", "31", "attention", "to_q", "qkv", "to_out", "feed_forward", "w1", "x_pad_token", "text_model", "ä", ""]  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(pieces=st.lists(st.sampled_from(_PIECES), max_size=9), glue=st.sampled_from("._"), suffix=st.sampled_from([*ROLES, *REFUSED, "weight", "", "lora_A"]), many=st.sampled_from([1, 3000]))  # fmt: skip
+def test_any_name_is_understood_or_refused(pieces: list[str], glue: str, suffix: str, many: int) -> None:
+    stored = pieces[0] * (many - 1) + glue.join(pieces) + "." + suffix if pieces else suffix
+    try:
+        name = parsed(stored)
+    except AlkahestError as error:
+        assert error.key == stored
+    else:
+        assert name.keys
+        assert name.role in {*ROLES.values()}

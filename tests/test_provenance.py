@@ -147,8 +147,19 @@ def test_verify(folder: Path) -> None:
     assert verdict.differing == []
     assert "every byte the same" in repr(verdict)
     assert set(verdict.inputs) == {"bridge", "variant", "base"}
+    # A header with other spaces at its end, as the format allows, is the same header.
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    text = whole[8:end].rstrip()
+    text += b" " * (-len(text) % 8 + 8)
+    assert len(text) != end - 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
+    assert last(path, recompute=True).differing == []
+    path.write_bytes(len(text).to_bytes(8, "little") + text.replace(b'"format":"pt"', b'"format":"np"') + whole[end:])
+    assert last(path, recompute=True).differing == ["the header"]
     # One flipped byte in the data is found, and named.
-    content = bytearray(path.read_bytes())
+    path.write_bytes(whole)
+    content = bytearray(whole)
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     verdict = last(path, recompute=True)

@@ -92,13 +92,14 @@ def _without_suffix(stored: str) -> tuple[str, str]:
 
 
 def _without_prefix(name: str) -> tuple[str, str]:
-    for prefix, flavour in FLAT.items():
-        if name.startswith(prefix):
-            return flavour, name.removeprefix(prefix).lstrip("_")
-    for prefix, flavour in DOTTED.items():
-        if name.startswith(prefix):
-            return flavour, _without_prefix(name.removeprefix(prefix))[1]
-    return "bare", name
+    """The flavour that the outermost prefix tells, and the module."""
+    flavour = ""
+    while dotted := next((prefix for prefix in DOTTED if name.startswith(prefix)), ""):
+        flavour, name = flavour or DOTTED[dotted], name.removeprefix(dotted)
+    flat = next((prefix for prefix in FLAT if name.startswith(prefix)), "")
+    if flat:
+        return flavour or FLAT[flat], name.removeprefix(flat).lstrip("_")
+    return flavour or "bare", name
 
 
 def _keys(module: str, role: str) -> tuple[str, ...]:

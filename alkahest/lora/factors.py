@@ -148,11 +148,11 @@ def _require_pairs(kind: str, entries: Mapping[str, Entry], names: Mapping[str, 
             if (whole in entries) == (half in entries):
                 raise FileFormatError("open_lora", f"a LoKr needs {whole}, whole or as a product, once", file=file, key=next(iter(names.values())), found=", ".join(entries), fix="the file is damaged; get it again")  # fmt: skip
     for role, entry in entries.items():
-        if (
-            role not in ("alpha", "magnitude", "diff", "bias")
-            and len(entry.shape) != 2
-            and math.prod(entry.shape[2:]) != 1
+        if role not in ("alpha", "magnitude", "diff", "bias") and (
+            len(entry.shape) < 2 or math.prod(entry.shape[2:]) != 1
         ):
             raise FileFormatError("open_lora", "a factor must be a matrix", file=file, key=names[role], expected="2 dimensions", found=entry.shape)  # fmt: skip
+        if role in ("diff", "bias") and not entry.shape:
+            raise FileFormatError("open_lora", "a difference must have a shape", file=file, key=names[role], found="a single number")  # fmt: skip
         if 0 in entry.shape:
             raise FileFormatError("open_lora", "a factor is empty", file=file, key=names[role], found=entry.shape)

@@ -1,0 +1,58 @@
+"""Search for bytes that break a target, led by which lines of the package they reach.
+
+    pip install atheris                                       # Linux, CPython; not among the project's needs
+    python tests/fuzz/fuzz.py header --seconds 900 --new /tmp/found-header
+    python tests/fuzz/fuzz.py header --seconds 60 --keep /tmp/found-header    # add to corpus/ what reaches new lines
+
+Stops at the first failure and leaves its bytes in ``crash-...``: mend it, and copy the file into corpus/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+os.environ.setdefault("ALKAHEST_CACHE", tempfile.mkdtemp(prefix="alkahest-fuzz-cache-"))
+HERE = Path(__file__).parent
+WORDS = {
+    "header": ["__metadata__", "data_offsets", "dtype", "shape", "BF16", "F8_E4M3", "I8", "U8", "weight_scale", "comfy_quant", "scaled_fp8", "scale_weight", "_quantization_metadata", "model.diffusion_model.", "nvfp4", "mxfp8", "int8_tensorwise", "convrot"],
+    "recipe": ["base", "variant", "lerp(", "weighted_sum(", ".protect('refiner')", ".only('layers')", ".without(", ".scaled({", "param('k', 1.0)", "ties([", "dare(", "della(", "sce(", "nuslerp(", "karcher(", "alkahest.", "extract_lora(", "1e308", "--", "\\\\"],
+    "workflow": ["class_type", "inputs", "ModelMergeAdd", "ModelMergeSubtract", "ModelMergeSimple", "ModelMergeBlocks", "ModelSave", "CheckpointSave", "UNETLoader", "CheckpointLoaderSimple", "LoraLoaderModelOnly", "nodes", "links", "definitions", "subgraphs", "widgets_values", "AlkahestMerge", "multiplier", "ratio", "PrimitiveFloat"],
+    "lora": ["lora_unet_", "diffusion_model.", "transformer.", "lycoris_", ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".alpha", ".dora_scale", ".hada_w1_a", ".lokr_w1", ".lokr_w2_a", ".diff", ".diff_b", "layers.0.attention.to_q", "layers_0_attention_to_q", "lora_adapter_metadata", "r", "lora_alpha"],
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=list(WORDS))
+    parser.add_argument("--seconds", type=int, default=900)
+    parser.add_argument("--new", type=Path, default=Path("found"), help="folder for what is found on the way")
+    parser.add_argument("--keep", type=Path, help="merge this folder into the corpus, smallest first, and stop")
+    options = parser.parse_args()
+    with atheris.instrument_imports(include=["alkahest"]):
+        sys.path.insert(0, str(HERE))
+        import targets
+    targets.models()  # made before anything is measured
+    corpus = HERE / "corpus" / options.target
+    corpus.mkdir(parents=True, exist_ok=True)
+    options.new.mkdir(parents=True, exist_ok=True)
+    words = options.new.with_suffix(".words")
+    words.write_text("".join('"' + word.replace('"', '\\"') + '"\n' for word in WORDS[options.target]))
+    arguments = [sys.argv[0], f"-dict={words}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=20000", "-print_final_stats=1"]  # fmt: skip
+    folders = [str(corpus), str(options.keep)] if options.keep else [str(options.new), str(corpus)]
+    arguments += ["-merge=1"] if options.keep else [f"-max_total_time={options.seconds}"]
+
+    def one(data: bytes) -> None:
+        targets.attempt(options.target, data)
+
+    atheris.Setup([*arguments, *folders], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
