@@ -39,9 +39,9 @@ def stream_into(expression: Weights, module: torch.nn.Module, **options: Any) ->
     yield from fill({key: term for key, term in terms.items() if term is not None}, slices(expression, module), checked)
 
 
-def fill(terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options: Options) -> Iterator[Event]:
-    """Compute terms into the tensors of the same names, in place."""
-    run = Run(options)
+def fill(terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options: Options, often: bool = False) -> Iterator[Event]:  # fmt: skip
+    """Compute terms into the tensors of the same names, in place; ``often`` as for `Run`."""
+    run = Run(options, often)
     jobs = []
     for key, term in terms.items():
         target = targets[key]

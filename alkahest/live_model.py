@@ -128,7 +128,7 @@ class LiveModel:
         self._held.start()
         device = str(next(iter(targets.values())).device) if targets else "cpu"
         try:
-            for _ in fill(terms, targets, Options(device=device)):
+            for _ in fill(terms, targets, Options(device=device), often=True):
                 pass
         except BaseException:
             # Half rewritten: put back what was there, so that the model is the old one or the new one.

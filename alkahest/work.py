@@ -24,7 +24,8 @@ from alkahest.options import Options
 from alkahest.term import Term, Workspace, evaluate, needs_whole_tensor, sources
 
 BLOCK = 1 << 19  # elements: 2 MB in float32, small enough for caches, large enough for disks
-_COMPILED = 2 << 30  # bytes, above which compiled loops pay for being loaded
+_COMPILED = 2 << 30  # bytes, above which compiled loops pay for being loaded (0.4 s)
+_COMPILED_OFTEN = 128 << 20  # the same where the work is repeated
 _LISTEN = 0.05  # seconds between events
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -79,23 +80,23 @@ def spread(executor: Executor, function: Callable[..., Result], calls: Mapping[K
 
 
 class Run:
-    """The workers of one save, and what they found out."""
+    """The workers of one save, and what they found out; ``often`` says that the like of it is done again and again."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, often: bool = False) -> None:
         self.options = options
         self.cancelled = threading.Event()
         self.whole_tensor = threading.Lock()  # one at a time: memory, not speed, is scarce there
         self.nonfinite: Counter[str] = Counter()
         self.overflowed: Counter[str] = Counter()
         self._device = options.torch_device()
-        self._is_large = False
+        self._often, self._is_large = often, False
         self._lock = threading.Lock()
         self._local = threading.local()
 
     def perform(self, jobs: list[Job]) -> Iterator[Job]:
         """Run the jobs; yield each as it is done. An exception, or closing the generator, drops the rest."""
         before = torch.get_num_threads()
-        self._is_large = sum(job.nbytes for job in jobs) >= _COMPILED
+        self._is_large = sum(job.nbytes for job in jobs) >= (_COMPILED_OFTEN if self._often else _COMPILED)
         waiting = iter(sorted(jobs, key=lambda job: job.place))
         done: deque[Job] = deque()
         count = self.options.worker_count()

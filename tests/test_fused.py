@@ -37,6 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return found[-1]
 
     monkeypatch.setattr(work, "_COMPILED", 0)
+    monkeypatch.setattr(work, "_COMPILED_OFTEN", 0)
     monkeypatch.setattr(work, "kernels", lambda: Kernels(loops.pair, loops.sampled, combined))
     return found
 

@@ -30,11 +30,15 @@ def table(folder: Path, threads: int) -> None:
     ak.delta_table(variant - base, threads=threads)
 
 
-def lora(folder: Path, threads: int, **rule: Any) -> None:
+def lora(folder: Path, threads: int, layers: str = "layers.0") -> None:
     import alkahest as ak
 
     variant, base = opened(folder, "variant", "base")
-    ak.extract_lora((variant - base).only("layers.0"), energy=0.995, threads=threads, **rule).save(folder / "lora.safetensors")  # fmt: skip
+    ak.extract_lora((variant - base).only(layers), energy=0.995, threads=threads).save(folder / "lora.safetensors")
+
+
+def whole_lora(folder: Path, threads: int) -> None:
+    lora(folder, threads, "all")
 
 
 def open_and_print(folder: Path, threads: int) -> None:
@@ -99,7 +103,7 @@ def with_torch() -> None:
 if __name__ == "__main__":
     run_job(
         {
-            "merge": (prepare, merge), "table": (prepare, table), "lora": (prepare, lora), "open": (prepare, open_and_print),
+            "merge": (prepare, merge), "table": (prepare, table), "lora": (prepare, lora), "whole lora": (prepare, whole_lora), "open": (prepare, open_and_print),
             "live": (prepare_live, live_set), "import": (with_torch, import_alkahest), "import torch": (nothing, import_torch),
         }
     )  # fmt: skip

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
+ORDER = ["merge", "table", "lora", "open", "live", "import"]
 MARKS = ("<!-- table: written by make bench -->", "<!-- end -->")
 
 
 def write(rows: pd.DataFrame, machine: dict[str, object], results: Path) -> None:
     """bench.csv, machine.json, bench.svg and the table in README.md."""
     results.mkdir(parents=True, exist_ok=True)
+    rows = with_earlier(rows, machine, results)
     rows.round(4).to_csv(results / "bench.csv", index=False)
     (results / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     picture(rows, machine, results / "bench.svg")
@@ -23,6 +25,21 @@ def write(rows: pd.DataFrame, machine: dict[str, object], results: Path) -> None
         readme.write_text(before + text + rest.partition(MARKS[1])[2])
     print(goals(rows))
     print(table(rows))
+
+
+def with_earlier(rows: pd.DataFrame, machine: dict[str, object], results: Path) -> pd.DataFrame:
+    """These rows, and those of an earlier run on the same machine that these do not replace, in order of job and size."""
+    try:
+        known = json.loads((results / "machine.json").read_text())
+        earlier = pd.read_csv(results / "bench.csv")
+    except (OSError, ValueError):
+        return rows
+    if {**known, "date": ""} != {**machine, "date": ""}:
+        return rows
+    again = set(zip(rows.what, rows["size"], strict=True))
+    kept = earlier[[place not in again for place in zip(earlier.what, earlier["size"], strict=True)]]
+    together = pd.concat([kept, rows], ignore_index=True)
+    return together.sort_values(["what", "GB"], key=lambda column: column.map(ORDER.index) if column.name == "what" else column, kind="stable")  # fmt: skip
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
