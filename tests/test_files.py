@@ -182,3 +182,26 @@ def test_links_are_seen_through(tmp_path: Path) -> None:
         writer.write(b"2", 0)
     assert (tmp_path / "soft").is_symlink()
     assert (tmp_path / "a").read_bytes() == b"2"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing to ask")
+def test_a_thread_that_reads_forward_has_the_system_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_LONG", 10)
+    monkeypatch.setattr(files, "_AHEAD", 100)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        files.os, "posix_fadvise", lambda descriptor, start, count, advice: asked.append((start, count))
+    )
+    content = bytes(range(250)) * 40
+    (tmp_path / "a.bin").write_bytes(content)
+    reader = Reader(tmp_path / "a.bin")
+    for start in (0, 9000, 40, 5):  # here and there, or little by little
+        assert reader.read(start, 10 if start != 5 else 4) == content[start : start + (10 if start != 5 else 4)]
+    assert asked == []
+    for start in range(2000, 3000, 20):  # every other piece, as one of two threads
+        assert reader.read(start, 10) == content[start : start + 10]
+    assert asked[0] == (2010, 120)  # what follows the first piece, as far as 100 beyond the second
+    ends = [start + count for start, count in asked]
+    assert [start for start, _ in asked[1:]] == ends[:-1], "no byte is asked for twice"
+    assert 2990 + 50 <= ends[-1] <= 2990 + 100
+    assert len(asked) < 25

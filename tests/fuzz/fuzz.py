@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 import atheris
 
@@ -27,12 +29,34 @@ WORDS = {
 }  # fmt: skip
 
 
+def keep(target: str, found: Path, corpus: Path) -> None:
+    """Copy what reaches lines that the corpus does not, the smallest first."""
+    import targets
+
+    reached: set[tuple[str, int]] = set()
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        if "alkahest" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            reached.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    for path in [*sorted(corpus.iterdir()), *sorted(found.iterdir(), key=lambda path: path.stat().st_size)]:
+        before = len(reached)
+        sys.settrace(trace)
+        targets.attempt(target, path.read_bytes())
+        sys.settrace(None)
+        if path.parent == found and len(reached) > before:
+            shutil.copy(path, corpus)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=list(WORDS))
     parser.add_argument("--seconds", type=int, default=900)
     parser.add_argument("--new", type=Path, default=Path("found"), help="folder for what is found on the way")
-    parser.add_argument("--keep", type=Path, help="merge this folder into the corpus, smallest first, and stop")
+    parser.add_argument("--keep", type=Path, help="add what reaches new lines to the corpus, and stop")
     options = parser.parse_args()
     with atheris.instrument_imports(include=["alkahest"]):
         sys.path.insert(0, str(HERE))
@@ -44,13 +68,14 @@ def main() -> None:
     words = options.new.with_suffix(".words")
     words.write_text("".join('"' + word.replace('"', '\\"') + '"\n' for word in WORDS[options.target]))
     arguments = [sys.argv[0], f"-dict={words}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=20000", "-print_final_stats=1"]  # fmt: skip
-    folders = [str(corpus), str(options.keep)] if options.keep else [str(options.new), str(corpus)]
-    arguments += ["-merge=1"] if options.keep else [f"-max_total_time={options.seconds}"]
+    if options.keep:
+        keep(options.target, options.keep, corpus)
+        return
 
     def one(data: bytes) -> None:
         targets.attempt(options.target, data)
 
-    atheris.Setup([*arguments, *folders], one)
+    atheris.Setup([*arguments, f"-max_total_time={options.seconds}", str(options.new), str(corpus)], one)
     atheris.Fuzz()
 
 
