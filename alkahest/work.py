@@ -161,14 +161,14 @@ class Run:
         elif max(-low, high) >= limit:
             self._tally(self.overflowed, key, values.abs() >= limit, lambda: _overflow(key, form, max(-low, high)))
 
-    def round(self, values: torch.Tensor, key: str, start: int, out: torch.Tensor) -> torch.Tensor:
+    def round(self, values: torch.Tensor, key: str, start: int, out: torch.Tensor) -> None:
         """Round a checked float32 block once to the dtype of ``out``, and into it."""
         if values.device.type == "mps":  # has no float64 and no fp8
             values = values.cpu()
         if self.options.rounding == "stochastic":
             noise = rounding_noise(self.options.seed, key, start, values.numel(), values.device)
             values = encode(values, FORMAT_OF[out.dtype], noise)
-        return out.copy_(values)
+        out.copy_(values)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -129,11 +129,14 @@ class _Work:
 
     def _spread(self, sizes: Mapping[str, int], executor: Executor) -> Iterator[str]:
         """`_here`, in tasks of an executor."""
-        tasks: list[list[str]] = [[]]
-        for key in sizes:
-            if sum(sizes[other] for other in tasks[-1]) >= _TASK:
+        tasks: list[list[str]] = []
+        room = 0
+        for key, size in sizes.items():
+            if room <= 0:
                 tasks.append([])
+                room = _TASK
             tasks[-1].append(key)
+            room -= size
         calls = {number: (self.asked, self.options, keys) for number, keys in enumerate(tasks)}
         for _, found in spread(executor, extract_tensors, calls):
             for key, done in found.items():

@@ -64,13 +64,13 @@ def main() -> None:
     targets.models()  # made before anything is measured
     corpus = HERE / "corpus" / options.target
     corpus.mkdir(parents=True, exist_ok=True)
+    if options.keep:
+        keep(options.target, options.keep, corpus)
+        return
     options.new.mkdir(parents=True, exist_ok=True)
     words = options.new.with_suffix(".words")
     words.write_text("".join('"' + word.replace('"', '\\"') + '"\n' for word in WORDS[options.target]))
     arguments = [sys.argv[0], f"-dict={words}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=20000", "-print_final_stats=1"]  # fmt: skip
-    if options.keep:
-        keep(options.target, options.keep, corpus)
-        return
 
     def one(data: bytes) -> None:
         targets.attempt(options.target, data)
