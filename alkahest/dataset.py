@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alkahest.atomic import write_file
 from alkahest.errors import AlkahestError, FileFormatError
-from alkahest.files import Reader, write_file
+from alkahest.files import Reader
 from alkahest.hashes import blake3_of
 from alkahest.work import Event
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from alkahest.atomic import as_output_error
 from alkahest.cache import cache_folder
 from alkahest.dataset import Dataset, Example
 from alkahest.errors import FileFormatError, UnsupportedError
-from alkahest.files import as_output_error
 from alkahest.work import Event
 
 if TYPE_CHECKING:

@@ -56,6 +56,11 @@ def _arrived(kind: type[AlkahestError], arguments: tuple[Any, ...], about: dict[
     return error
 
 
+def reason(error: OSError) -> str:
+    """What the operating system says was wrong, as it stands in our messages."""
+    return (error.strerror or str(error)).lower()
+
+
 class FileFormatError(AlkahestError):
     """A file is damaged, lies about itself, or is not a Z-Image checkpoint."""
 

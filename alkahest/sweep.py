@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from alkahest.atomic import write_file
 from alkahest.cache import cache_folder
 from alkahest.contact_sheet import contact_sheet, png_bytes
 from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
-from alkahest.files import write_file
 from alkahest.hashes import blake3_of
 from alkahest.live_model import LiveModel
 from alkahest.measures import picture_measures

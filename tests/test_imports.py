@@ -15,7 +15,7 @@ PACKAGE = Path(alkahest.__file__).parent
 
 # Each module imports only modules above it. A new module takes its place here.
 ORDER = [
-    "__init__", "errors", "files", "settings", "cache", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
+    "__init__", "errors", "files", "atomic", "settings", "cache", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
     "layouts.diffusers", "layouts", "layouts.lora", "random", "dtypes", "compiled", "term", "fused", "scalar", "expr", "mixture", "methods", "model_methods", "delta_methods", "recipe", "packed", "quantised",
     "locate", "checkpoint", "lora", "lora.factors", "lora.read", "lora.apply", "lora.write", "lora.convert", "made_up", "options", "output", "work", "write", "recorded", "shards", "stream", "live", "workflow", "workflow.editor", "workflow.graph", "workflow.folders", "workflow.values", "workflow.translate", "workflow.read", "workflow.write", "provenance", "rounding", "remembered",
     "tally", "delta_table", "spectrum", "lora.rank", "lora.ranks", "lora.decompose", "lora.noise", "lora.parts", "lora.result", "lora.tensor", "lora.extract", "compare", "check", "multiplier", "nodes.running", "nodes.patches", "nodes.merging", "nodes.model", "nodes.measuring", "nodes.saving", "nodes", "nodes.install",

@@ -176,7 +176,7 @@ def _extract(
     text: str, given: dict[str, Any], asked: dict[str, Any], output: Path, flavour: str, csv: Path | None, plot: Path | None,
     as_json: bool, quiet: bool, options: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    from alkahest.files import write_file
+    from alkahest.atomic import write_file
     from alkahest.lora.extract import stream_extract_lora
     from alkahest.lora.write import check_target
     from alkahest.provenance import build_delta

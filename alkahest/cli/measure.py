@@ -168,7 +168,7 @@ def cache(
 
 def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:
     """Write what was asked for of a table, and of the multiplier ``found`` from it."""
-    from alkahest.files import write_file
+    from alkahest.atomic import write_file
 
     if csv is not None:
         absorbed = alkahest.absorbed(table)["count"]

@@ -18,11 +18,12 @@ import pandas as pd
 import torch
 
 from alkahest import __version__
+from alkahest.atomic import write_file
 from alkahest.contact_sheet import png_bytes
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Check, Experiment
 from alkahest.experiment.measure import Found, Tables, file_of, steps_title
-from alkahest.files import Reader, write_file
+from alkahest.files import Reader
 from alkahest.hashes import blake3_of
 
 Draw = Callable[[Experiment, Tables], dict[str, bytes]]

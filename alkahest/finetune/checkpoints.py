@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from alkahest.atomic import as_output_error, whole_folder
 from alkahest.errors import FileFormatError, MismatchError, OutputError
-from alkahest.files import as_output_error, size_text, whole_folder
+from alkahest.files import size_text
 from alkahest.finetune import parallel
 
 _KEPT = 2  # the newest, and one before it in case the newest is lost with its disk's last minute

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from alkahest.atomic import write_file
 from alkahest.encoding import Encoded, Item
 from alkahest.errors import UnsupportedError
-from alkahest.files import write_file
 from alkahest.finetune import parallel
 from alkahest.finetune.config import Config, Stage
 from alkahest.finetune.objective import Arithmetic, losses, noised

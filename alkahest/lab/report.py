@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from alkahest import __version__
+from alkahest.atomic import write_file
 from alkahest.check import checked
 from alkahest.delta_table import rolled_up
-from alkahest.files import write_file
 from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
 from alkahest.multiplier import Multiplier

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alkahest import __version__
+from alkahest.atomic import write_file
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Experiment, experiments
 from alkahest.experiment.measure import stream_experiment
@@ -22,7 +23,6 @@ from alkahest.experiment.record import (
     verdict,
     verdicts,
 )
-from alkahest.files import write_file
 from alkahest.lab.experiment_plots import figure_of, figures_of
 from alkahest.lab.figure import image_tag
 from alkahest.lab.report import STYLE

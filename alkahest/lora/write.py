@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alkahest.atomic import as_output_error, whole_file
 from alkahest.dtypes import FORMATS
 from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest
-from alkahest.files import as_output_error, same_file, whole_file
+from alkahest.files import same_file
 from alkahest.header import build_header
 from alkahest.keys import in_model_order
 from alkahest.layouts import native

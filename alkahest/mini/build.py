@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alkahest import layouts, mini
+from alkahest.atomic import write_file
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.components import quiet
 from alkahest.encoding import embeddings
 from alkahest.errors import UnknownNameError, nearest
-from alkahest.files import Reader, write_file
+from alkahest.files import Reader
 from alkahest.finetune.config import read_config
 from alkahest.finetune.loop import stream_finetune
 from alkahest.hashes import blake3_of

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alkahest.atomic import write_file
 from alkahest.checkpoint import Checkpoint
 from alkahest.errors import AlgebraError, OutputError
 from alkahest.expr import (
@@ -27,7 +28,6 @@ from alkahest.expr import (
     Sum,
     Weights,
 )
-from alkahest.files import write_file
 from alkahest.lora.read import Lora
 from alkahest.mixture import Mixture
 from alkahest.scalar import Param, Scalar, text_of

@@ -135,7 +135,7 @@ def turns(tools: list[Tool], number: int) -> list[Tool]:
 
 def run(tool: Tool, folder: Path, threads: int, python: Path) -> dict[str, float]:
     """What one run costs, in a process of its own whose caches are empty but for the hashes of the inputs."""
-    environment = {**os.environ, "ALKAHEST_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}  # fmt: skip
+    environment = {**os.environ, "ALKAHEST_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)])}  # fmt: skip
     shutil.rmtree(folder / "cache/tables", ignore_errors=True)  # a remembered table is no measurement
     command = [str(python if tool.script == "peers.py" else sys.executable), str(HERE / tool.script), tool.job, str(folder), str(threads)]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

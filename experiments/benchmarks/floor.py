@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from measured import run_job
 
-from alkahest.files import LINE, Reader, Writer
+from alkahest.atomic import Writer
+from alkahest.files import LINE, Reader
 from alkahest.term import Workspace
 from alkahest.work import BLOCK
 
