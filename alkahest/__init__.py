@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from alkahest import mini as mini
+    from alkahest.algebra import Delta as Delta
+    from alkahest.algebra import Weights as Weights
     from alkahest.cache import cached as cached
     from alkahest.cache import clear_cache as clear_cache
     from alkahest.check import nearest_base as nearest_base
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from alkahest.delta_table import delta_table as delta_table
     from alkahest.delta_table import rolled_up as rolled_up
     from alkahest.errors import AlkahestError as AlkahestError
-    from alkahest.expr import Delta as Delta
-    from alkahest.expr import Weights as Weights
     from alkahest.finetune.config import read_config as read_config
     from alkahest.finetune.loop import finetune as finetune
     from alkahest.finetune.monitor import read_history as read_history
@@ -77,10 +77,10 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AlkahestError": "errors",
     "Checkpoint": "checkpoint",
-    "Delta": "expr",
+    "Delta": "algebra",
     "LiveModel": "live_model",
     "Multiplier": "multiplier",
-    "Weights": "expr",
+    "Weights": "algebra",
     "absorbed": "rounding",
     "apply_lora": "lora.apply",
     "breadcrumbs": "delta_methods",

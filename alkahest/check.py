@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from alkahest.algebra import Weights
 from alkahest.delta_table import rolled_up, stream_delta_table
 from alkahest.errors import AlgebraError
-from alkahest.expr import Weights, name_leaves
+from alkahest.expr import name_leaves
 from alkahest.keys import REFINERS
 from alkahest.rounding import file_noise
 from alkahest.work import Event, concluded, finished

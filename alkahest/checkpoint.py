@@ -27,11 +27,11 @@ from alkahest import layouts
 from alkahest.architecture import infer, require_z_image, unknown_tensors
 from alkahest.dtypes import decode
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
-from alkahest.expr import Leaf
 from alkahest.files import Reader, size_text
 from alkahest.fused import Bits
 from alkahest.header import Entry
 from alkahest.keys import Pattern, in_model_order, part_of
+from alkahest.leaf import Leaf
 from alkahest.locate import Located, locate
 from alkahest.quantised import MARKER, Stored, resolve, whole_packed
 from alkahest.term import Workspace

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from alkahest.algebra import Delta
 from alkahest.delta_table import names_of
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
-from alkahest.expr import Delta, require_same
+from alkahest.expr import require_same
 from alkahest.options import Options
 from alkahest.remembered import title_of
 from alkahest.scalar import Rules

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from alkahest import mini
+from alkahest.algebra import Weights
 from alkahest.dtypes import decode
 from alkahest.errors import FileFormatError, MismatchError, UnknownNameError, nearest
-from alkahest.expr import Weights
 from alkahest.files import Reader
 from alkahest.header import read_header
 from alkahest.quantised import resolve, whole_packed

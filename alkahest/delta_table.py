@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from alkahest import compiled
+from alkahest.algebra import Delta, Weights, ends
 from alkahest.checkpoint import Checkpoint
 from alkahest.compiled import Kernels, Numbers
 from alkahest.dtypes import FORMATS, SCALED, Format, storage_name
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Delta, Leaf, Weights, ends, require_same
+from alkahest.expr import require_same
 from alkahest.fused import bits_of, is_bf16
 from alkahest.keys import REFINERS, part_of
+from alkahest.leaf import Leaf
 from alkahest.options import Options
 from alkahest.remembered import remembered
 from alkahest.rounding import absorbed

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from alkahest import layouts
+from alkahest.algebra import Weights
 from alkahest.dtypes import FORMAT_OF
 from alkahest.errors import MismatchError
-from alkahest.expr import Weights
 from alkahest.options import Options
 from alkahest.scalar import Rules
 from alkahest.term import Term, Workspace

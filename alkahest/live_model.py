@@ -14,10 +14,11 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from alkahest.algebra import Weights
 from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import decode
 from alkahest.errors import UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Weights, require_same
+from alkahest.expr import require_same
 from alkahest.files import size_text
 from alkahest.fused import Bits
 from alkahest.live import fill, slices

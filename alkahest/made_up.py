@@ -13,8 +13,9 @@ import torch
 from alkahest import random
 from alkahest.architecture import Architecture
 from alkahest.errors import AlgebraError
-from alkahest.expr import Leaf, Names
+from alkahest.expr import Names
 from alkahest.keys import Pattern
+from alkahest.leaf import Leaf
 from alkahest.recipe import source
 from alkahest.scalar import number, text_of
 from alkahest.term import Workspace

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import SupportsFloat
 
 from alkahest import term
+from alkahest.algebra import Delta, Weights
 from alkahest.errors import AlgebraError
-from alkahest.expr import ATOM, Delta, Expression, Leaf, Names, Weights, require_same
+from alkahest.expr import ATOM, Expression, Names, require_same
 from alkahest.keys import PAD_TOKENS
+from alkahest.leaf import Leaf
 from alkahest.scalar import Param, Rules, Scalar, number, scalar, text_of
 from alkahest.term import Term
 

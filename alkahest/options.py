@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from alkahest.algebra import Weights
 from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import storage_name
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Weights
 from alkahest.files import same_file
 
 _MAX_THREADS = 8

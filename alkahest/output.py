@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from alkahest import layouts, term
+from alkahest.algebra import Weights
 from alkahest.architecture import is_quantisable
 from alkahest.checkpoint import Checkpoint, Slice
 from alkahest.dtypes import FORMATS, FP8, SCALED, Format, storage_name
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
-from alkahest.expr import Leaf, Weights
 from alkahest.files import Reader
 from alkahest.header import BITS, Entry
+from alkahest.leaf import Leaf
 from alkahest.packed import PACKED
 from alkahest.quantised import MARKER, QUANTISATION, helper_bytes
 from alkahest.scalar import Rules

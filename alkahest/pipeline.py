@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alkahest.algebra import Weights
 from alkahest.architecture import infer
 from alkahest.components import load_components
 from alkahest.dtypes import FORMATS, FP8, storage_name
 from alkahest.errors import MismatchError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Weights
 from alkahest.live import load_into
 
 if TYPE_CHECKING:

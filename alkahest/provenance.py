@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from alkahest import made_up  # noqa: F401  (lets recipes call it)
+from alkahest.algebra import Delta, Weights
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.dtypes import is_finite
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Delta, Leaf, Weights
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of, known_paths
 from alkahest.layouts.lora import is_lora
+from alkahest.leaf import Leaf
 from alkahest.locate import locate
 from alkahest.lora import apply  # noqa: F401  (lets recipes call it)
 from alkahest.lora.read import Lora, open_input

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alkahest import delta_methods, model_methods  # noqa: F401  (they add to the registry)
+from alkahest.algebra import Delta, Weights
 from alkahest.errors import AlkahestError, RecipeError, nearest
-from alkahest.expr import Delta, Expression, Weights
+from alkahest.expr import Expression
 from alkahest.methods import REGISTRY
 from alkahest.mixture import lerp, weighted_sum
 from alkahest.scalar import Param, param

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from alkahest import __version__
-from alkahest.expr import Leaf, Names, Weights, name_leaves
+from alkahest.algebra import Weights
+from alkahest.expr import Names, name_leaves
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of
 from alkahest.header import build_header
+from alkahest.leaf import Leaf
 from alkahest.options import Options
 from alkahest.output import Plan, make_plan
 from alkahest.recipe import METADATA_KEY, Recipe

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alkahest import cache
-from alkahest.expr import AnyLeaf, Expression, name_leaves
+from alkahest.expr import Expression, name_leaves
 from alkahest.hashes import identity
+from alkahest.leaf import AnyLeaf
 from alkahest.work import Event
 
 if TYPE_CHECKING:

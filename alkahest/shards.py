@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
+from alkahest.algebra import Weights
 from alkahest.atomic import Writer, as_output_error, whole_folder
 from alkahest.errors import OutputError
-from alkahest.expr import Weights
 from alkahest.options import Options
 from alkahest.output import Plan
 from alkahest.recipe import Recipe

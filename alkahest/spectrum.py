@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from alkahest import random
+from alkahest.algebra import Delta, Weights, ends
 from alkahest.delta_table import names_of
 from alkahest.errors import AlgebraError
-from alkahest.expr import Delta, Weights, ends, require_same
+from alkahest.expr import require_same
 from alkahest.options import Options
 from alkahest.remembered import remembered
 from alkahest.scalar import Rules

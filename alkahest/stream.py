@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from alkahest.algebra import Weights
 from alkahest.atomic import Writer, as_output_error, whole_file, whole_folder
 from alkahest.errors import OutputError
-from alkahest.expr import Weights
 from alkahest.files import size_text
 from alkahest.hashes import blake3_of
 from alkahest.options import Options, check_target

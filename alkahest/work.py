@@ -18,8 +18,8 @@ from alkahest.checkpoint import Checkpoint
 from alkahest.compiled import Kernels, kernels
 from alkahest.dtypes import FORMAT_OF, Format, encode, rounding_noise
 from alkahest.errors import NonFiniteError
-from alkahest.expr import DeltaLeaf, Leaf
 from alkahest.fused import combined
+from alkahest.leaf import DeltaLeaf, Leaf
 from alkahest.options import Options
 from alkahest.term import Term, Workspace, evaluate, needs_whole_tensor, sources
 
@@ -100,7 +100,8 @@ class Run:
         waiting = iter(sorted(jobs, key=lambda job: job.place))
         done: deque[Job] = deque()
         count = self.options.worker_count()
-        pool = ThreadPoolExecutor(count, "alkahest", self._start_worker)
+        caller = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        pool = ThreadPoolExecutor(count, "alkahest", self._start_worker, (caller,))
         try:
             # Long loops, not a future for each job: waking this thread costs the workers more than a small job's arithmetic.
             running = {pool.submit(self._work, waiting, done) for _ in range(count)}
@@ -181,10 +182,14 @@ class Run:
                 torch.set_num_threads(1)
                 _give_back_memory()
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, caller: torch.cuda.Stream | None) -> None:
         # One thread per worker: torch's own threads would fight with ours for the processors.
         torch.set_num_threads(1)
         self._local.workspace = Workspace(self._device)
+        if caller is not None:  # a stream for each worker: one's transfers run beside another's arithmetic
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(caller)
+            torch.cuda.set_stream(stream)
 
     def _work(self, waiting: Iterator[Job], done: deque[Job]) -> None:
         with torch.inference_mode():
@@ -195,6 +200,8 @@ class Run:
                     return
                 try:
                     job.work(self._local.workspace)
+                    if self._device.type == "cuda":
+                        torch.cuda.current_stream(self._device).synchronize()
                 except BaseException:
                     self.cancelled.set()
                     raise

@@ -16,7 +16,7 @@ PACKAGE = Path(alkahest.__file__).parent
 # Each module imports only modules above it. A new module takes its place here.
 ORDER = [
     "__init__", "errors", "files", "atomic", "settings", "cache", "hashes", "header", "keys", "architecture", "layouts.layout", "layouts.native",
-    "layouts.diffusers", "layouts", "layouts.lora", "random", "dtypes", "compiled", "term", "fused", "scalar", "expr", "mixture", "methods", "model_methods", "delta_methods", "recipe", "packed", "quantised",
+    "layouts.diffusers", "layouts", "layouts.lora", "random", "dtypes", "compiled", "term", "fused", "scalar", "expr", "algebra", "leaf", "mixture", "methods", "model_methods", "delta_methods", "recipe", "packed", "quantised",
     "locate", "checkpoint", "lora", "lora.factors", "lora.read", "lora.apply", "lora.write", "lora.convert", "made_up", "options", "output", "work", "write", "recorded", "shards", "stream", "live", "workflow", "workflow.editor", "workflow.graph", "workflow.folders", "workflow.values", "workflow.translate", "workflow.read", "workflow.write", "provenance", "rounding", "remembered",
     "tally", "delta_table", "spectrum", "lora.rank", "lora.ranks", "lora.decompose", "lora.noise", "lora.parts", "lora.result", "lora.tensor", "lora.extract", "compare", "check", "multiplier", "nodes.running", "nodes.patches", "nodes.merging", "nodes.model", "nodes.measuring", "nodes.saving", "nodes", "nodes.install",
     "mini", "components", "pipeline", "sample", "live_model", "measures", "contact_sheet", "sweep", "mini.scenes", "mini.drawing", "dataset", "encoding", "order", "finetune", "finetune.config", "finetune.events", "finetune.parallel", "finetune.plan", "finetune.inputs", "finetune.objective", "finetune.optimise", "finetune.checkpoints", "finetune.trained", "finetune.adapter", "finetune.monitor", "finetune.loop",
@@ -24,7 +24,7 @@ ORDER = [
     "__main__",
 ]  # fmt: skip
 # The late imports that the design allows: an expression saves itself.
-LATE = {("expr", "stream"), ("expr", "live"), ("__init__", "*")}
+LATE = {("algebra", "stream"), ("algebra", "live"), ("__init__", "*")}
 
 
 def module_name(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from alkahest import mini, random
+from alkahest.algebra import Weights
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.components import load_components
@@ -17,7 +18,6 @@ from alkahest.dataset import Dataset, from_folder, from_scenes, make_dataset
 from alkahest.dtypes import FORMATS
 from alkahest.encoding import Encoded, encode
 from alkahest.errors import FileFormatError, RecipeError
-from alkahest.expr import Weights
 from alkahest.finetune import parallel
 from alkahest.finetune.config import Config
 from alkahest.finetune.events import StepEvent

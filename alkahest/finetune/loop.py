@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from alkahest.algebra import Weights
 from alkahest.encoding import Encoded
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError
-from alkahest.expr import Weights
 from alkahest.finetune import parallel
 from alkahest.finetune.adapter import add_lora, save_adapter
 from alkahest.finetune.checkpoints import Frozen, about_checkpoint, existing, load_checkpoint, save_checkpoint

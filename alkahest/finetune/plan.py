@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alkahest.algebra import Weights
 from alkahest.errors import AlkahestError
-from alkahest.expr import Weights
 from alkahest.finetune import parallel
 from alkahest.finetune.config import FROZEN, Config
 from alkahest.keys import Pattern

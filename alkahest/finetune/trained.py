@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from alkahest.expr import ATOM, Leaf, Names, Weights
+from alkahest.algebra import Weights
+from alkahest.expr import ATOM, Names
 from alkahest.finetune import parallel
+from alkahest.leaf import Leaf
 from alkahest.scalar import Rules
 from alkahest.term import Source, Term, Workspace
 

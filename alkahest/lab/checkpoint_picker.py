@@ -10,11 +10,11 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from alkahest.algebra import Weights
 from alkahest.check import stream_nearest_base
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.errors import AlkahestError
-from alkahest.expr import Weights
 from alkahest.files import size_text
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, reason_of

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import pandas as pd
 
+from alkahest.algebra import Delta, Weights
 from alkahest.atomic import write_file
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
-from alkahest.expr import Delta, Weights
 from alkahest.hashes import blake3_of
 from alkahest.keys import part_of
 from alkahest.lab.figure import image_tag, strip

@@ -9,8 +9,10 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
+from alkahest.algebra import Weights
 from alkahest.errors import AlgebraError, MismatchError, UnsupportedError, nearest
-from alkahest.expr import ATOM, Leaf, Names, Weights
+from alkahest.expr import ATOM, Names
+from alkahest.leaf import Leaf
 from alkahest.lora.read import Lora
 from alkahest.recipe import source
 from alkahest.scalar import Param, Rules, Scalar, scalar, text_of

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from alkahest import __version__
+from alkahest.algebra import Delta
 from alkahest.dtypes import FORMATS, storage_name
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import Delta, DeltaLeaf, name_leaves
+from alkahest.expr import name_leaves
 from alkahest.files import Reader
 from alkahest.keys import Pattern
+from alkahest.leaf import DeltaLeaf
 from alkahest.lora.decompose import METHODS
 from alkahest.lora.parts import Parts
 from alkahest.lora.rank import MIN_DIM, RankRule

@@ -25,11 +25,11 @@ from alkahest.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from alkahest.expr import DeltaLeaf
 from alkahest.files import Reader, size_text
 from alkahest.header import Entry
 from alkahest.keys import in_model_order, part_of
 from alkahest.layouts.lora import Name, is_lora, parsed
+from alkahest.leaf import DeltaLeaf
 from alkahest.locate import Located, locate
 from alkahest.lora.factors import NAMES, Update, scale_of, shape_of
 from alkahest.term import Workspace

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alkahest.algebra import Delta
 from alkahest.delta_table import names_of
 from alkahest.dtypes import FORMATS
 from alkahest.errors import AlgebraError, NonFiniteError
-from alkahest.expr import Delta
 from alkahest.keys import Pattern
 from alkahest.lora.decompose import Decomposition, decomposed, of_loras
 from alkahest.lora.noise import Noise, noise_of

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from alkahest import mini
+from alkahest.algebra import Weights
 from alkahest.contact_sheet import contact_sheet
-from alkahest.expr import Weights
 from alkahest.measures import flow_loss, picture_measures
 from alkahest.mini import parts
 from alkahest.mini.drawing import draw

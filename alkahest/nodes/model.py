@@ -12,7 +12,8 @@ import torch
 from alkahest import layouts
 from alkahest.architecture import infer
 from alkahest.dtypes import FORMATS
-from alkahest.expr import ATOM, Leaf, Names
+from alkahest.expr import ATOM, Names
+from alkahest.leaf import Leaf
 from alkahest.nodes.patches import PREFIX, as_it_is, key_patches
 from alkahest.term import Workspace
 

@@ -12,15 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alkahest.atomic import write_file
-from alkahest.checkpoint import Checkpoint
-from alkahest.errors import AlgebraError, OutputError
-from alkahest.expr import (
+from alkahest.algebra import (
     Delta,
     DeltaSum,
     Difference,
     Everywhere,
-    Expression,
     Masked,
     Protected,
     Scaled,
@@ -28,6 +24,10 @@ from alkahest.expr import (
     Sum,
     Weights,
 )
+from alkahest.atomic import write_file
+from alkahest.checkpoint import Checkpoint
+from alkahest.errors import AlgebraError, OutputError
+from alkahest.expr import Expression
 from alkahest.lora.read import Lora
 from alkahest.mixture import Mixture
 from alkahest.scalar import Param, Scalar, text_of
