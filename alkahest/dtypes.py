@@ -81,7 +81,8 @@ def decode(raw: Tensor, form: Format, out: Tensor, scale: float = 1.0) -> None:
         if out.device.type != "cpu":
             out.copy_(torch.from_numpy(values))
     else:
-        out.copy_(raw.view(form.torch).to(out.device))  # two bytes a number go to a GPU, not four
+        numbers = raw.view(form.torch)
+        out.copy_(numbers.to(out.device) if out.is_cuda else numbers)  # two bytes a number go to the GPU, not four
         if scale != 1.0:
             out.mul_(scale)
 

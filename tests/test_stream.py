@@ -347,7 +347,7 @@ def test_misuse_is_refused_before_anything_is_written(models: Models, tmp_path: 
 
 
 def test_a_small_disk_is_told_before_reading(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ak.files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(ak.atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(ak.files.Reader, "read_into", lambda *arguments: pytest.fail("read before checking"))
     with pytest.raises(OutputError, match=r"(?s)disk is too small.*expected: 2,\d.*found: 1,000 bytes"):
         models[0].save(tmp_path / "out.safetensors")
