@@ -24,7 +24,7 @@ lab: $(VENV)/.lab
 	$(BIN)/jupyter lab --port $(PORT) $(ROOT_FLAG) --LabApp.default_url=/lab/tree/notebooks/00-start-here.ipynb
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
