@@ -199,7 +199,7 @@ class Delta(Expression):
         return self * -1.0
 
 
-class _OfWeights(Weights):
+class OfWeights(Weights):
     """Weights made from one model, which leads."""
 
     weights: Weights
@@ -214,7 +214,7 @@ class _OfWeights(Weights):
 
 
 @dataclass(frozen=True, repr=False)
-class Protected(_OfWeights):
+class Protected(OfWeights):
     weights: Weights
     pattern: str
 
@@ -230,7 +230,7 @@ class Protected(_OfWeights):
 
 
 @dataclass(frozen=True, repr=False)
-class Sum(_OfWeights):
+class Sum(OfWeights):
     """Weights plus a delta; protected tensors take nothing of it."""
 
     weights: Weights

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from alkahest.algebra import Weights
+from alkahest.algebra import OfWeights, Weights
 from alkahest.expr import ATOM, Names
 from alkahest.finetune import parallel
-from alkahest.leaf import Leaf
 from alkahest.scalar import Rules
 from alkahest.term import Source, Term, Workspace
 
@@ -30,7 +29,7 @@ class Tensors:
 
 
 @dataclass(frozen=True, repr=False)
-class Finetuned(Weights):
+class Finetuned(OfWeights):
     """Weights of which some tensors were trained; all others are the start's, byte for byte when saved.
 
     >>> result.weights.protect("refiner") + 2 * (variant - base)
@@ -39,14 +38,6 @@ class Finetuned(Weights):
     weights: Weights
     run: str  # what the recipe calls it: a digest of its configuration and the steps done
     tensors: Any  # Tensors; compared by identity
-
-    @property
-    def leading(self) -> Leaf:
-        return self.weights.leading
-
-    @property
-    def protection(self) -> tuple[str, ...]:
-        return self.weights.protection
 
     def at(self, key: str, rules: Rules) -> Term | None:
         return Source(self.tensors, key) if key in self.tensors.tensors else self.weights.at(key, rules)

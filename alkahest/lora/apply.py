@@ -9,10 +9,9 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-from alkahest.algebra import Weights
+from alkahest.algebra import OfWeights, Weights
 from alkahest.errors import AlgebraError, MismatchError, UnsupportedError, nearest
 from alkahest.expr import ATOM, Names
-from alkahest.leaf import Leaf
 from alkahest.lora.read import Lora
 from alkahest.recipe import source
 from alkahest.scalar import Param, Rules, Scalar, scalar, text_of
@@ -38,7 +37,7 @@ def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1
 
 
 @dataclass(frozen=True, repr=False)
-class Applied(Weights):
+class Applied(OfWeights):
     """Weights with a DoRA applied."""
 
     weights: Weights
@@ -53,14 +52,6 @@ class Applied(Weights):
         for key, update in self.lora.updates.items():
             if update.dora and _by_column(self.lora, key) is None:
                 raise UnsupportedError("apply_lora", "the magnitudes fit neither the rows nor the columns", file=self.lora.path, key=key, expected=f"{update.shape[0]} or {update.shape[-1]} of them", found=update.entries["magnitude"].shape)  # fmt: skip
-
-    @property
-    def leading(self) -> Leaf:
-        return self.weights.leading
-
-    @property
-    def protection(self) -> tuple[str, ...]:
-        return self.weights.protection
 
     def at(self, key: str, rules: Rules) -> Term | None:
         weights, strength = self.weights.at(key, rules), rules.value(self.strength)
