@@ -14,11 +14,10 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from alkahest.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from alkahest import mini as mini
-    from alkahest.algebra import Delta as Delta
     from alkahest.algebra import Weights as Weights
     from alkahest.cache import cached as cached
     from alkahest.cache import clear_cache as clear_cache
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from alkahest.delta_methods import ties as ties
     from alkahest.delta_table import delta_table as delta_table
     from alkahest.delta_table import rolled_up as rolled_up
+    from alkahest.deltas import Delta as Delta
     from alkahest.errors import AlkahestError as AlkahestError
     from alkahest.finetune.config import read_config as read_config
     from alkahest.finetune.loop import finetune as finetune
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AlkahestError": "errors",
     "Checkpoint": "checkpoint",
-    "Delta": "algebra",
+    "Delta": "deltas",
     "LiveModel": "live_model",
     "Multiplier": "multiplier",
     "Weights": "algebra",

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from alkahest.algebra import Weights
 from alkahest.delta_table import rolled_up, stream_delta_table
 from alkahest.errors import AlgebraError
-from alkahest.expr import name_leaves
+from alkahest.events import Event, concluded, finished
 from alkahest.keys import REFINERS
 from alkahest.rounding import file_noise
-from alkahest.work import Event, concluded, finished
+from alkahest.term import name_leaves
 
 if TYPE_CHECKING:
     import pandas

@@ -6,65 +6,32 @@ Opening reads headers only. Tensors are read block by block when an expression i
 from __future__ import annotations
 
 import html
-import keyword
 import math
 import os
-import re
 import threading
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from alkahest import layouts
 from alkahest.architecture import infer, require_z_image, unknown_tensors
 from alkahest.dtypes import decode
-from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.errors import FileFormatError, NonFiniteError, UnknownNameError, nearest
+from alkahest.expr import identifier
 from alkahest.files import Reader, size_text
-from alkahest.fused import Bits
 from alkahest.header import Entry
 from alkahest.keys import Pattern, in_model_order, part_of
 from alkahest.leaf import Leaf
 from alkahest.locate import Located, locate
-from alkahest.quantised import MARKER, Stored, resolve, whole_packed
-from alkahest.term import Workspace
+from alkahest.quantised import MARKER, Slice, Stored, resolve, whole_packed
+from alkahest.readable import Workspace
 
 _UNPACKING = threading.Lock()  # one at a time: memory is scarce there
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where one canonical tensor lies: a stored tensor, and which of its equal row slices."""
-
-    stored: Stored
-    number: int
-    of: int
-
-    @cached_property
-    def elements(self) -> int:
-        return math.prod(self.stored.shape) // self.of
-
-    @cached_property
-    def is_bf16(self) -> bool:
-        """Whether its numbers are bf16 as they stand."""
-        return self.stored.packed is None and self.stored.form.name == "bf16" and self.stored.scale == 1.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file, scales apart."""
-        return self.stored.entry.nbytes // self.of
-
-    @cached_property
-    def offset(self) -> int:
-        """Position of the first byte in the file."""
-        return self.stored.entry.offset + self.number * self.elements * self.stored.form.itemsize
 
 
 class Checkpoint(Leaf):
@@ -127,16 +94,16 @@ class Checkpoint(Leaf):
             piece.stored.reader.read_into(raw.numpy().data, offset)
             decode(raw, piece.stored.form, out, piece.stored.scale)
 
-    def is_bf16(self, key: str) -> bool:
-        return self.slices[key].is_bf16
+    def stored(self, key: str) -> Slice:
+        return self.slices[key]
 
-    @contextmanager
-    def bits(self, key: str, start: int, stop: int, workspace: Workspace) -> Iterator[Bits]:
-        piece = self.slices[key]
-        offset = piece.offset + 2 * start
-        with workspace.raw(2 * (stop - start), offset) as raw:
-            piece.stored.reader.read_into(raw.numpy().data, offset)
-            yield raw.numpy().view(np.uint16)
+    def check_finite(self, key: str, operation: str) -> None:
+        if bad := int((~torch.isfinite(self[key].float())).sum()):
+            raise NonFiniteError(
+                operation, "an input holds NaN or infinity", file=self.slices[key].stored.reader.path, key=key,
+                expected="finite numbers", found=f"{bad:,} of them in this tensor",
+                fix="get the file again, or allow_nonfinite=True to keep them",
+            )  # fmt: skip
 
     def _unpacked(self, piece: Slice) -> torch.Tensor:
         """The numbers of a packed tensor; the last two weights are kept whole, because blocks and rows are asked for one by one."""
@@ -322,16 +289,6 @@ def _slices(stored: Mapping[str, Stored], file: Path) -> dict[str, Slice]:
 def _shape(piece: Slice) -> tuple[int, ...]:
     shape = piece.stored.shape
     return shape if piece.of == 1 else (shape[0] // piece.of, *shape[1:])
-
-
-def identifier(source: str | Path) -> str:
-    stem = source if isinstance(source, str) else source.name.removesuffix(".safetensors")
-    if isinstance(source, Path) and stem in ("transformer", "diffusion_pytorch_model", "model"):
-        stem = source.resolve().parent.name
-    # Python reads names in recipes in form NFKC, and not every letter or digit may stand in one.
-    plain = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", stem))
-    name = "".join(letter if f"a{letter}".isidentifier() else "_" for letter in plain).strip("_")
-    return name if name.isidentifier() and not keyword.iskeyword(name) else f"m_{name}"
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:

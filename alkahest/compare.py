@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from alkahest.algebra import Delta
 from alkahest.delta_table import names_of
+from alkahest.deltas import Delta
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
+from alkahest.events import Event, finished
 from alkahest.expr import require_same
 from alkahest.options import Options
+from alkahest.readable import Workspace
 from alkahest.remembered import title_of
 from alkahest.scalar import Rules
 from alkahest.spectrum import matrix_of, randomised_svd
 from alkahest.tally import sum_of_squares
-from alkahest.term import Term, Workspace
-from alkahest.work import BLOCK, Event, Job, Run, finished, why_nonfinite
+from alkahest.term import Term
+from alkahest.work import BLOCK, Job, Run, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas

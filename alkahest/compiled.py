@@ -1,5 +1,8 @@
 """What merging and measuring cost most, as compiled loops: one pass instead of a dozen.
 
+``a + k * (b - c)`` of bf16 tensors, which most merges come down to for most of their tensors, is one of them: bit for
+bit what `evaluate` and rounding give, in 0.2 ns an element instead of 1.0.
+
 Needs numba (the extra ``fast``); without it the same numbers come from torch, operation by operation.
 Where reading takes its time from the same processors, that is what makes the difference.
 """
@@ -9,10 +12,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from alkahest.readable import Bits, Workspace
+from alkahest.term import Minus, Plus, Source, Term, Times
 
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.uint16]  # float32, or bf16 as the bits it is stored in
 _RUN = 512  # float32 sums this long stay within 1e-7; longer ones are added up in float64
@@ -136,3 +144,42 @@ def _combined(a: Any, b: Any, c: Any, k: float, out: Any) -> float:
         largest = max(largest, bits & np.uint32(0x7FFFFFFF))
         out[i] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return float(np.uint32(largest).view(np.float32))
+
+
+def is_bf16(term: Any) -> bool:
+    """Whether a term is a tensor as some file stores it, in bf16 without a scale."""
+    held = term.leaf.stored(term.key) if isinstance(term, Source) else None
+    return held is not None and held.is_bf16
+
+
+def bits_of(term: Term, start: int, stop: int, workspace: Workspace) -> AbstractContextManager[Bits]:
+    """The bits of a term that `is_bf16`."""
+    assert isinstance(term, Source)
+    return term.leaf.bits(term.key, start, stop, workspace)
+
+
+def combination(term: Term) -> tuple[Term, float, Term, Term] | None:
+    """(a, k, b, c) of ``a + k * (b - c)`` where all three are stored in bf16; otherwise None."""
+    match term:
+        case Plus(a, Times(k, Minus(b, c))):
+            found = (a, k, b, c)
+        case Plus(a, Minus(b, c)):
+            found = (a, 1.0, b, c)
+        case _:
+            return None
+    return found if is_bf16(a) and is_bf16(b) and is_bf16(c) else None
+
+
+def combined(term: Term, start: int, stop: int, workspace: Workspace, loops: Kernels, out: torch.Tensor) -> float | None:  # fmt: skip
+    """Write the term's elements to ``out`` (bf16, on the CPU); the largest magnitude before rounding, NaN if one is NaN.
+
+    None, and nothing written, if the term is no `combination`.
+    """
+    parts = combination(term)
+    if parts is None:
+        return None
+    a, k, b, c = parts
+    with ExitStack() as stack:
+        of_a, of_b = (stack.enter_context(bits_of(part, start, stop, workspace)) for part in (a, b))
+        of_c = of_a if c == a else stack.enter_context(bits_of(c, start, stop, workspace))
+        return loops.combined(of_a, of_b, of_c, k, out.view(torch.uint16).numpy())

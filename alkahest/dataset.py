@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from alkahest.atomic import write_file
 from alkahest.errors import AlkahestError, FileFormatError
+from alkahest.events import Event
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of
-from alkahest.work import Event
 
 if TYPE_CHECKING:
     from PIL.Image import Image

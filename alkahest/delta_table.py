@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 
 from alkahest import compiled
-from alkahest.algebra import Delta, Weights, ends
-from alkahest.checkpoint import Checkpoint
-from alkahest.compiled import Kernels, Numbers
+from alkahest.algebra import Weights, ends
+from alkahest.compiled import Kernels, Numbers, bits_of, is_bf16
+from alkahest.deltas import Delta
 from alkahest.dtypes import FORMATS, SCALED, Format, storage_name
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
+from alkahest.evaluate import evaluate
+from alkahest.events import Event, finished
 from alkahest.expr import require_same
-from alkahest.fused import bits_of, is_bf16
 from alkahest.keys import REFINERS, part_of
-from alkahest.leaf import Leaf
 from alkahest.options import Options
+from alkahest.readable import Workspace
 from alkahest.remembered import remembered
 from alkahest.rounding import absorbed
 from alkahest.scalar import Rules
 from alkahest.tally import Tally
-from alkahest.term import Minus, Source, Term, Times, Workspace, evaluate, sources
-from alkahest.work import Event, Job, Run, blocks, finished, place_of, why_nonfinite
+from alkahest.term import Minus, Source, Term, Times, sources
+from alkahest.work import Job, Run, blocks, place_of, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas
@@ -184,8 +185,8 @@ class _Task:
     def nbytes(self) -> int:
         """Of everything that is read."""
         reads = dict.fromkeys(source for term in self.terms.values() for source in sources(term))
-        pieces = [source.leaf.slices[source.key] for source in reads if isinstance(source.leaf, Checkpoint)]
-        return sum(piece.nbytes for piece in pieces)
+        pieces = [source.leaf.stored(source.key) for source in reads]
+        return sum(piece.nbytes for piece in pieces if piece is not None)
 
     def row(self, workspace: Workspace, loops: Kernels | None) -> dict[str, Any]:
         tally = Tally()
@@ -274,12 +275,12 @@ def _asked(dtype: str) -> tuple[Format, float]:
 
 def unit_of(where: Term | None) -> tuple[Format, float] | None:
     """The format of a stored tensor, whose last place is a unit, and the scale of its numbers."""
-    if not isinstance(where, Source) or not isinstance(where.leaf, Leaf) or where.key not in where.leaf.storage:
+    if not isinstance(where, Source):
         return None
-    if isinstance(where.leaf, Checkpoint):
-        stored = where.leaf.slices[where.key].stored
-        return None if stored.packed else (stored.form, stored.scale)
-    return FORMATS[where.leaf.storage[where.key]], 1.0
+    held, storage = where.leaf.stored(where.key), where.leaf.storage.get(where.key)
+    if held is not None:
+        return None if held.stored.packed else (held.stored.form, held.stored.scale)
+    return None if storage is None else (FORMATS[storage], 1.0)
 
 
 @contextlib.contextmanager

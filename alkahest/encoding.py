@@ -21,7 +21,7 @@ from alkahest.atomic import as_output_error
 from alkahest.cache import cache_folder
 from alkahest.dataset import Dataset, Example
 from alkahest.errors import FileFormatError, UnsupportedError
-from alkahest.work import Event
+from alkahest.events import Event
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,20 +6,22 @@ What they have in common is here; what they mean is in `algebra`, what they read
 from __future__ import annotations
 
 import html
+import keyword
+import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, SupportsFloat
 
 from alkahest.architecture import require_same_tensors
 from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
-from alkahest.scalar import Param, Scalar, number
+from alkahest.readable import Readable, Shapes
+from alkahest.scalar import Param, Rules, Scalar, number
+from alkahest.term import Term, name_leaves
 
-if TYPE_CHECKING:
-    from alkahest.leaf import AnyLeaf
-
-Shapes = Mapping[str, tuple[int, ...]]
-Names = Mapping["AnyLeaf", str]
+Names = Mapping[Readable, str]
 SUM, PRODUCT, ATOM = 1, 2, 3  # how tightly a text binds
 _MAX_DEPTH = 150  # a printed or bound tree takes four Python frames a level
 
@@ -53,7 +55,7 @@ class Expression:
             object.__setattr__(self, "_depth", known)
         return int(known)
 
-    def leaves(self) -> tuple[AnyLeaf, ...]:
+    def leaves(self) -> tuple[Readable, ...]:
         """The distinct checkpoints and LoRAs that this expression reads, in order of appearance."""
         found = dict.fromkeys(leaf for child in self.children for leaf in child.leaves())
         return tuple(found)
@@ -125,15 +127,12 @@ class Expression:
         return replace(self, **{f.name: bound(getattr(self, f.name)) for f in fields(self)})
 
 
-def name_leaves(*expressions: Expression) -> dict[AnyLeaf, str]:
-    """A distinct identifier for every checkpoint and LoRA in the expressions, from their own names."""
-    names: dict[AnyLeaf, str] = {}
-    for leaf in dict.fromkeys(leaf for expression in expressions for leaf in expression.leaves()):
-        name, number = leaf.name, 2
-        while name in names.values():
-            name, number = f"{leaf.name}_{number}", number + 1
-        names[leaf] = name
-    return names
+class AnyWeights(Expression):
+    """Weights as far as their differences need to know them."""
+
+    @abstractmethod
+    def at(self, key: str, rules: Rules) -> Term | None:
+        """The term for one tensor; None if this model does not have it."""
 
 
 def require_same(operation: str, left: Expression, right: Expression) -> None:
@@ -177,3 +176,14 @@ def wrapped(expression: Expression, names: Names, least: int) -> str:
     """Its text, in parentheses where it binds less tightly than ``least``."""
     text, level = expression._text(names)
     return text if level >= least else f"({text})"
+
+
+def identifier(source: str | Path) -> str:
+    """A valid Python name for a file, as recipes call it."""
+    stem = source if isinstance(source, str) else source.name.removesuffix(".safetensors")
+    if isinstance(source, Path) and stem in ("transformer", "diffusion_pytorch_model", "model"):
+        stem = source.resolve().parent.name
+    # Python reads names in recipes in form NFKC, and not every letter or digit may stand in one.
+    plain = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", stem))
+    name = "".join(letter if f"a{letter}".isidentifier() else "_" for letter in plain).strip("_")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"m_{name}"

@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Self
 
 from alkahest import term
-from alkahest.algebra import Delta, Weights
-from alkahest.architecture import Architecture
+from alkahest.algebra import Weights
+from alkahest.deltas import Delta
 from alkahest.expr import ATOM, Expression, Names
+from alkahest.readable import Leading, Readable
 from alkahest.scalar import Rules
 from alkahest.term import Term
 
-if TYPE_CHECKING:
-    from alkahest.files import Reader
 
-
-class _Read(Expression):
+class _Read(Readable, Expression):
     """What both kinds of leaves have in common."""
-
-    name: str
-    files: tuple[Reader, ...] = ()
-    file_names: Mapping[Reader, str]  # as recipes record them
-    config: dict[str, Any] | None = None  # diffusers' config.json, where the files have one
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    @abstractmethod
-    def read(self, key: str, start: int, stop: int, out: Any, workspace: Any) -> None:
-        """Fill ``out`` (float32) with elements ``start`` to ``stop`` of a tensor, flat and row-major."""
-
     def _text(self, names: Names) -> tuple[str, int]:
-        return names[cast("AnyLeaf", self)], ATOM
+        return names[self], ATOM
 
     def _bound(self, values: Mapping[str, float]) -> Self:
         return self  # it holds no scalars, and a copy would reopen its files
 
 
-class Leaf(_Read, Weights):
+class Leaf(Leading, _Read, Weights):
     """Weights that are read rather than computed."""
-
-    architecture: Architecture
-    is_reproducible = True  # whether a recipe can name it
-
-    @property
-    @abstractmethod
-    def storage(self) -> Mapping[str, str]:
-        """Canonical name -> storage form, as `alkahest.dtypes.STORAGES` names it."""
 
     @property
     def leading(self) -> Leaf:
         return self
 
-    def leaves(self) -> tuple[Leaf, ...]:
+    def leaves(self) -> tuple[Readable, ...]:
         return (self,)
 
     def at(self, key: str, rules: Rules) -> Term | None:
@@ -68,15 +48,8 @@ class DeltaLeaf(_Read, Delta):
     def is_partial(self) -> bool:
         return True
 
-    def leaves(self) -> tuple[AnyLeaf, ...]:
+    def leaves(self) -> tuple[Readable, ...]:
         return (self,)
 
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
         return None if protected or key not in self.shapes else term.Source(self, key)
-
-    @abstractmethod
-    def check_finite(self, key: str, operation: str) -> None:
-        """Raise NonFiniteError if what the file holds for this tensor is not finite."""
-
-
-AnyLeaf = Leaf | DeltaLeaf

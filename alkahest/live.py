@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from alkahest import layouts
-from alkahest.algebra import Weights
 from alkahest.dtypes import FORMAT_OF
 from alkahest.errors import MismatchError
+from alkahest.events import Event
 from alkahest.options import Options
+from alkahest.readable import Workspace
 from alkahest.scalar import Rules
-from alkahest.term import Term, Workspace
-from alkahest.work import Event, Job, Run, blocks
+from alkahest.term import Computable, Term
+from alkahest.work import Job, Run, blocks
 
 
-def load_into(expression: Weights, module: torch.nn.Module, **options: Any) -> int:
+def load_into(expression: Computable, module: torch.nn.Module, **options: Any) -> int:
     """Compute an expression into the parameters of a module, in place; returns how many tensors it set.
 
     >>> (bridge + 8 * delta).load_into(pipeline.transformer)
@@ -30,7 +31,7 @@ def load_into(expression: Weights, module: torch.nn.Module, **options: Any) -> i
     return sum(1 for _ in stream_into(expression, module, **options))
 
 
-def stream_into(expression: Weights, module: torch.nn.Module, **options: Any) -> Iterator[Event]:
+def stream_into(expression: Computable, module: torch.nn.Module, **options: Any) -> Iterator[Event]:
     """`load_into` as a generator of events, one per canonical tensor."""
     checked = Options.checked(options)
     rules = Rules(comfy_compatible=checked.comfy_compatible)
@@ -59,7 +60,7 @@ def _fill(run: Run, key: str, term: Term, target: torch.Tensor) -> Callable[[Wor
     return work
 
 
-def slices(expression: Weights, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def slices(expression: Computable, module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Canonical name -> the part of a module's parameters that holds it; LoRA adapters are looked through."""
     if not isinstance(module, torch.nn.Module):
         raise MismatchError("load_into", "a torch.nn.Module is needed", found=type(module).__name__)

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from alkahest.algebra import Weights
-from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import decode
 from alkahest.errors import UnknownNameError, UnsupportedError, nearest
 from alkahest.expr import require_same
 from alkahest.files import size_text
-from alkahest.fused import Bits
 from alkahest.live import fill, slices
 from alkahest.options import Options, byte_count
 from alkahest.pipeline import pipeline
+from alkahest.quantised import Slice
+from alkahest.readable import Bits, Readable, Shapes, Workspace
 from alkahest.sample import set_lora_strengths
 from alkahest.scalar import Rules, number
-from alkahest.term import Apply, Minus, Plus, Source, Term, Times, Workspace
+from alkahest.term import Apply, Minus, Plus, Source, Term, Times
 
 
 @dataclass(frozen=True)
@@ -176,18 +176,18 @@ class _Held:
         self.budget = budget
         self.nbytes = 0
         self.start()
-        self._raw: dict[tuple[Checkpoint, str], torch.Tensor] = {}
-        self._readers: dict[Checkpoint, _Holding] = {}
+        self._raw: dict[tuple[Readable, str], torch.Tensor] = {}
+        self._readers: dict[Readable, _Holding] = {}
         self._lock = threading.Lock()
 
     def start(self) -> None:
         self.from_memory = self.from_disk = 0
-        self._counted: set[tuple[Checkpoint, str]] = set()
+        self._counted: set[tuple[Readable, str]] = set()
 
     def through(self, term: Term) -> Term:
         """The same term, its checkpoints read by way of memory."""
         match term:
-            case Source(Checkpoint() as leaf, key):
+            case Source(leaf, key) if leaf.stored(key) is not None:
                 return Source(self._readers.setdefault(leaf, _Holding(leaf, self)), key)
             case Times(factor, inner):
                 return Times(factor, self.through(inner))
@@ -200,9 +200,10 @@ class _Held:
             case _:
                 return term
 
-    def raw(self, leaf: Checkpoint, key: str) -> torch.Tensor | None:
+    def raw(self, leaf: Readable, key: str) -> torch.Tensor | None:
         """The stored bytes of a tensor if they are held or there is room; None to read it from disk."""
-        piece = leaf.slices[key]
+        piece = leaf.stored(key)
+        assert piece is not None
         size = piece.nbytes
         with self._lock:
             known = self._raw.get((leaf, key))
@@ -220,23 +221,30 @@ class _Held:
         return known
 
 
-class _Holding:
-    """A checkpoint read through `_Held`."""
+class _Holding(Readable):
+    """What is read through `_Held`."""
 
-    def __init__(self, leaf: Checkpoint, held: _Held) -> None:
+    def __init__(self, leaf: Readable, held: _Held) -> None:
         self.leaf, self.held, self.name = leaf, held, leaf.name
+        self.files = leaf.files
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.leaf.shapes
+
+    def stored(self, key: str) -> Slice | None:
+        return self.leaf.stored(key)
+
+    def check_finite(self, key: str, operation: str) -> None:
+        self.leaf.check_finite(key, operation)
 
     def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Workspace) -> None:
-        raw = self.held.raw(self.leaf, key)
-        stored = self.leaf.slices[key].stored
-        size = stored.form.itemsize
-        if raw is None:
+        raw, piece = self.held.raw(self.leaf, key), self.leaf.stored(key)
+        if raw is None or piece is None:
             self.leaf.read(key, start, stop, out, workspace)
         else:
-            decode(raw[start * size : stop * size], stored.form, out, stored.scale)
-
-    def is_bf16(self, key: str) -> bool:
-        return self.leaf.is_bf16(key)
+            size = piece.stored.form.itemsize
+            decode(raw[start * size : stop * size], piece.stored.form, out, piece.stored.scale)
 
     @contextmanager
     def bits(self, key: str, start: int, stop: int, workspace: Workspace) -> Iterator[Bits]:

@@ -16,9 +16,8 @@ from alkahest.errors import AlgebraError
 from alkahest.expr import Names
 from alkahest.keys import Pattern
 from alkahest.leaf import Leaf
-from alkahest.recipe import source
+from alkahest.readable import Workspace
 from alkahest.scalar import number, text_of
-from alkahest.term import Workspace
 
 _CHUNK = 1 << 16  # elements that share one generator, so that any block can be made by itself
 
@@ -75,7 +74,6 @@ class MadeUp(Leaf):
         return f"made_up({', '.join(settings)}, only={self.only!r})", 3
 
 
-@source
 def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "all", width: int = 3840) -> MadeUp:
     """Weights of true Z-Image shapes with random numbers, the same for the same arguments.
 

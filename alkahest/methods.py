@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from alkahest import random, term
-from alkahest.algebra import Delta, Weights
+from alkahest.algebra import Weights
+from alkahest.deltas import Delta
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
-from alkahest.expr import Expression, Names, Shapes, require_same
+from alkahest.expr import Expression, Names, require_same
 from alkahest.mixture import OfModels, require_mixable
+from alkahest.readable import Shapes
 from alkahest.scalar import Rules, Scalar, scalar, text_of
 from alkahest.term import Term
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import SupportsFloat
 
 from alkahest import term
-from alkahest.algebra import Delta, Weights
+from alkahest.algebra import Weights
+from alkahest.deltas import Delta
 from alkahest.errors import AlgebraError
 from alkahest.expr import ATOM, Expression, Names, require_same
 from alkahest.keys import PAD_TOKENS
-from alkahest.leaf import Leaf
+from alkahest.readable import Leading
 from alkahest.scalar import Param, Rules, Scalar, number, scalar, text_of
 from alkahest.term import Term
 
@@ -22,7 +23,7 @@ class OfModels(Weights):
     operands: tuple[Weights, ...]
 
     @property
-    def leading(self) -> Leaf:
+    def leading(self) -> Leading:
         return self.operands[0].leading
 
     @property

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from alkahest.algebra import Delta, DeltaSum, Sum, Weights, ends
+from alkahest.algebra import Sum, Weights, ends
 from alkahest.check import checked, listed, listed_html, percent
 from alkahest.delta_table import stream_delta_table
+from alkahest.deltas import Delta, DeltaSum
 from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
+from alkahest.events import Event, concluded, finished
 from alkahest.expr import Expression
 from alkahest.rounding import ULPS, file_noise, rounding_curve, share_below
 from alkahest.scalar import Rules
-from alkahest.work import Event, concluded, finished
 
 if TYPE_CHECKING:
     import pandas

@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 
-from alkahest.algebra import Weights
-from alkahest.checkpoint import Checkpoint
 from alkahest.dtypes import storage_name
-from alkahest.errors import AlgebraError, OutputError, UnknownNameError, UnsupportedError, nearest
-from alkahest.files import same_file
+from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest
 
 _MAX_THREADS = 8
 _RECORDED = ("dtype", "layout", "rounding", "seed", "device", "comfy_compatible", "max_shard_size", "allow_nonfinite", "metadata")  # fmt: skip
@@ -80,7 +77,7 @@ class Options:
         return None if self.max_shard_size is None else byte_count(self.max_shard_size, "shard size")
 
     def makes_folder(self, target: Path) -> bool:
-        return self.max_shard_size is not None or (self.layout == "diffusers" and not _names_file(target))
+        return self.max_shard_size is not None or (self.layout == "diffusers" and not names_file(target))
 
 
 def _require_metadata(metadata: object) -> None:
@@ -118,34 +115,6 @@ def byte_count(size: int | str, what: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def check_target(expression: Weights, target: Path, options: Options) -> None:
-    """Refuse an output that is an input (through links too) or has the wrong kind of name."""
-    if "\0" in str(target):
-        raise OutputError("save", "this cannot be a file's name", found=repr(str(target)))
-    inputs = [leaf for leaf in expression.leaves() if isinstance(leaf, Checkpoint)]
-    for leaf in expression.leaves():
-        for path in (getattr(leaf, "path", target / "none"), *(reader.path for reader in leaf.files)):
-            if same_file(target, path):
-                raise OutputError(
-                    "save", "the output is one of the inputs", file=target, found=f"the same file as {path}",
-                    fix="save under another name",
-                )  # fmt: skip
-    is_file_name = _names_file(target)
-    if options.max_shard_size is not None and is_file_name:
-        raise OutputError("save", "shards need a folder", file=target, fix="name a folder, without .safetensors")
-    if not options.makes_folder(target) and not is_file_name:
-        raise OutputError(
-            "save", "a single file must end in .safetensors", file=target, found=target.name,
-            fix="name it like merged.safetensors; the diffusers layout and a shard size make folders",
-        )  # fmt: skip
-    for leaf in inputs if options.comfy_compatible else []:
-        quantised = [form for form in leaf.storage.values() if form not in ("fp32", "fp16", "bf16")]
-        if quantised:
-            raise AlgebraError(
-                "save", "comfy_compatible is exact for unquantised files only", file=leaf.path,
-                expected="fp32, fp16 or bf16", found=quantised[0], fix="leave comfy_compatible off",
-            )  # fmt: skip
-
-
-def _names_file(target: Path) -> bool:
+def names_file(target: Path) -> bool:
+    """Whether an output under this name is one file, rather than a folder."""
     return target.suffix.lower() == ".safetensors"

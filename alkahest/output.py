@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from alkahest import layouts, term
-from alkahest.algebra import Weights
 from alkahest.architecture import is_quantisable
-from alkahest.checkpoint import Checkpoint, Slice
 from alkahest.dtypes import FORMATS, FP8, SCALED, Format, storage_name
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
 from alkahest.files import Reader
 from alkahest.header import BITS, Entry
-from alkahest.leaf import Leaf
 from alkahest.packed import PACKED
-from alkahest.quantised import MARKER, QUANTISATION, helper_bytes
+from alkahest.quantised import MARKER, QUANTISATION, Slice, helper_bytes
+from alkahest.readable import Leading
 from alkahest.scalar import Rules
-from alkahest.term import Term
+from alkahest.term import Computable, Term
 
 ALL_IN_ONE_PREFIX = "model.diffusion_model."
 _SUFFIXES = {"comfy_quant": ("weight_scale", "input_scale"), "scaled_fp8": ("scale_weight", "scale_input")}
@@ -117,7 +115,7 @@ class Plan:
 
 
 def make_plan(
-    expression: Weights, rules: Rules, dtype: object, layout: str | None, max_shard_bytes: int | None = None
+    expression: Computable, rules: Rules, dtype: object, layout: str | None, max_shard_bytes: int | None = None
 ) -> Plan:
     """Decide the storage of every tensor and whether its bytes can be copied.
 
@@ -136,9 +134,9 @@ def make_plan(
         shape = _joined_shape([leading.shapes[key] for key in keys])
         groups.append(_weight_items(prefix + name, form, spelling, shape, pieces, leading))
     if any(item.name.endswith(".scale_weight") for group in groups for item in group):
-        full = isinstance(leading, Checkpoint) and leading.full_precision
+        full = leading.full_precision
         groups.append([Constant(prefix + MARKER, "F8_E4M3", (2,) if full else (0,), b"\0\0" if full else b"")])
-    if chosen == "all-in-one" and isinstance(leading, Checkpoint):
+    if chosen == "all-in-one":
         groups += [[Carried(name, *place)] for name, place in leading.companions.items()]
     weights = [item for group in groups for item in group if isinstance(item, Weight)]
     notes = _notes(expression, leading, chosen, weights)
@@ -151,21 +149,16 @@ def restored(weights: Iterable[Weight], only: Callable[[str], bool] = lambda key
     changes: Counter[str] = Counter()
     for weight in weights:
         for piece in weight.pieces:
-            if (
-                isinstance(piece.term, term.Source)
-                and isinstance(piece.term.leaf, Checkpoint)
-                and not piece.copied
-                and only(piece.key)
-            ):
-                changes[f"{piece.term.leaf.storage[piece.term.key]} to {weight.storage}"] += 1
+            held = _stored(piece.term)
+            if held is not None and not piece.copied and only(piece.key):
+                changes[f"{held.stored.storage} to {weight.storage}"] += 1
     return changes
 
 
-def _choose_layout(layout: str | None, leading: Leaf) -> str:
-    companions = isinstance(leading, Checkpoint) and bool(leading.companions)
+def _choose_layout(layout: str | None, leading: Leading) -> str:
     if layout is None:
-        return "all-in-one" if companions else "native"
-    if layout == "all-in-one" and not companions:
+        return "all-in-one" if leading.companions else "native"
+    if layout == "all-in-one" and not leading.companions:
         raise OutputError(
             "save", "there is no VAE or text encoder to carry", expected="an all-in-one file as leading checkpoint",
             found=leading.name, fix="use layout='native'",
@@ -176,7 +169,7 @@ def _choose_layout(layout: str | None, leading: Leaf) -> str:
     return layout
 
 
-def _storage(leading: Leaf, keys: list[str], requested: str | None) -> tuple[Format, str | None]:
+def _storage(leading: Leading, keys: list[str], requested: str | None) -> tuple[Format, str | None]:
     if requested is None:
         # Parts of a fused tensor may be stored differently when they come from a split layout.
         storages = [leading.storage[key] for key in keys]
@@ -189,24 +182,26 @@ def _storage(leading: Leaf, keys: list[str], requested: str | None) -> tuple[For
         name = requested
     if name not in SCALED:
         return FORMATS[name], None
-    kept = leading.slices[keys[0]].stored.form if requested is None and isinstance(leading, Checkpoint) else None
-    return kept or FORMATS["fp8_e4m3fn"], name
+    held = leading.stored(keys[0]) if requested is None else None
+    return FORMATS["fp8_e4m3fn"] if held is None else held.stored.form, name
 
 
-def _piece(expression: Weights, key: str, rules: Rules, form: Format, spelling: str | None) -> Piece:
+def _piece(expression: Computable, key: str, rules: Rules, form: Format, spelling: str | None) -> Piece:
     found = expression.at(key, rules)
     if found is None:
         raise AlgebraError("save", "no value for a tensor", key=key)
-    copied = None
-    if isinstance(found, term.Source) and isinstance(found.leaf, Checkpoint):
-        held = found.leaf.slices[found.key]
-        if held.stored.form == form and (held.stored.spelling is None) == (spelling is None):
-            copied = held
-    return Piece(key, found, math.prod(expression.shapes[key]), copied)
+    held = _stored(found)
+    same = held is not None and held.stored.form == form and (held.stored.spelling is None) == (spelling is None)
+    return Piece(key, found, math.prod(expression.shapes[key]), held if same else None)
+
+
+def _stored(found: Term) -> Slice | None:
+    """Where the bytes of a tensor lie that an expression leaves as it is."""
+    return found.leaf.stored(found.key) if isinstance(found, term.Source) else None
 
 
 def _weight_items(
-    name: str, form: Format, spelling: str | None, shape: tuple[int, ...], pieces: tuple[Piece, ...], leading: Leaf
+    name: str, form: Format, spelling: str | None, shape: tuple[int, ...], pieces: tuple[Piece, ...], leading: Leading
 ) -> list[Item]:
     if spelling is None:
         return [Weight(name, form, shape, pieces)]
@@ -217,7 +212,8 @@ def _weight_items(
     if scale is None:  # one scale for all rows: a piece can be copied only if all can, with the same scale
         pieces = tuple(Piece(piece.key, piece.term, piece.elements) for piece in pieces)
     scale_name = f"{module}.{scale_suffix}"
-    held = leading.slices[pieces[0].key].stored if isinstance(leading, Checkpoint) else None
+    place = leading.stored(pieces[0].key)
+    held = None if place is None else place.stored
     items: list[Item] = [
         Weight(name, form, shape, pieces, scale_name, scale, spelling),
         Constant(scale_name, "F32", (), None),
@@ -238,9 +234,9 @@ def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     return first if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *first[1:])
 
 
-def _companion_metadata(leading: Leaf) -> dict[str, str]:
+def _companion_metadata(leading: Leading) -> dict[str, str]:
     # The header may describe a quantised text encoder, which is carried as it is.
-    if not isinstance(leading, Checkpoint) or QUANTISATION not in leading.metadata:
+    if QUANTISATION not in leading.metadata:
         return {}
     described = json.loads(leading.metadata[QUANTISATION])
     layers = {name: value for name, value in described["layers"].items() if f"{name}.weight" in leading.companions}
@@ -262,18 +258,17 @@ def _in_file_order(items: list[Item]) -> list[Item]:
     return sorted(items, key=lambda item: -BITS[item.tag])
 
 
-def _notes(expression: Weights, leading: Leaf, layout: str, weights: list[Weight]) -> list[str]:
+def _notes(expression: Computable, leading: Leading, layout: str, weights: list[Weight]) -> list[str]:
     notes = []
     for change, count in restored(weights, expression.is_protected).items():
         notes.append(f"{count} protected tensors change storage ({change}): decoded and rounded once, not copied")
-    companions = leading.companions if isinstance(leading, Checkpoint) else {}
-    if companions and layout != "all-in-one":
+    if leading.companions and layout != "all-in-one":
         notes.append(
-            f"{len(companions)} tensors of other models in {leading.name} are left out; layout='all-in-one' keeps them"
+            f"{len(leading.companions)} tensors of other models in {leading.name} are left out; layout='all-in-one' keeps them"
         )
-    if leading_unknown := (leading.unknown if isinstance(leading, Checkpoint) else []):
+    if leading.unknown:
         notes.append(
-            f"{len(leading_unknown)} tensors unknown to Z-Image were handled like any other: {leading_unknown[0]}, ..."
+            f"{len(leading.unknown)} tensors unknown to Z-Image were handled like any other: {leading.unknown[0]}, ..."
         )
     whole = [piece.key for weight in weights for piece in weight.pieces if term.needs_whole_tensor(piece.term)]
     if whole:

@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 
-from alkahest import made_up  # noqa: F401  (lets recipes call it)
-from alkahest.algebra import Delta, Weights
+from alkahest.algebra import Weights
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
+from alkahest.deltas import Delta
 from alkahest.dtypes import is_finite
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
+from alkahest.events import Event
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of, known_paths
 from alkahest.layouts.lora import is_lora
-from alkahest.leaf import Leaf
 from alkahest.locate import locate
-from alkahest.lora import apply  # noqa: F401  (lets recipes call it)
 from alkahest.lora.read import Lora, open_input
 from alkahest.options import Options
-from alkahest.recipe import MAX_TEXT, METADATA_KEY, Recipe, names_in, parse
-from alkahest.recorded import hashed_recipe, headers_of, plan_of
-from alkahest.term import Source, Workspace
-from alkahest.work import Event, Run, blocks
+from alkahest.readable import Workspace
+from alkahest.recipe import names_in, parse
+from alkahest.recorded import MAX_TEXT, METADATA_KEY, Recipe, hashed_recipe, headers_of, plan_of
+from alkahest.term import Source
+from alkahest.work import Run, blocks
 from alkahest.workflow.graph import json_in, read_graph
 from alkahest.workflow.read import PNG, read_workflow
 from alkahest.workflow.translate import WorkflowRecipe, recipes_of
@@ -84,8 +84,7 @@ def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[s
 
 def output_for(recipe: Recipe, weights: Weights) -> dict[str, Any]:
     """How a recipe asks to be written; a workflow's without ``comfy_compatible`` if an input is quantised."""
-    leaves = [leaf for leaf in weights.leaves() if isinstance(leaf, Leaf)]
-    plain = all(set(leaf.storage.values()) <= {"fp32", "fp16", "bf16"} for leaf in leaves)
+    plain = all(set(leaf.storage.values()) <= {"fp32", "fp16", "bf16"} for leaf in weights.leaves())
     if plain or not isinstance(recipe, WorkflowRecipe):
         return recipe.output
     return {name: value for name, value in recipe.output.items() if name != "comfy_compatible"}

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,34 @@ class Stored:
     def shape(self) -> tuple[int, ...]:
         """The weight's shape, unpacked."""
         return self.packed.shape if self.packed else self.entry.shape
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one canonical tensor lies: a stored tensor, and which of its equal row slices."""
+
+    stored: Stored
+    number: int
+    of: int
+
+    @cached_property
+    def elements(self) -> int:
+        return math.prod(self.stored.shape) // self.of
+
+    @cached_property
+    def is_bf16(self) -> bool:
+        """Whether its numbers are bf16 as they stand."""
+        return self.stored.packed is None and self.stored.form.name == "bf16" and self.stored.scale == 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, scales apart."""
+        return self.stored.entry.nbytes // self.of
+
+    @cached_property
+    def offset(self) -> int:
+        """Position of the first byte in the file."""
+        return self.stored.entry.offset + self.number * self.elements * self.stored.form.itemsize
 
 
 def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, str], prefix: str) -> dict[str, Stored]:

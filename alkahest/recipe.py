@@ -6,33 +6,31 @@ Text is parsed by a whitelist over Python's ``ast`` and never evaluated.
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from alkahest import delta_methods, model_methods  # noqa: F401  (they add to the registry)
-from alkahest.algebra import Delta, Weights
+from alkahest.algebra import Weights
+from alkahest.delta_methods import breadcrumbs, dare, della, model_stock, nuslerp, sce, ties
+from alkahest.deltas import Delta
 from alkahest.errors import AlkahestError, RecipeError, nearest
 from alkahest.expr import Expression
+from alkahest.lora.apply import apply_lora
+from alkahest.made_up import made_up
 from alkahest.methods import REGISTRY
 from alkahest.mixture import lerp, weighted_sum
+from alkahest.model_methods import cosine_add, karcher, slerp, train_difference
+from alkahest.recorded import MAX_TEXT
 from alkahest.scalar import Param, param
 
-METADATA_KEY = "alkahest"
-MAX_TEXT = 100_000
 _GRAMMAR = "checkpoints, numbers, + - * /, protect, only, without, scaled, everywhere, lerp, methods"
 _METHODS = {
     "protect": Weights, "only": Delta, "without": Delta, "everywhere": Delta, "scaled": Delta,
 }  # fmt: skip
-# Functions that make weights out of numbers alone; later modules add theirs (see `source`).
-_SOURCES: dict[str, Callable[..., Weights]] = {}
-
-
-def source(function: Callable[..., Weights]) -> Callable[..., Weights]:
-    """Allow a function of numbers, such as ``made_up(layers=2)``, in recipe text."""
-    _SOURCES[function.__name__] = function
-    return function
+# What a recipe may call, and the merge methods that a notebook registers besides.
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    lerp, weighted_sum, param, made_up, apply_lora, slerp, karcher, cosine_add, train_difference,
+    ties, dare, della, breadcrumbs, sce, model_stock, nuslerp,
+)  # fmt: skip
 
 
 def parse(text: str, names: Mapping[str, Any]) -> Any:
@@ -65,47 +63,6 @@ def names_in(text: str) -> list[str]:
     called |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_package(node)}
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called]
     return list(dict.fromkeys(node.id for node in sorted(names, key=lambda n: (n.lineno, n.col_offset))))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Recipe text, what its names stand for, and how the output was written.
-
-    ``inputs`` maps a name to its files, each with ``file`` (its name), ``bytes`` and ``blake3``;
-    ``output`` holds the options of `alkahest.stream.save` that change the bytes.
-    """
-
-    text: str
-    inputs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    output: dict[str, Any] = field(default_factory=dict)
-    version: str = ""
-
-    def to_json(self) -> str:
-        value = {"version": self.version, "recipe": self.text, "inputs": self.inputs, "output": self.output}
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str, file: object = None) -> Recipe:
-        """Parse what `to_json` wrote; RecipeError if it is anything else."""
-        problem = RecipeError("recipe", "the recorded recipe is damaged", file=file, fix="write the recipe by hand")
-        try:
-            value = json.loads(text)
-            recipe = cls(value["recipe"], value["inputs"], value["output"], str(value.get("version", "")))
-            for name, files in recipe.inputs.items():
-                if not isinstance(files, list) or not files:
-                    raise problem
-                for entry in files:
-                    if not (
-                        isinstance(name, str) and isinstance(entry["file"], str) and isinstance(entry["bytes"], int)
-                    ):
-                        raise problem
-                    if len(bytes.fromhex(entry["blake3"])) != 32:
-                        raise problem
-            if not isinstance(recipe.text, str) or not isinstance(recipe.output, dict):
-                raise problem
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise problem from None
-        return recipe
 
 
 def _is_package(node: ast.AST) -> bool:
@@ -187,7 +144,7 @@ class _Reader:
         settings = {str(keyword.arg): self.read(keyword.value) for keyword in node.keywords}
         match node.func:
             case ast.Name(id=name):
-                functions = {"lerp": lerp, "weighted_sum": weighted_sum, "param": param, **REGISTRY, **_SOURCES}
+                functions = {**REGISTRY, **{function.__name__: function for function in _FUNCTIONS}}
                 if name not in functions:
                     raise self._refused(node, f"unknown function {name!r}", nearest(name, functions))
                 function: Any = functions[name]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alkahest import cache
-from alkahest.expr import Expression, name_leaves
+from alkahest.events import Event
+from alkahest.expr import Expression
 from alkahest.hashes import identity
-from alkahest.leaf import AnyLeaf
-from alkahest.work import Event
+from alkahest.readable import Readable
+from alkahest.term import name_leaves
 
 if TYPE_CHECKING:
     import pandas
@@ -68,7 +69,7 @@ def content_key(what: str, expressions: Sequence[Expression | None], settings: S
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _leaves(expressions: Sequence[Expression | None]) -> list[AnyLeaf]:
+def _leaves(expressions: Sequence[Expression | None]) -> list[Readable]:
     return list(name_leaves(*(one for one in expressions if one is not None)))
 
 

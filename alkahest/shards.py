@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
-from alkahest.algebra import Weights
 from alkahest.atomic import Writer, as_output_error, whole_folder
 from alkahest.errors import OutputError
+from alkahest.events import Event
 from alkahest.options import Options
 from alkahest.output import Plan
-from alkahest.recipe import Recipe
-from alkahest.recorded import headers_of, plan_of, readers_of, recipe_of, stream_hashes
-from alkahest.work import Event, Run, spread
+from alkahest.recorded import Recipe, headers_of, plan_of, readers_of, recipe_of, stream_hashes
+from alkahest.term import Computable
+from alkahest.work import Run, spread
 from alkahest.write import jobs_of
 
 _UNFINISHED = ".unfinished"
 
 
-def write_json(folder: Path, expression: Weights, plan: Plan, names: list[str]) -> None:
+def write_json(folder: Path, expression: Computable, plan: Plan, names: list[str]) -> None:
     if plan.layout == "diffusers":
         config = next((c for leaf in expression.leaves() if (c := leaf.config) is not None), None)
         if config is None:
@@ -50,7 +50,7 @@ def _stem(plan: Plan) -> str:
     return "diffusion_pytorch_model" if plan.layout == "diffusers" else "model"
 
 
-def write_shards(expression: Weights, target: Path, run: Run, plan: Plan, executor: Executor) -> Iterator[Event]:
+def write_shards(expression: Computable, target: Path, run: Run, plan: Plan, executor: Executor) -> Iterator[Event]:
     """Write the folder, each file by a task of its own; the last event tells its size.
 
     A file appears under its name when it is whole, so that a task which is done twice, because its worker was lost,
@@ -76,7 +76,7 @@ def write_shards(expression: Weights, target: Path, run: Run, plan: Plan, execut
     yield Event(total, total, "done")
 
 
-def write_shard(expression: Weights, options: Options, recipe: Recipe, folder: Path, name: str, target: Path) -> tuple[int, Counter[str], Counter[str]]:  # fmt: skip
+def write_shard(expression: Computable, options: Options, recipe: Recipe, folder: Path, name: str, target: Path) -> tuple[int, Counter[str], Counter[str]]:  # fmt: skip
     """Write one file of a folder, whole or not at all, from any process; its size and what `Saved` counts by tensor."""
     plan = plan_of(expression, options)
     number = file_names(plan).index(name)

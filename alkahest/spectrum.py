@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from alkahest import random
-from alkahest.algebra import Delta, Weights, ends
+from alkahest.algebra import Weights, ends
 from alkahest.delta_table import names_of
+from alkahest.deltas import Delta
 from alkahest.errors import AlgebraError
+from alkahest.evaluate import evaluate
+from alkahest.events import Event, finished
 from alkahest.expr import require_same
 from alkahest.options import Options
+from alkahest.readable import Workspace
 from alkahest.remembered import remembered
 from alkahest.scalar import Rules
 from alkahest.tally import sum_of_squares
-from alkahest.term import Term, Workspace, evaluate
-from alkahest.work import Event, Job, Run, blocks, finished, place_of, why_nonfinite
+from alkahest.term import Term
+from alkahest.work import Job, Run, blocks, place_of, why_nonfinite
 
 if TYPE_CHECKING:
     import pandas

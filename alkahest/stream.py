@@ -15,16 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alkahest.algebra import Weights
 from alkahest.atomic import Writer, as_output_error, whole_file, whole_folder
-from alkahest.errors import OutputError
-from alkahest.files import size_text
+from alkahest.errors import AlgebraError, OutputError
+from alkahest.events import Event, finished
+from alkahest.files import same_file, size_text
 from alkahest.hashes import blake3_of
-from alkahest.options import Options, check_target
+from alkahest.options import Options, names_file
 from alkahest.output import Plan, restored
 from alkahest.recorded import headers_of, plan_of, readers_of, recipe_of
 from alkahest.shards import file_names, write_json, write_shards
-from alkahest.work import Event, Run, finished
+from alkahest.term import Computable
+from alkahest.work import Run
 from alkahest.write import jobs_of
 
 _NO_HASH = "0" * 64
@@ -61,7 +62,7 @@ class Saved:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
-def save(expression: Weights, path: str | os.PathLike[str], **options: Any) -> Saved:
+def save(expression: Computable, path: str | os.PathLike[str], **options: Any) -> Saved:
     """Compute an expression and write it as one safetensors file, shards, or a diffusers folder.
 
     >>> (bridge + 171.1 * (variant - base)).save("merged.safetensors", dtype="bf16")
@@ -89,7 +90,7 @@ def save(expression: Weights, path: str | os.PathLike[str], **options: Any) -> S
     return saved
 
 
-def stream(expression: Weights, path: str | os.PathLike[str], *, executor: Executor | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
+def stream(expression: Computable, path: str | os.PathLike[str], *, executor: Executor | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
     """`save` as a generator of events; the last one carries the `Saved` result.
 
     Closing the generator, or any exception, stops the work and removes the partial file.
@@ -104,7 +105,35 @@ def stream(expression: Weights, path: str | os.PathLike[str], *, executor: Execu
     return _spread(expression, target, chosen, plan_of(expression, chosen), executor)
 
 
-def _spread(expression: Weights, target: Path, options: Options, plan: Plan, executor: Executor) -> Iterator[Event]:
+def check_target(expression: Computable, target: Path, options: Options) -> None:
+    """Refuse an output that is an input (through links too) or has the wrong kind of name."""
+    if "\0" in str(target):
+        raise OutputError("save", "this cannot be a file's name", found=repr(str(target)))
+    for leaf in expression.leaves():
+        for path in {path: None for reader in leaf.files for path in (reader.path, reader.path.parent)}:
+            if same_file(target, path):
+                raise OutputError(
+                    "save", "the output is one of the inputs", file=target, found=f"the same file as {path}",
+                    fix="save under another name",
+                )  # fmt: skip
+    is_file_name = names_file(target)
+    if options.max_shard_size is not None and is_file_name:
+        raise OutputError("save", "shards need a folder", file=target, fix="name a folder, without .safetensors")
+    if not options.makes_folder(target) and not is_file_name:
+        raise OutputError(
+            "save", "a single file must end in .safetensors", file=target, found=target.name,
+            fix="name it like merged.safetensors; the diffusers layout and a shard size make folders",
+        )  # fmt: skip
+    for leaf in expression.leaves() if options.comfy_compatible else []:
+        quantised = [form for form in leaf.storage.values() if form not in ("fp32", "fp16", "bf16")]
+        if quantised:
+            raise AlgebraError(
+                "save", "comfy_compatible is exact for unquantised files only", file=leaf.files[0].path if leaf.files else leaf.name,
+                expected="fp32, fp16 or bf16", found=quantised[0], fix="leave comfy_compatible off",
+            )  # fmt: skip
+
+
+def _spread(expression: Computable, target: Path, options: Options, plan: Plan, executor: Executor) -> Iterator[Event]:
     """`_stream`, each file by a task of its own."""
     started, run = time.perf_counter(), Run(options)
     for event in write_shards(expression, target, run, plan, executor):
@@ -113,7 +142,7 @@ def _spread(expression: Weights, target: Path, options: Options, plan: Plan, exe
     yield replace(event, result=_result(expression, target, options, plan, file_names(plan), run, event.total, seconds))
 
 
-def _stream(expression: Weights, target: Path, options: Options, plan: Plan) -> Iterator[Event]:
+def _stream(expression: Computable, target: Path, options: Options, plan: Plan) -> Iterator[Event]:
     started = time.perf_counter()
     run = Run(options)
     readers = readers_of(expression)
@@ -163,7 +192,7 @@ def _open_output(
 
 
 def _result(
-    expression: Weights, target: Path, options: Options, plan: Plan, names: list[str], run: Run, nbytes: int,
+    expression: Computable, target: Path, options: Options, plan: Plan, names: list[str], run: Run, nbytes: int,
     seconds: float,
 ) -> Saved:  # fmt: skip
     weights = list(plan.weights())

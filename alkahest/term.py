@@ -1,4 +1,4 @@
-"""What an expression comes down to for one tensor, and its evaluation block by block in float32.
+"""What an expression comes down to for one tensor, and what the engine asks of an expression.
 
 A term is built by the functions below, which drop everything that changes nothing, so that a tensor
 that an expression leaves alone ends up as a bare `Source` and can be copied byte for byte.
@@ -6,24 +6,16 @@ that an expression leaves alone ends up as a bare `Source` and can be copied byt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from alkahest.files import LINE
+from alkahest.readable import Leading, Readable, Shapes
+from alkahest.scalar import Rules
 
 Tensor = torch.Tensor
-
-
-class Readable(Protocol):
-    """A source of numbers: a checkpoint, or anything that can fill a block."""
-
-    name: str
-
-    def read(self, key: str, start: int, stop: int, out: Tensor, workspace: Workspace) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -117,82 +109,46 @@ def needs_whole_tensor(term: Term) -> bool:
             return not term.elementwise or any(map(needs_whole_tensor, term.operands))
 
 
-class Workspace:
-    """One worker's reusable buffers; they grow to the largest block asked for."""
+class Computable(Protocol):
+    """What can be computed into a file, or into a model in memory: a checkpoint, or an expression of some."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._free: list[Tensor] = []
-        self._raw: list[Tensor] = []
+    @property
+    def shapes(self) -> Shapes: ...
 
-    @contextmanager
-    def raw(self, nbytes: int, offset: int) -> Iterator[Tensor]:
-        """``nbytes`` bytes on the CPU, for the length of the with block, to be read from or written to ``offset`` of a file."""
-        buffer = self._raw.pop() if self._raw else torch.empty(0, dtype=torch.uint8)
-        if buffer.numel() < nbytes + LINE:
-            buffer = torch.empty(nbytes + LINE, dtype=torch.uint8)
-        first = offset % LINE // 8 * 8  # torch's memory begins a line; a view as numbers needs 8
-        try:
-            yield buffer[first : first + nbytes]
-        finally:
-            self._raw.append(buffer)
+    @property
+    def leading(self) -> Leading: ...
 
-    @contextmanager
-    def block(self, count: int) -> Iterator[Tensor]:
-        """``count`` float32 numbers on the device, for the length of the with block."""
-        buffer = self._free.pop() if self._free else torch.empty(0, device=self.device)
-        if buffer.numel() < count:
-            buffer = torch.empty(count, dtype=torch.float32, device=self.device)
-        try:
-            yield buffer[:count]
-        finally:
-            self._free.append(buffer)
+    def at(self, key: str, rules: Rules) -> Term | None:
+        """The term for one tensor; None if this model does not have it."""
+        ...
+
+    def leaves(self) -> Sequence[Readable]:
+        """What it reads, each once, in order of appearance."""
+        ...
+
+    def text(self, names: Mapping[Any, str] | None = None) -> str:
+        """Canonical recipe text."""
+        ...
+
+    def is_protected(self, key: str) -> bool: ...
+
+    def dropped(self) -> list[str]:
+        """What protection leaves out of LoRAs, in words."""
+        ...
 
 
-def evaluate(term: Term, start: int, stop: int, out: Tensor, workspace: Workspace) -> None:
-    """Compute elements ``start`` to ``stop`` (flat, row-major) of a term into ``out`` (float32).
+class HasLeaves(Protocol):
+    """Weights and deltas alike."""
 
-    Each operation is rounded by itself: no fused multiply-add, whose use would depend on the
-    processor and on where a block ends.
-    """
-    match term:
-        case Source():
-            term.leaf.read(term.key, start, stop, out, workspace)
-        case Times():
-            evaluate(term.term, start, stop, out, workspace)
-            out.mul_(term.factor)
-        case Plus() | Minus():
-            evaluate(term.left, start, stop, out, workspace)
-            with workspace.block(stop - start) as right:
-                if towards := _change_from_left(term):
-                    # left + k * (x - left): the left side is there already, read it once.
-                    factor, other = towards
-                    evaluate(other, start, stop, right, workspace)
-                    right.sub_(out).mul_(factor)
-                else:
-                    evaluate(term.right, start, stop, right, workspace)
-                if isinstance(term, Plus):
-                    out.add_(right)
-                else:
-                    out.sub_(right)
-        case Apply():
-            _apply(term, start, stop, out, workspace)
+    def leaves(self) -> Sequence[Readable]: ...
 
 
-def _change_from_left(term: Plus | Minus) -> tuple[float, Term] | None:
-    match term.right:
-        case Times(factor, Minus(other, subtracted)) if subtracted == term.left:
-            return factor, other
-        case _:
-            return None
-
-
-def _apply(term: Apply, start: int, stop: int, out: Tensor, workspace: Workspace) -> None:
-    operands = []
-    for operand in term.operands:
-        values = torch.empty(stop - start, dtype=torch.float32, device=out.device)
-        evaluate(operand, start, stop, values, workspace)
-        operands.append(values)
-    arguments = [operands] if term.many else operands
-    settings = {name: value(term.key, start, stop) if callable(value) else value for name, value in term.settings}
-    out.copy_(term.function(*arguments, **settings))
+def name_leaves(*expressions: HasLeaves) -> dict[Readable, str]:
+    """A distinct identifier for everything that expressions read, from its own name."""
+    names: dict[Readable, str] = {}
+    for leaf in dict.fromkeys(leaf for expression in expressions for leaf in expression.leaves()):
+        name, number = leaf.name, 2
+        while name in names.values():
+            name, number = f"{leaf.name}_{number}", number + 1
+        names[leaf] = name
+    return names

@@ -7,21 +7,21 @@ import ctypes
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from alkahest.checkpoint import Checkpoint
-from alkahest.compiled import Kernels, kernels
+from alkahest.compiled import Kernels, combined, kernels
 from alkahest.dtypes import FORMAT_OF, Format, encode, rounding_noise
 from alkahest.errors import NonFiniteError
-from alkahest.fused import combined
-from alkahest.leaf import DeltaLeaf, Leaf
+from alkahest.evaluate import evaluate
+from alkahest.events import Event
 from alkahest.options import Options
-from alkahest.term import Term, Workspace, evaluate, needs_whole_tensor, sources
+from alkahest.readable import Workspace
+from alkahest.term import Term, needs_whole_tensor, sources
 
 BLOCK = 1 << 19  # elements: 2 MB in float32, small enough for caches, large enough for disks
 _COMPILED = 2 << 30  # bytes, above which compiled loops pay for being loaded (0.4 s)
@@ -39,34 +39,6 @@ class Job:
     nbytes: int
     work: Callable[[Workspace], None]
     place: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: work done and in all (bytes, where it reads or writes), the tensor at hand, and at the end the result."""
-
-    done: int
-    total: int
-    key: str
-    result: Any = field(default=None, repr=False)
-
-
-def finished(events: Iterator[Event]) -> Any:
-    """Run a generator of events to its end; its result."""
-    *_, last = events
-    return last.result
-
-
-def concluded(streams: Iterable[Iterator[Event]], conclude: Callable[..., Any]) -> Iterator[Event]:
-    """The events of several measurements as one, whose result ``conclude`` makes of theirs."""
-    results, before = [], 0
-    for events in streams:
-        for event in events:
-            if event.result is None:
-                yield Event(before + event.done, before + event.total, event.key)
-        results.append(event.result)
-        before += event.total
-    yield Event(before, before, "done", conclude(*results))
 
 
 def spread(executor: Executor, function: Callable[..., Result], calls: Mapping[Key, tuple[Any, ...]]) -> Iterator[tuple[Key, Result]]:  # fmt: skip
@@ -233,9 +205,9 @@ def place_of(term: Term | None, start: int = 0, otherwise: tuple[int, int] = (0,
     All blocks of a packed tensor have one place, because it is decoded whole. ``otherwise`` is for what is in no file.
     """
     first = next(sources(term), None)
-    if first is None or not isinstance(first.leaf, Checkpoint):
+    held = None if first is None else first.leaf.stored(first.key)
+    if first is None or held is None:
         return otherwise
-    held = first.leaf.slices[first.key]
     file = first.leaf.files.index(held.stored.reader)
     if held.stored.packed is not None:
         return (file, held.stored.entry.offset)
@@ -250,22 +222,7 @@ def half_step(form: Format) -> float:
 def why_nonfinite(term: Term, key: str, operation: str = "save") -> NonFiniteError:
     """The error for a term with NaN or infinity: the input that holds it, or the arithmetic."""
     for source in sources(term):
-        if isinstance(source.leaf, Checkpoint):
-            bad = int((~torch.isfinite(source.leaf[source.key].float())).sum())
-            if bad:
-                stored = source.leaf.slices[source.key].stored
-                return NonFiniteError(
-                    operation, "an input holds NaN or infinity", file=stored.reader.path, key=key,
-                    expected="finite numbers", found=f"{bad:,} of them in this tensor",
-                    fix="get the file again, or allow_nonfinite=True to keep them",
-                )  # fmt: skip
-        elif isinstance(source.leaf, DeltaLeaf):
-            source.leaf.check_finite(source.key, operation)
-        elif isinstance(source.leaf, Leaf):  # computed, or another program's
-            whole = torch.empty(math.prod(source.leaf.shapes[source.key]))
-            source.leaf.read(source.key, 0, whole.numel(), whole, Workspace(whole.device))
-            if bad := int((~torch.isfinite(whole)).sum()):
-                return NonFiniteError(operation, f"{source.leaf.name} holds NaN or infinity", key=key, expected="finite numbers", found=f"{bad:,} of them in this tensor")  # fmt: skip
+        source.leaf.check_finite(source.key, operation)
     return NonFiniteError(operation, "the result overflows float32", key=key, fix="use a smaller multiplier")
 
 

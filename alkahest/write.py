@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 
 from alkahest.dtypes import FORMATS, Format, decode, scale_for
+from alkahest.evaluate import evaluate
 from alkahest.output import Carried, Constant, Item, Piece, Weight
-from alkahest.term import Workspace, evaluate, needs_whole_tensor
+from alkahest.readable import Workspace
+from alkahest.term import needs_whole_tensor
 from alkahest.work import Job, Run, blocks, place_of
 
 _COPY = 4 << 20  # bytes

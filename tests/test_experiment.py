@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import alkahest as ak
 from alkahest.cli import app
 from alkahest.errors import AlkahestError, FileFormatError, UnknownNameError
+from alkahest.events import Event, finished
 from alkahest.experiment.config import Case, experiment_named, experiments, read_experiment
 from alkahest.experiment.measure import judged, prompts_of, stream_experiment
 from alkahest.experiment.record import (
@@ -29,7 +30,6 @@ from alkahest.experiment.record import (
 )
 from alkahest.lab.reproduction import reproduction, run_experiment, write_index
 from alkahest.mini.scenes import held_out_prompts
-from alkahest.work import Event, finished
 
 ROOT = Path(__file__).parent.parent / "experiments"
 NUMBERED = sorted(path.parent for path in ROOT.glob("[0-9][0-9]-*/experiment.toml"))

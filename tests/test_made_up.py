@@ -8,7 +8,7 @@ import torch
 
 import alkahest as ak
 from alkahest.errors import AlkahestError
-from alkahest.term import Workspace
+from alkahest.readable import Workspace
 
 
 def values(model: ak.Weights, key: str, start: int, stop: int) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 import alkahest as ak
 from alkahest import methods, random
 from alkahest.errors import AlgebraError, UnknownNameError
+from alkahest.evaluate import evaluate
+from alkahest.readable import Workspace
 from alkahest.scalar import Rules
-from alkahest.term import Workspace, evaluate
 
 KEY = "layers.1.feed_forward.w3.weight"
 

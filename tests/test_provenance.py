@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import alkahest as ak
 from alkahest.errors import AlkahestError, RecipeError
 from alkahest.provenance import Verdict, build, verify
-from alkahest.recipe import Recipe
+from alkahest.recorded import Recipe
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import alkahest as ak
 from alkahest.errors import AlkahestError, RecipeError
-from alkahest.recipe import MAX_TEXT, Recipe, names_in, parse
+from alkahest.recipe import names_in, parse
+from alkahest.recorded import MAX_TEXT, Recipe
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from alkahest.cli.shared import (
 from alkahest.errors import RecipeError
 
 if TYPE_CHECKING:
-    from alkahest.recipe import Recipe
+    from alkahest.recorded import Recipe
 
 
 @app.command()
@@ -289,7 +289,7 @@ def _expression(
     """The recipe that was asked for and its expression; multipliers to compute are 1 as yet."""
     from alkahest.options import Options
     from alkahest.provenance import build
-    from alkahest.recipe import Recipe
+    from alkahest.recorded import Recipe
     from alkahest.workflow.translate import WorkflowRecipe
 
     if (expression is None) == (recipe is None):

@@ -17,6 +17,7 @@ from alkahest.checkpoint import open as open_checkpoint
 from alkahest.contact_sheet import contact_sheet
 from alkahest.delta_table import delta_table, rolled_up
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.events import Event
 from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet
 from alkahest.finetune.config import read_config
 from alkahest.finetune.loop import stream_finetune
@@ -33,7 +34,6 @@ from alkahest.pipeline import pipeline
 from alkahest.recipe import names_in, parse
 from alkahest.rounding import rounding_curve
 from alkahest.sample import sample
-from alkahest.work import Event
 
 if TYPE_CHECKING:
     from PIL.Image import Image

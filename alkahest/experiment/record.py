@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from alkahest import __version__
 from alkahest.atomic import write_file
 from alkahest.contact_sheet import png_bytes
 from alkahest.errors import FileFormatError
@@ -25,6 +24,7 @@ from alkahest.experiment.config import Check, Experiment
 from alkahest.experiment.measure import Found, Tables, file_of, steps_title
 from alkahest.files import Reader
 from alkahest.hashes import blake3_of
+from alkahest.version import __version__
 
 Draw = Callable[[Experiment, Tables], dict[str, bytes]]
 _MEASURED = ("inputs", "cases", "deltas", "runs", "sheets", "prompts", "seed", "sampling")

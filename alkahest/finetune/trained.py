@@ -12,17 +12,22 @@ from torch import Tensor
 from alkahest.algebra import OfWeights, Weights
 from alkahest.expr import ATOM, Names
 from alkahest.finetune import parallel
+from alkahest.readable import Readable, Shapes, Workspace
 from alkahest.scalar import Rules
-from alkahest.term import Source, Term, Workspace
+from alkahest.term import Source, Term
 
 
-class Tensors:
+class Tensors(Readable):
     """Trained tensors by canonical name, read block by block."""
 
     name = "trained"
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
+
+    @property
+    def shapes(self) -> Shapes:
+        return {key: tuple(value.shape) for key, value in self.tensors.items()}
 
     def read(self, key: str, start: int, stop: int, out: Tensor, workspace: Workspace) -> None:
         out.copy_(self.tensors[key].reshape(-1)[start:stop])

@@ -15,10 +15,10 @@ from alkahest.check import stream_nearest_base
 from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.errors import AlkahestError
+from alkahest.events import Event
 from alkahest.files import size_text
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, reason_of
-from alkahest.work import Event
 
 _DEPTH, _MOST, _ENTRIES = 4, 500, 20_000  # folders deep, checkpoints listed, files looked at: a disk is not searched
 _WIDE = widgets.Layout(width="98%")

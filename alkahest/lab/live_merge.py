@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import pandas as pd
 
-from alkahest.algebra import Delta, Weights
+from alkahest.algebra import Weights
 from alkahest.atomic import write_file
+from alkahest.deltas import Delta
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
+from alkahest.events import Event
 from alkahest.hashes import blake3_of
 from alkahest.keys import part_of
 from alkahest.lab.figure import image_tag, strip
@@ -26,7 +28,6 @@ from alkahest.options import Options
 from alkahest.recorded import readers_of, recipe_of
 from alkahest.sample import sample
 from alkahest.sweep import SETTINGS
-from alkahest.work import Event
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,8 +10,9 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from alkahest.algebra import Delta, Weights, ends
+from alkahest.algebra import Weights, ends
 from alkahest.delta_table import stream_delta_table
+from alkahest.deltas import Delta
 from alkahest.errors import AlgebraError, AlkahestError
 from alkahest.lab import plots
 from alkahest.lab.checkpoint_picker import checkpoint_picker as checkpoint_picker

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from alkahest import __version__
 from alkahest.atomic import write_file
 from alkahest.check import checked
 from alkahest.delta_table import rolled_up
@@ -17,6 +16,7 @@ from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
 from alkahest.multiplier import Multiplier
 from alkahest.rounding import absorbed, rounding_curve
+from alkahest.version import __version__
 
 STYLE = """
 :root { color-scheme: light dark; }

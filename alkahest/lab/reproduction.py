@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from alkahest import __version__
 from alkahest.atomic import write_file
 from alkahest.errors import FileFormatError
+from alkahest.events import Event
 from alkahest.experiment.config import Experiment, experiments
 from alkahest.experiment.measure import stream_experiment
 from alkahest.experiment.record import (
@@ -26,7 +26,7 @@ from alkahest.experiment.record import (
 from alkahest.lab.experiment_plots import figure_of, figures_of
 from alkahest.lab.figure import image_tag
 from alkahest.lab.report import STYLE
-from alkahest.work import Event
+from alkahest.version import __version__
 
 _END = "<!-- end -->"
 _INDEX = "<!-- index: written by alkahest experiment run -->"

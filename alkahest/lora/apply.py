@@ -13,12 +13,10 @@ from alkahest.algebra import OfWeights, Weights
 from alkahest.errors import AlgebraError, MismatchError, UnsupportedError, nearest
 from alkahest.expr import ATOM, Names
 from alkahest.lora.read import Lora
-from alkahest.recipe import source
 from alkahest.scalar import Param, Rules, Scalar, scalar, text_of
 from alkahest.term import Apply, Source, Term, plus, times
 
 
-@source
 def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1.0) -> Weights:
     """Weights with a LoRA in them; for a DoRA the only way.
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from alkahest import __version__
-from alkahest.algebra import Delta
+from alkahest.deltas import Delta
 from alkahest.dtypes import FORMATS, storage_name
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
-from alkahest.expr import name_leaves
+from alkahest.events import Event, finished
 from alkahest.files import Reader
 from alkahest.keys import Pattern
 from alkahest.leaf import DeltaLeaf
@@ -26,12 +25,13 @@ from alkahest.lora.result import Extracted
 from alkahest.lora.tensor import Choice, Done, Extraction
 from alkahest.lora.write import Pair
 from alkahest.options import Options
-from alkahest.recipe import Recipe
-from alkahest.recorded import inputs_of, stream_hashes
+from alkahest.readable import Workspace
+from alkahest.recorded import Recipe, inputs_of, stream_hashes
 from alkahest.remembered import content_key, title_of
 from alkahest.scalar import Rules
-from alkahest.term import Workspace
-from alkahest.work import Event, Job, Run, finished, place_of, spread
+from alkahest.term import name_leaves
+from alkahest.version import __version__
+from alkahest.work import Job, Run, place_of, spread
 
 if TYPE_CHECKING:
     import pandas

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from alkahest.checkpoint import Checkpoint, identifier
+from alkahest.checkpoint import Checkpoint
 from alkahest.checkpoint import open as open_checkpoint
 from alkahest.dtypes import BY_TAG, decode
 from alkahest.errors import (
@@ -25,6 +25,7 @@ from alkahest.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from alkahest.expr import identifier
 from alkahest.files import Reader, size_text
 from alkahest.header import Entry
 from alkahest.keys import in_model_order, part_of
@@ -32,7 +33,7 @@ from alkahest.layouts.lora import Name, is_lora, parsed
 from alkahest.leaf import DeltaLeaf
 from alkahest.locate import Located, locate
 from alkahest.lora.factors import NAMES, Update, scale_of, shape_of
-from alkahest.term import Workspace
+from alkahest.readable import Workspace
 
 _ROWS = 32  # computed at a time, whatever is asked for, so that no bit depends on where a block ends
 _KEPT = 8  # factors kept in memory: those of the tensor at hand, for every worker

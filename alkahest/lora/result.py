@@ -15,7 +15,7 @@ from alkahest.files import size_text
 from alkahest.lora.parts import Parts
 from alkahest.lora.read import Lora, open_lora
 from alkahest.lora.write import Pair, check_target, save_lora
-from alkahest.recipe import METADATA_KEY, Recipe
+from alkahest.recorded import METADATA_KEY, Recipe
 
 if TYPE_CHECKING:
     import pandas

@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alkahest.algebra import Delta
 from alkahest.delta_table import names_of
+from alkahest.deltas import Delta
 from alkahest.dtypes import FORMATS
 from alkahest.errors import AlgebraError, NonFiniteError
+from alkahest.evaluate import evaluate
 from alkahest.keys import Pattern
 from alkahest.lora.decompose import Decomposition, decomposed, of_loras
 from alkahest.lora.noise import Noise, noise_of
 from alkahest.lora.rank import MIN_DIM, RankRule
 from alkahest.lora.write import Pair
+from alkahest.readable import Workspace
 from alkahest.scalar import Rules
 from alkahest.spectrum import matrix_of
 from alkahest.tally import count_changed, sum_of_squares
-from alkahest.term import Term, Workspace, evaluate
+from alkahest.term import Term
 from alkahest.work import Run, blocks, why_nonfinite
 
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ from alkahest.dtypes import FORMATS
 from alkahest.expr import ATOM, Names
 from alkahest.leaf import Leaf
 from alkahest.nodes.patches import PREFIX, as_it_is, key_patches
-from alkahest.term import Workspace
+from alkahest.readable import Workspace
 
 _STORAGE = {form.torch: name for name, form in FORMATS.items()}
 _KEPT = 2  # computed tensors in memory: the one at hand, and the one before, which a slower worker may still read

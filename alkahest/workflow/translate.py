@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alkahest.checkpoint import identifier
 from alkahest.errors import AlkahestError, RecipeError, nearest
-from alkahest.recipe import Recipe
+from alkahest.expr import identifier
+from alkahest.recorded import Recipe
 from alkahest.scalar import text_of
 from alkahest.workflow import values
 from alkahest.workflow.editor import Absent, Link

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from alkahest.errors import RecipeError
 from alkahest.expr import ATOM, PRODUCT, SUM
-from alkahest.recipe import MAX_TEXT
+from alkahest.recorded import MAX_TEXT
 from alkahest.scalar import text_of
 
 WEIGHTS, DELTA, TOTAL = "weights", "a difference", "a sum of models"

@@ -12,20 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alkahest.algebra import (
-    Delta,
-    DeltaSum,
-    Difference,
-    Everywhere,
-    Masked,
-    Protected,
-    Scaled,
-    ScaledParts,
-    Sum,
-    Weights,
-)
+from alkahest.algebra import Protected, Sum, Weights
 from alkahest.atomic import write_file
 from alkahest.checkpoint import Checkpoint
+from alkahest.deltas import Delta, DeltaSum, Difference, Everywhere, Masked, Scaled, ScaledParts
 from alkahest.errors import AlgebraError, OutputError
 from alkahest.expr import Expression
 from alkahest.lora.read import Lora
@@ -79,7 +69,7 @@ class _Writing:
             self._known[key] = [name, 0]
         return self._known[key]
 
-    def weights(self, one: Weights) -> list[Any]:
+    def weights(self, one: Expression) -> list[Any]:
         match one:
             case Checkpoint():
                 return self.checkpoint(one)

@@ -12,7 +12,7 @@ from measured import run_job
 
 from alkahest.atomic import Writer
 from alkahest.files import LINE, Reader
-from alkahest.term import Workspace
+from alkahest.readable import Workspace
 from alkahest.work import BLOCK
 
 CHUNK = 2 * BLOCK  # bytes: a block of a bf16 file, as ours reads it

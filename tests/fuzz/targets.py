@@ -20,9 +20,10 @@ import alkahest as ak
 from alkahest.errors import AlkahestError
 from alkahest.lora.read import open_lora
 from alkahest.provenance import recipes_in
-from alkahest.recipe import Recipe, names_in, parse
+from alkahest.readable import Workspace
+from alkahest.recipe import names_in, parse
+from alkahest.recorded import Recipe
 from alkahest.scalar import Rules
-from alkahest.term import Workspace
 
 LARGEST = 8 << 20  # bytes of a file's data
 ALLOCATED = 192 << 20  # bytes that reading such a file may take: a tensor in float32, and what torch keeps

@@ -15,7 +15,7 @@ import alkahest as ak
 from alkahest.errors import AlgebraError, NonFiniteError, OutputError, UnknownNameError, UnsupportedError
 from alkahest.lora import extract, tensor
 from alkahest.lora.result import REPORT
-from alkahest.recipe import METADATA_KEY
+from alkahest.recorded import METADATA_KEY
 
 LAYER = "layers.1.feed_forward.w1.weight"
 RANK = 6

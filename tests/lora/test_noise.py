@@ -12,8 +12,8 @@ from tiny import native, state, write
 
 import alkahest as ak
 from alkahest.lora.noise import noise_of
+from alkahest.readable import Workspace
 from alkahest.scalar import Rules
-from alkahest.term import Workspace
 
 KEY = "layers.1.feed_forward.w1.weight"
 SHAPE = (256, 96)
