@@ -8,154 +8,142 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import logging as _logging
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from alkahest.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from alkahest import mini as mini
-    from alkahest.algebra import Weights as Weights
-    from alkahest.cache import cached as cached
-    from alkahest.cache import clear_cache as clear_cache
-    from alkahest.check import nearest_base as nearest_base
-    from alkahest.check import refiner_check as refiner_check
-    from alkahest.checkpoint import Checkpoint as Checkpoint
-    from alkahest.checkpoint import open as open
-    from alkahest.compare import compare as compare
-    from alkahest.compare import comparison_matrix as comparison_matrix
-    from alkahest.delta_methods import breadcrumbs as breadcrumbs
-    from alkahest.delta_methods import dare as dare
-    from alkahest.delta_methods import della as della
-    from alkahest.delta_methods import model_stock as model_stock
-    from alkahest.delta_methods import nuslerp as nuslerp
-    from alkahest.delta_methods import sce as sce
-    from alkahest.delta_methods import ties as ties
-    from alkahest.delta_table import delta_table as delta_table
-    from alkahest.delta_table import rolled_up as rolled_up
-    from alkahest.deltas import Delta as Delta
+    from alkahest.algebra.delta_methods import breadcrumbs as breadcrumbs
+    from alkahest.algebra.delta_methods import dare as dare
+    from alkahest.algebra.delta_methods import della as della
+    from alkahest.algebra.delta_methods import model_stock as model_stock
+    from alkahest.algebra.delta_methods import nuslerp as nuslerp
+    from alkahest.algebra.delta_methods import sce as sce
+    from alkahest.algebra.delta_methods import ties as ties
+    from alkahest.algebra.deltas import Delta as Delta
+    from alkahest.algebra.methods import method as method
+    from alkahest.algebra.mixtures import lerp as lerp
+    from alkahest.algebra.mixtures import weighted_sum as weighted_sum
+    from alkahest.algebra.model_methods import cosine_add as cosine_add
+    from alkahest.algebra.model_methods import karcher as karcher
+    from alkahest.algebra.model_methods import slerp as slerp
+    from alkahest.algebra.model_methods import train_difference as train_difference
+    from alkahest.algebra.weights import Weights as Weights
+    from alkahest.engine.scalars import param as param
     from alkahest.errors import AlkahestError as AlkahestError
-    from alkahest.finetune.config import read_config as read_config
-    from alkahest.finetune.loop import finetune as finetune
-    from alkahest.finetune.monitor import read_history as read_history
-    from alkahest.finetune.plan import memory_plan as memory_plan
-    from alkahest.live_model import LiveModel as LiveModel
+    from alkahest.files.cache import cached as cached
+    from alkahest.files.cache import clear_cache as clear_cache
     from alkahest.lora.apply import apply_lora as apply_lora
     from alkahest.lora.convert import convert_lora as convert_lora
     from alkahest.lora.extract import extract_lora as extract_lora
     from alkahest.lora.ranks import lora_ranks as lora_ranks
-    from alkahest.lora.read import open_lora as open_lora
-    from alkahest.made_up import made_up as made_up
-    from alkahest.measures import flow_loss as flow_loss
-    from alkahest.measures import picture_difference as picture_difference
-    from alkahest.measures import picture_measures as picture_measures
-    from alkahest.methods import method as method
-    from alkahest.mixture import lerp as lerp
-    from alkahest.mixture import weighted_sum as weighted_sum
-    from alkahest.model_methods import cosine_add as cosine_add
-    from alkahest.model_methods import karcher as karcher
-    from alkahest.model_methods import slerp as slerp
-    from alkahest.model_methods import train_difference as train_difference
-    from alkahest.multiplier import Multiplier as Multiplier
-    from alkahest.multiplier import needed_multiplier as needed_multiplier
-    from alkahest.pipeline import pipeline as pipeline
-    from alkahest.provenance import read_recipe as read_recipe
-    from alkahest.rounding import absorbed as absorbed
-    from alkahest.rounding import file_noise as file_noise
-    from alkahest.rounding import rounding_curve as rounding_curve
-    from alkahest.sample import sample as sample
-    from alkahest.scalar import param as param
-    from alkahest.spectrum import delta_spectra as delta_spectra
-    from alkahest.sweep import sweep as sweep
+    from alkahest.measure.lineage import nearest_base as nearest_base
+    from alkahest.measure.lineage import refiner_check as refiner_check
+    from alkahest.measure.multiplier import Multiplier as Multiplier
+    from alkahest.measure.multiplier import needed_multiplier as needed_multiplier
+    from alkahest.measure.pairs import compare as compare
+    from alkahest.measure.pairs import comparison_matrix as comparison_matrix
+    from alkahest.measure.rounding import absorbed as absorbed
+    from alkahest.measure.rounding import file_noise as file_noise
+    from alkahest.measure.rounding import rounding_curve as rounding_curve
+    from alkahest.measure.spectrum import delta_spectra as delta_spectra
+    from alkahest.measure.table import delta_table as delta_table
+    from alkahest.measure.table import rolled_up as rolled_up
+    from alkahest.pictures.live import LiveModel as LiveModel
+    from alkahest.pictures.pipelines import pipeline as pipeline
+    from alkahest.pictures.quality import flow_loss as flow_loss
+    from alkahest.pictures.quality import picture_difference as picture_difference
+    from alkahest.pictures.quality import picture_measures as picture_measures
+    from alkahest.pictures.sampler import sample as sample
+    from alkahest.pictures.sweeps import sweep as sweep
+    from alkahest.recipes.inputs import read_recipe as read_recipe
+    from alkahest.sources.checkpoint import Checkpoint as Checkpoint
+    from alkahest.sources.checkpoint import open as open
+    from alkahest.sources.lora import open_lora as open_lora
+    from alkahest.sources.made_up_weights import made_up as made_up
+    from alkahest.training.config import read_config as read_config
+    from alkahest.training.loop import finetune as finetune
+    from alkahest.training.memory import memory_plan as memory_plan
+    from alkahest.training.monitor import read_history as read_history
     from alkahest.workflow.read import read_workflow as read_workflow
     from alkahest.workflow.write import write_workflow as write_workflow
 
 # Public name -> the module that holds it; imported on first use, so that `import alkahest` is quick.
 _PUBLIC = {
     "AlkahestError": "errors",
-    "Checkpoint": "checkpoint",
-    "Delta": "deltas",
-    "LiveModel": "live_model",
-    "Multiplier": "multiplier",
-    "Weights": "algebra",
-    "absorbed": "rounding",
+    "Checkpoint": "sources.checkpoint",
+    "Delta": "algebra.deltas",
+    "LiveModel": "pictures.live",
+    "Multiplier": "measure.multiplier",
+    "Weights": "algebra.weights",
+    "absorbed": "measure.rounding",
     "apply_lora": "lora.apply",
-    "breadcrumbs": "delta_methods",
-    "cached": "cache",
-    "clear_cache": "cache",
-    "compare": "compare",
-    "comparison_matrix": "compare",
+    "breadcrumbs": "algebra.delta_methods",
+    "cached": "files.cache",
+    "clear_cache": "files.cache",
+    "compare": "measure.pairs",
+    "comparison_matrix": "measure.pairs",
     "convert_lora": "lora.convert",
-    "cosine_add": "model_methods",
-    "dare": "delta_methods",
-    "della": "delta_methods",
-    "delta_spectra": "spectrum",
-    "delta_table": "delta_table",
+    "cosine_add": "algebra.model_methods",
+    "dare": "algebra.delta_methods",
+    "della": "algebra.delta_methods",
+    "delta_spectra": "measure.spectrum",
+    "delta_table": "measure.table",
     "extract_lora": "lora.extract",
-    "file_noise": "rounding",
-    "finetune": "finetune.loop",
-    "flow_loss": "measures",
-    "karcher": "model_methods",
-    "lerp": "mixture",
+    "file_noise": "measure.rounding",
+    "finetune": "training.loop",
+    "flow_loss": "pictures.quality",
+    "karcher": "algebra.model_methods",
+    "lerp": "algebra.mixtures",
     "lora_ranks": "lora.ranks",
-    "made_up": "made_up",
-    "memory_plan": "finetune.plan",
-    "method": "methods",
-    "model_stock": "delta_methods",
-    "nearest_base": "check",
-    "needed_multiplier": "multiplier",
-    "nuslerp": "delta_methods",
-    "open": "checkpoint",
-    "open_lora": "lora.read",
-    "param": "scalar",
-    "picture_difference": "measures",
-    "picture_measures": "measures",
-    "pipeline": "pipeline",
-    "read_config": "finetune.config",
-    "read_history": "finetune.monitor",
-    "read_recipe": "provenance",
+    "made_up": "sources.made_up_weights",
+    "memory_plan": "training.memory",
+    "method": "algebra.methods",
+    "model_stock": "algebra.delta_methods",
+    "nearest_base": "measure.lineage",
+    "needed_multiplier": "measure.multiplier",
+    "nuslerp": "algebra.delta_methods",
+    "open": "sources.checkpoint",
+    "open_lora": "sources.lora",
+    "param": "engine.scalars",
+    "picture_difference": "pictures.quality",
+    "picture_measures": "pictures.quality",
+    "pipeline": "pictures.pipelines",
+    "read_config": "training.config",
+    "read_history": "training.monitor",
+    "read_recipe": "recipes.inputs",
     "read_workflow": "workflow.read",
-    "refiner_check": "check",
-    "rolled_up": "delta_table",
-    "rounding_curve": "rounding",
-    "sample": "sample",
-    "sce": "delta_methods",
-    "slerp": "model_methods",
-    "sweep": "sweep",
-    "ties": "delta_methods",
-    "train_difference": "model_methods",
-    "weighted_sum": "mixture",
+    "refiner_check": "measure.lineage",
+    "rolled_up": "measure.table",
+    "rounding_curve": "measure.rounding",
+    "sample": "pictures.sampler",
+    "sce": "algebra.delta_methods",
+    "slerp": "algebra.model_methods",
+    "sweep": "pictures.sweeps",
+    "ties": "algebra.delta_methods",
+    "train_difference": "algebra.model_methods",
+    "weighted_sum": "algebra.mixtures",
     "write_workflow": "workflow.write",
 }
-# diffusers imports bitsandbytes where it is installed, which then warns on every CPU of a 4-bit kernel that nobody uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _FAMILY = "mini"  # a module of its own: ak.mini.load("base")
 __all__ = sorted([*_PUBLIC, _FAMILY])
+# diffusers imports bitsandbytes where it is installed, which then warns on every CPU of a 4-bit kernel that nobody uses.
+_logging.getLogger("bitsandbytes").setLevel(_logging.ERROR)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name == _FAMILY:
-        return importlib.import_module("alkahest.mini")
+        return _importlib.import_module("alkahest.mini")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'alkahest' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"alkahest.{_PUBLIC[name]}"), name)
+    value = getattr(_importlib.import_module(f"alkahest.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
 
 
-class _Package(ModuleType):
-    """Keeps ``ak.sample`` the function once the module of that name is imported: imports set such attributes."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*__all__, "__version__"]

@@ -131,7 +131,7 @@ def components() -> dict[str, Any]:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from transformers import Qwen3Config, Qwen3Model
 
-    from alkahest.mini.models import tokenizer
+    from alkahest.experiment.growing.models import tokenizer
 
     words = tokenizer(["a red ball at night", "a blue box"])
     torch.manual_seed(7)

@@ -35,7 +35,7 @@ from alkahest.cli.shared import (
 from alkahest.errors import RecipeError
 
 if TYPE_CHECKING:
-    from alkahest.recorded import Recipe
+    from alkahest.engine.record import Recipe
 
 
 @app.command()
@@ -148,7 +148,7 @@ def recipe(
     and checked against each other, and --json is a recipe with their hashes, which runs anywhere.
     """
     with reported():
-        from alkahest.provenance import recipes_in
+        from alkahest.recipes.inputs import recipes_in
 
         what, recipes = recipes_in(file, node)
         if not as_json:
@@ -198,8 +198,8 @@ def verify(
 
     Inputs that are not found by themselves are given by name: `--base b.safetensors`.
     """
-    from alkahest.provenance import Verdict
-    from alkahest.provenance import verify as check
+    from alkahest.recipes.inputs import Verdict
+    from alkahest.recipes.inputs import verify as check
 
     with reported():
         file, given = named(what)
@@ -265,9 +265,9 @@ def _print_recipe(found: Any, several: bool) -> None:
 
 def _located(found: Any, models_dir: Path) -> Any:
     """A workflow's recipe with its files looked up, opened and hashed."""
-    from alkahest.options import Options
-    from alkahest.provenance import build, output_for
-    from alkahest.recorded import hashed_recipe
+    from alkahest.engine.options import Options
+    from alkahest.engine.record import hashed_recipe
+    from alkahest.recipes.inputs import build, output_for
     from alkahest.workflow.translate import WorkflowRecipe
 
     if not isinstance(found, WorkflowRecipe):
@@ -287,9 +287,9 @@ def _expression(
     expression: str | None, recipe: Path | None, models_dir: Path | None, node: str | None, given: dict[str, Any]
 ) -> tuple[Recipe, alkahest.Weights]:
     """The recipe that was asked for and its expression; multipliers to compute are 1 as yet."""
-    from alkahest.options import Options
-    from alkahest.provenance import build
-    from alkahest.recorded import Recipe
+    from alkahest.engine.options import Options
+    from alkahest.engine.record import Recipe
+    from alkahest.recipes.inputs import build
     from alkahest.workflow.translate import WorkflowRecipe
 
     if (expression is None) == (recipe is None):
@@ -310,7 +310,7 @@ def _merge(
     expression: str | None, recipe: Path | None, models_dir: Path | None, node: str | None, given: dict[str, Any],
     output: Path, options: dict[str, Any], as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    from alkahest.provenance import output_for
+    from alkahest.recipes.inputs import output_for
 
     found, weights = _expression(expression, recipe, models_dir, node, given)
     weights = _computed(weights, given, options, quiet)
@@ -329,8 +329,8 @@ def _computed(weights: alkahest.Weights, given: dict[str, Any], options: dict[st
 
 def _with_computed(weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool) -> alkahest.Weights:
     """The same with the scalar ``name`` set to the multiplier that its delta needs."""
-    from alkahest.dtypes import SCALED, storage_name
-    from alkahest.multiplier import auto_multiplied, stream_needed_multiplier
+    from alkahest.measure.multiplier import auto_multiplied, stream_needed_multiplier
+    from alkahest.model.dtypes import SCALED, storage_name
 
     delta, on = auto_multiplied(weights, name)
     dtype = options.get("dtype")

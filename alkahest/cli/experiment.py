@@ -60,14 +60,14 @@ def experiment_run(
 
         from alkahest.errors import AlkahestError
         from alkahest.experiment.config import experiment_named, experiments
-        from alkahest.lab.reproduction import rewrite as rewritten
-        from alkahest.lab.reproduction import run_experiment, write_index
+        from alkahest.experiment.reproduce import rewrite as rewritten
+        from alkahest.experiment.reproduce import run_experiment, write_index
 
         torch.set_num_threads(threads)
         if (rewrite and (family or runs or retrain)) or (retrain and (family or runs)):
             raise AlkahestError("experiment", "--rewrite measures nothing, and --retrain makes its own family and runs", fix="give one of them")  # fmt: skip
         if retrain is not None:
-            from alkahest.mini.build import build
+            from alkahest.experiment.growing.build import build
 
             family, runs = retrain / "family", retrain / "runs"
             drain(build(family), quiet, unit="step")
@@ -88,7 +88,7 @@ def experiment_report(
     """Write one HTML report of what is recorded."""
     with reported():
         from alkahest.experiment.config import experiments
-        from alkahest.lab.reproduction import write_reproduction
+        from alkahest.experiment.reproduce import write_reproduction
 
         write_reproduction(output, experiments(root))
         print(output)

@@ -176,10 +176,10 @@ def _extract(
     text: str, given: dict[str, Any], asked: dict[str, Any], output: Path, flavour: str, csv: Path | None, plot: Path | None,
     as_json: bool, quiet: bool, options: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    from alkahest.atomic import write_file
+    from alkahest.files.whole import write_file
     from alkahest.lora.extract import stream_extract_lora
     from alkahest.lora.write import check_target
-    from alkahest.provenance import build_delta
+    from alkahest.recipes.inputs import build_delta
 
     require_outputs(csv, plot, None)
     delta = build_delta(text, given, options)

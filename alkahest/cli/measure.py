@@ -51,7 +51,7 @@ def diff(
     quiet: Quiet = False,
 ) -> None:
     """Show where two checkpoints differ and how much, and how much of it adding would round away."""
-    from alkahest.delta_table import printed, stream_delta_table
+    from alkahest.measure.table import printed, stream_delta_table
 
     with reported():
         if by not in ("part", "block", "module", "tensor"):
@@ -84,7 +84,7 @@ def multiplier(
     quiet: Quiet = False,
 ) -> None:
     """Compute the multiplier that a difference needs to take effect, and say on what basis."""
-    from alkahest.multiplier import stream_needed_multiplier
+    from alkahest.measure.multiplier import stream_needed_multiplier
 
     with reported():
         require_outputs(csv, plot, html)
@@ -118,8 +118,8 @@ def check(
 
     Exit code 1 if it is not importable.
     """
-    from alkahest.check import checked, stream_nearest_base
-    from alkahest.delta_table import stream_delta_table
+    from alkahest.measure.lineage import checked, stream_nearest_base
+    from alkahest.measure.table import stream_delta_table
 
     with reported():
         require_outputs(csv, plot, html)
@@ -148,8 +148,8 @@ def cache(
     as_json: AsJson = False,
 ) -> None:
     """List what is remembered between runs (hashes, tables, pictures of sweeps, unsaved LoRAs), or delete it."""
-    from alkahest.cache import KINDS, cache_folder
-    from alkahest.files import size_text
+    from alkahest.files.cache import KINDS, cache_folder
+    from alkahest.files.reader import size_text
 
     with reported():
         if clear:
@@ -168,7 +168,7 @@ def cache(
 
 def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:
     """Write what was asked for of a table, and of the multiplier ``found`` from it."""
-    from alkahest.atomic import write_file
+    from alkahest.files.whole import write_file
 
     if csv is not None:
         absorbed = alkahest.absorbed(table)["count"]

@@ -27,7 +27,7 @@ def mini_build(
     with reported():
         import torch
 
-        from alkahest.mini.build import build, closeness
+        from alkahest.experiment.growing.build import build, closeness
 
         torch.set_num_threads(threads)
         drain(build(folder, stage, device), quiet, unit="step")
@@ -48,7 +48,7 @@ def mini_measure(
     with reported():
         import torch
 
-        from alkahest.mini import report
+        from alkahest.experiment.growing import report
 
         torch.set_num_threads(threads)
         if sheets is not None:

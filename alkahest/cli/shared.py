@@ -117,7 +117,7 @@ def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> N
 
 
 def options_of(**options: Any) -> dict[str, Any]:
-    from alkahest.options import Options
+    from alkahest.engine.options import Options
 
     defaults = Options()
     return {name: value for name, value in options.items() if value != getattr(defaults, name)}

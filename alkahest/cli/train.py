@@ -50,8 +50,8 @@ def trained(config: Path, folder: Path, device: str, threads: int | None, quiet:
     """Run a configuration to its end behind a progress bar; its result, of several processes the first's."""
     import torch
 
-    from alkahest.finetune.config import read_config
-    from alkahest.finetune.loop import stream_finetune
+    from alkahest.training.config import read_config
+    from alkahest.training.loop import stream_finetune
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -75,7 +75,7 @@ def make_dataset(
     quiet: Quiet = False,
 ) -> None:
     """Have models draw a dataset to train on, as the article's TB-1 was trained on Z-Image's own pictures."""
-    from alkahest.dataset import make_dataset as draw
+    from alkahest.training.dataset import make_dataset as draw
 
     with reported():
         try:
@@ -91,7 +91,7 @@ def make_dataset(
 
 
 def _plan(source: Path, vram: float | None, resolution: int, batch: int, frozen: str, processes: int, as_json: bool) -> None:  # fmt: skip
-    from alkahest.finetune.plan import memory_plan
+    from alkahest.training.memory import memory_plan
 
     weights = alkahest.open(source)
     table = memory_plan(weights, vram, frozen=frozen, resolution=resolution, batch=batch, processes=processes)

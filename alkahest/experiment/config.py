@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.files.toml import made, read_toml
 from alkahest.mini.scenes import ATTRIBUTES
-from alkahest.settings import made, read_toml
-from alkahest.sweep import SETTINGS
+from alkahest.pictures.sweeps import SETTINGS
 
 ROOT = Path("experiments")
 VERDICTS = ("reproduced", "partly", "not reproduced", "true by construction", "needs the real weights")

@@ -13,27 +13,27 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alkahest import mini
-from alkahest.checkpoint import open as open_checkpoint
-from alkahest.contact_sheet import contact_sheet
-from alkahest.delta_table import delta_table, rolled_up
+from alkahest.engine.events import Event
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
-from alkahest.events import Event
 from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet
-from alkahest.finetune.config import read_config
-from alkahest.finetune.loop import stream_finetune
-from alkahest.finetune.monitor import read_history
-from alkahest.keys import REFINERS
+from alkahest.experiment.growing.report import READ, as_asked
 from alkahest.lora.extract import extract_lora
-from alkahest.lora.read import open_input
-from alkahest.measures import picture_measures
+from alkahest.measure.multiplier import BASES, needed_multiplier
+from alkahest.measure.rounding import rounding_curve
+from alkahest.measure.table import delta_table, rolled_up
 from alkahest.mini.judge import attributes, load_judge
-from alkahest.mini.report import READ, as_asked
 from alkahest.mini.scenes import ATTRIBUTES, Scene, held_out_prompts
-from alkahest.multiplier import BASES, needed_multiplier
-from alkahest.pipeline import pipeline
-from alkahest.recipe import names_in, parse
-from alkahest.rounding import rounding_curve
-from alkahest.sample import sample
+from alkahest.model.keys import REFINERS
+from alkahest.pictures.pipelines import pipeline
+from alkahest.pictures.quality import picture_measures
+from alkahest.pictures.sampler import sample
+from alkahest.pictures.sheet import contact_sheet
+from alkahest.recipes.text import names_in, parse
+from alkahest.sources.checkpoint import open as open_checkpoint
+from alkahest.sources.lora import open_input
+from alkahest.training.config import read_config
+from alkahest.training.loop import stream_finetune
+from alkahest.training.monitor import read_history
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,13 +17,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from alkahest.atomic import write_file
-from alkahest.contact_sheet import png_bytes
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Check, Experiment
 from alkahest.experiment.measure import Found, Tables, file_of, steps_title
-from alkahest.files import Reader
-from alkahest.hashes import blake3_of
+from alkahest.files.hashes import blake3_of
+from alkahest.files.reader import Reader
+from alkahest.files.whole import write_file
+from alkahest.pictures.sheet import png_bytes
 from alkahest.version import __version__
 
 Draw = Callable[[Experiment, Tables], dict[str, bytes]]

@@ -10,15 +10,15 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from alkahest.algebra import Weights
-from alkahest.check import stream_nearest_base
-from alkahest.checkpoint import Checkpoint
-from alkahest.checkpoint import open as open_checkpoint
+from alkahest.algebra.weights import Weights
+from alkahest.engine.events import Event
 from alkahest.errors import AlkahestError
-from alkahest.events import Event
-from alkahest.files import size_text
+from alkahest.files.reader import size_text
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, reason_of
+from alkahest.measure.lineage import stream_nearest_base
+from alkahest.sources.checkpoint import Checkpoint
+from alkahest.sources.checkpoint import open as open_checkpoint
 
 _DEPTH, _MOST, _ENTRIES = 4, 500, 20_000  # folders deep, checkpoints listed, files looked at: a disk is not searched
 _WIDE = widgets.Layout(width="98%")

@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alkahest.contact_sheet import png_bytes
+from alkahest.pictures.sheet import png_bytes
 
 if TYPE_CHECKING:
     import pandas

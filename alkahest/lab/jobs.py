@@ -11,7 +11,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from alkahest.files import size_text
+from alkahest.files.reader import size_text
 from alkahest.lab.panel import reason_of
 
 

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import pandas as pd
 
-from alkahest.algebra import Weights
-from alkahest.atomic import write_file
-from alkahest.deltas import Delta
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.weights import Weights
+from alkahest.engine.events import Event
+from alkahest.engine.options import Options
+from alkahest.engine.record import readers_of, recipe_of
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
-from alkahest.events import Event
-from alkahest.hashes import blake3_of
-from alkahest.keys import part_of
+from alkahest.files.hashes import blake3_of
+from alkahest.files.whole import write_file
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, number_with_slider, text_lines
-from alkahest.live_model import LiveModel
-from alkahest.measures import picture_measures
-from alkahest.options import Options
-from alkahest.recorded import readers_of, recipe_of
-from alkahest.sample import sample
-from alkahest.sweep import SETTINGS
+from alkahest.model.keys import part_of
+from alkahest.pictures.live import LiveModel
+from alkahest.pictures.quality import picture_measures
+from alkahest.pictures.sampler import sample
+from alkahest.pictures.sweeps import SETTINGS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,9 +10,8 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from alkahest.algebra import Weights, ends
-from alkahest.delta_table import stream_delta_table
-from alkahest.deltas import Delta
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.weights import Weights, ends
 from alkahest.errors import AlgebraError, AlkahestError
 from alkahest.lab import plots
 from alkahest.lab.checkpoint_picker import checkpoint_picker as checkpoint_picker
@@ -24,9 +23,10 @@ from alkahest.lab.sampling_grid import sampling_grid as sampling_grid
 from alkahest.lab.training_monitor import training_monitor as training_monitor
 from alkahest.lora.rank import RULES
 from alkahest.lora.ranks import lora_ranks
-from alkahest.multiplier import BASES, Multiplier, multiplier_of, not_protected
-from alkahest.rounding import rounding_curve
-from alkahest.spectrum import stream_delta_spectra
+from alkahest.measure.multiplier import BASES, Multiplier, multiplier_of, not_protected
+from alkahest.measure.rounding import rounding_curve
+from alkahest.measure.spectrum import stream_delta_spectra
+from alkahest.measure.table import stream_delta_table
 
 _VIEWS = ("tensors", "heatmap", "modules")
 

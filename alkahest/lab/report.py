@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from alkahest.atomic import write_file
-from alkahest.check import checked
-from alkahest.delta_table import rolled_up
+from alkahest.files.whole import write_file
 from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
-from alkahest.multiplier import Multiplier
-from alkahest.rounding import absorbed, rounding_curve
+from alkahest.measure.lineage import checked
+from alkahest.measure.multiplier import Multiplier
+from alkahest.measure.rounding import absorbed, rounding_curve
+from alkahest.measure.table import rolled_up
 from alkahest.version import __version__
 
 STYLE = """

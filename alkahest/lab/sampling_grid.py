@@ -8,12 +8,12 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from alkahest.contact_sheet import png_bytes
 from alkahest.errors import AlkahestError
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel, lines_of, text_lines
-from alkahest.live_model import LiveModel
-from alkahest.sweep import Cells, SweepEvent, stream_sweep
+from alkahest.pictures.live import LiveModel
+from alkahest.pictures.sheet import png_bytes
+from alkahest.pictures.sweeps import Cells, SweepEvent, stream_sweep
 
 _FIRST: dict[str, Sequence[float]] = {"shift": [3.0], "cfg": [2.0], "steps": [24]}
 

@@ -12,11 +12,11 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from alkahest.contact_sheet import contact_sheet, png_bytes
-from alkahest.finetune.monitor import read_history
 from alkahest.lab.figure import image_tag, png
 from alkahest.lab.panel import STYLE, Panel, Redraw
 from alkahest.lab.run_plots import MEASURES, training_curve
+from alkahest.pictures.sheet import contact_sheet, png_bytes
+from alkahest.training.monitor import read_history
 
 _STEPS = 6  # of the pictures shown: the first, the last, and some between
 

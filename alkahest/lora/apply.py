@@ -9,12 +9,12 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-from alkahest.algebra import OfWeights, Weights
+from alkahest.algebra.expression import ATOM, Names
+from alkahest.algebra.weights import OfWeights, Weights
+from alkahest.engine.scalars import Param, Rules, Scalar, scalar, text_of
+from alkahest.engine.terms import Apply, Source, Term, plus, times
 from alkahest.errors import AlgebraError, MismatchError, UnsupportedError, nearest
-from alkahest.expr import ATOM, Names
-from alkahest.lora.read import Lora
-from alkahest.scalar import Param, Rules, Scalar, scalar, text_of
-from alkahest.term import Apply, Source, Term, plus, times
+from alkahest.sources.lora import Lora
 
 
 def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1.0) -> Weights:

@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-from alkahest.dtypes import BY_TAG
 from alkahest.errors import UnsupportedError
-from alkahest.lora.factors import NAMES, Update
-from alkahest.lora.read import ADAPTER, Lora, open_lora
 from alkahest.lora.write import Pair, check_target, save_lora
+from alkahest.model.dtypes import BY_TAG
+from alkahest.sources.factors import NAMES, Update
+from alkahest.sources.lora import ADAPTER, Lora, open_lora
 
 
 def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfyui") -> Lora:

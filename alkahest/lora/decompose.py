@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alkahest.engine.terms import Minus, Plus, Source, Term, Times
+from alkahest.engine.workers import why_nonfinite
 from alkahest.lora.rank import RankRule, Values
-from alkahest.lora.read import Lora
-from alkahest.spectrum import randomised_svd
-from alkahest.term import Minus, Plus, Source, Term, Times
-from alkahest.work import why_nonfinite
+from alkahest.measure.spectrum import randomised_svd
+from alkahest.sources.lora import Lora
 
 METHODS = ("auto", "exact", "randomised")
 _EXACT_SIDE = 1024  # a matrix with a side up to this is decomposed in full: at most half a second

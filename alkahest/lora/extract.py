@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from alkahest.deltas import Delta
-from alkahest.dtypes import FORMATS, storage_name
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.leaves import DeltaLeaf
+from alkahest.engine.events import Event, finished
+from alkahest.engine.options import Options
+from alkahest.engine.readable import Workspace
+from alkahest.engine.record import Recipe, inputs_of, stream_hashes
+from alkahest.engine.scalars import Rules
+from alkahest.engine.terms import name_leaves
+from alkahest.engine.workers import Job, Run, place_of, spread
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
-from alkahest.events import Event, finished
-from alkahest.files import Reader
-from alkahest.keys import Pattern
-from alkahest.leaf import DeltaLeaf
+from alkahest.files.reader import Reader
 from alkahest.lora.decompose import METHODS
 from alkahest.lora.parts import Parts
 from alkahest.lora.rank import MIN_DIM, RankRule
-from alkahest.lora.read import Lora
 from alkahest.lora.result import Extracted
 from alkahest.lora.tensor import Choice, Done, Extraction
 from alkahest.lora.write import Pair
-from alkahest.options import Options
-from alkahest.readable import Workspace
-from alkahest.recorded import Recipe, inputs_of, stream_hashes
-from alkahest.remembered import content_key, title_of
-from alkahest.scalar import Rules
-from alkahest.term import name_leaves
+from alkahest.measure.remembered import content_key, title_of
+from alkahest.model.dtypes import FORMATS, storage_name
+from alkahest.model.keys import Pattern
+from alkahest.sources.lora import Lora
 from alkahest.version import __version__
-from alkahest.work import Job, Run, place_of, spread
 
 if TYPE_CHECKING:
     import pandas

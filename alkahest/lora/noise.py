@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from alkahest.delta_table import unit_of, without_factor
-from alkahest.evaluate import evaluate
-from alkahest.readable import Workspace
-from alkahest.rounding import ulp
-from alkahest.tally import sum_of_squares
-from alkahest.term import Minus, Source, Term
+from alkahest.engine.evaluate import evaluate
+from alkahest.engine.readable import Workspace
+from alkahest.engine.terms import Minus, Source, Term
+from alkahest.measure.rounding import ulp
+from alkahest.measure.table import unit_of, without_factor
+from alkahest.measure.tally import sum_of_squares
 
 _MARGIN = 1.02  # the largest singular value of a finite matrix of noise strays by about this
 _SAMPLES, _SAMPLE = 16, 1 << 16  # stretches of a tensor from which its mean ulp squared is taken, and their length

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alkahest.cache import cache_folder
+from alkahest.files.cache import cache_folder
 from alkahest.lora.write import Pair
 
 

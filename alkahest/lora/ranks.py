@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alkahest.delta_table import names_of
 from alkahest.lora.rank import MIN_DIM, RankRule
+from alkahest.measure.table import names_of
 
 if TYPE_CHECKING:
     import pandas

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from alkahest.files import size_text
+from alkahest.engine.record import METADATA_KEY, Recipe
+from alkahest.files.reader import size_text
 from alkahest.lora.parts import Parts
-from alkahest.lora.read import Lora, open_lora
 from alkahest.lora.write import Pair, check_target, save_lora
-from alkahest.recorded import METADATA_KEY, Recipe
+from alkahest.sources.lora import Lora, open_lora
 
 if TYPE_CHECKING:
     import pandas

@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alkahest.delta_table import names_of
-from alkahest.deltas import Delta
-from alkahest.dtypes import FORMATS
+from alkahest.algebra.deltas import Delta
+from alkahest.engine.evaluate import evaluate
+from alkahest.engine.readable import Workspace
+from alkahest.engine.scalars import Rules
+from alkahest.engine.terms import Term
+from alkahest.engine.workers import Run, blocks, why_nonfinite
 from alkahest.errors import AlgebraError, NonFiniteError
-from alkahest.evaluate import evaluate
-from alkahest.keys import Pattern
 from alkahest.lora.decompose import Decomposition, decomposed, of_loras
 from alkahest.lora.noise import Noise, noise_of
 from alkahest.lora.rank import MIN_DIM, RankRule
 from alkahest.lora.write import Pair
-from alkahest.readable import Workspace
-from alkahest.scalar import Rules
-from alkahest.spectrum import matrix_of
-from alkahest.tally import count_changed, sum_of_squares
-from alkahest.term import Term
-from alkahest.work import Run, blocks, why_nonfinite
+from alkahest.measure.spectrum import matrix_of
+from alkahest.measure.table import names_of
+from alkahest.measure.tally import count_changed, sum_of_squares
+from alkahest.model.dtypes import FORMATS
+from alkahest.model.keys import Pattern
 
 Row = dict[str, Any]
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alkahest.atomic import as_output_error, whole_file
-from alkahest.dtypes import FORMATS
 from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest
-from alkahest.files import same_file
-from alkahest.header import build_header
-from alkahest.keys import in_model_order
-from alkahest.layouts import native
+from alkahest.files.header import build_header
+from alkahest.files.reader import same_file
+from alkahest.files.whole import as_output_error, whole_file
+from alkahest.model.dtypes import FORMATS
+from alkahest.model.keys import in_model_order
+from alkahest.model.layouts import native
 
 # Name -> (prefix, fused qkv and ComfyUI's names, underscores, names of the halves), in the order down, up.
 _PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")

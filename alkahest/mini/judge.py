@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from alkahest import mini
 from alkahest.errors import MismatchError
 from alkahest.mini.scenes import ATTRIBUTES
+from alkahest.mini.shipped import WEIGHTS
 
 if TYPE_CHECKING:
     import pandas
@@ -37,7 +37,7 @@ class Judge(nn.Module):
 
 
 @functools.cache
-def load_judge(folder: Path = mini.WEIGHTS) -> Judge:
+def load_judge(folder: Path = WEIGHTS) -> Judge:
     """The judge that ships with the package, or the one of another family's folder."""
     judge = Judge()
     path = folder / "judge.safetensors"

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import alkahest
-from alkahest.atomic import write_file
 from alkahest.errors import OutputError
+from alkahest.files.whole import write_file
 from alkahest.nodes.running import NEEDED
 
 _MARK = '"""Alkahest\'s nodes; written by `alkahest nodes install`, and removed by `alkahest nodes uninstall`."""'

@@ -31,7 +31,7 @@ class AlkahestMultiplier:
     def measure(self, variant: Any, base: Any, bridge: Any, basis: str, target: float) -> dict[str, Any]:
         require_same("Alkahest Multiplier", {"variant": variant, "base": base, "bridge": bridge})
         require_packages("Alkahest Multiplier")
-        from alkahest.multiplier import stream_needed_multiplier
+        from alkahest.measure.multiplier import stream_needed_multiplier
         from alkahest.nodes.model import ModelWeights
 
         v, b, a = ModelWeights(variant, "variant"), ModelWeights(base, "base"), ModelWeights(bridge, "bridge")

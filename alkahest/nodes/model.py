@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from alkahest import layouts
-from alkahest.architecture import infer
-from alkahest.dtypes import FORMATS
-from alkahest.expr import ATOM, Names
-from alkahest.leaf import Leaf
+from alkahest.algebra.expression import ATOM, Names
+from alkahest.algebra.leaves import Leaf
+from alkahest.engine.readable import Workspace
+from alkahest.model import layouts
+from alkahest.model.architecture import infer
+from alkahest.model.dtypes import FORMATS
 from alkahest.nodes.patches import PREFIX, as_it_is, key_patches
-from alkahest.readable import Workspace
 
 _STORAGE = {form.torch: name for name, form in FORMATS.items()}
 _KEPT = 2  # computed tensors in memory: the one at hand, and the one before, which a slower worker may still read

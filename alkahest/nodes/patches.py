@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from alkahest import layouts
 from alkahest.errors import MismatchError, UnknownNameError, nearest
-from alkahest.keys import Pattern
+from alkahest.model import layouts
+from alkahest.model.keys import Pattern
 
 PREFIX = "diffusion_model."
 Patches = dict[str, list[Any]]

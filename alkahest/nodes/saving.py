@@ -43,7 +43,7 @@ class AlkahestSave(SavingNode):
 
 def _from_files(prompt: Any, node: str, model: Any) -> tuple[Any, dict[str, Any], str]:
     """The expression behind this node, of the files that ComfyUI's loaders name, and how to write it."""
-    from alkahest.provenance import build, output_for
+    from alkahest.recipes.inputs import build, output_for
     from alkahest.workflow.graph import read_graph
     from alkahest.workflow.translate import recipes_of
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alkahest.errors import RecipeError
-from alkahest.files import Reader
+from alkahest.files.reader import Reader
 from alkahest.workflow.editor import Link, flattened
 
 MAX_BYTES = 64 << 20  # the largest of ComfyUI's own 650 templates has 1 MB

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from alkahest.errors import RecipeError
-from alkahest.files import Reader
-from alkahest.locate import locate
+from alkahest.files.locate import locate
+from alkahest.files.reader import Reader
 from alkahest.workflow.graph import Graph, json_in, parsed_json, read_graph
 from alkahest.workflow.translate import WorkflowRecipe, recipes_of
 

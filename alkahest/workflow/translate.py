@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alkahest.algebra.expression import identifier
+from alkahest.engine.record import Recipe
+from alkahest.engine.scalars import text_of
 from alkahest.errors import AlkahestError, RecipeError, nearest
-from alkahest.expr import identifier
-from alkahest.recorded import Recipe
-from alkahest.scalar import text_of
 from alkahest.workflow import values
 from alkahest.workflow.editor import Absent, Link
 from alkahest.workflow.folders import ModelFile, find_model

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alkahest.algebra.expression import ATOM, PRODUCT, SUM
+from alkahest.engine.record import MAX_TEXT
+from alkahest.engine.scalars import text_of
 from alkahest.errors import RecipeError
-from alkahest.expr import ATOM, PRODUCT, SUM
-from alkahest.recorded import MAX_TEXT
-from alkahest.scalar import text_of
 
 WEIGHTS, DELTA, TOTAL = "weights", "a difference", "a sum of models"
 

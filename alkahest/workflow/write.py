@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alkahest.algebra import Protected, Sum, Weights
-from alkahest.atomic import write_file
-from alkahest.checkpoint import Checkpoint
-from alkahest.deltas import Delta, DeltaSum, Difference, Everywhere, Masked, Scaled, ScaledParts
+from alkahest.algebra.deltas import Delta, DeltaSum, Difference, Everywhere, Masked, Scaled, ScaledParts
+from alkahest.algebra.expression import Expression
+from alkahest.algebra.mixtures import Mixture
+from alkahest.algebra.weights import Protected, Sum, Weights
+from alkahest.engine.scalars import Param, Scalar, text_of
 from alkahest.errors import AlgebraError, OutputError
-from alkahest.expr import Expression
-from alkahest.lora.read import Lora
-from alkahest.mixture import Mixture
-from alkahest.scalar import Param, Scalar, text_of
+from alkahest.files.whole import write_file
+from alkahest.sources.checkpoint import Checkpoint
+from alkahest.sources.lora import Lora
 from alkahest.workflow.folders import FOLDERS
 
 LIMIT = 10.0  # of ModelMergeSubtract's multiplier, either side of zero; the server refuses more

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from measured import run_job
 
-from alkahest.atomic import Writer
-from alkahest.files import LINE, Reader
-from alkahest.readable import Workspace
-from alkahest.work import BLOCK
+from alkahest.engine.readable import Workspace
+from alkahest.engine.workers import BLOCK
+from alkahest.files.reader import LINE, Reader
+from alkahest.files.whole import Writer
 
 CHUNK = 2 * BLOCK  # bytes: a block of a bf16 file, as ours reads it
 

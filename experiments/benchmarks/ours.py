@@ -53,10 +53,6 @@ def prepare() -> None:
     import pandas  # noqa: F401
     import torch  # noqa: F401
 
-    import alkahest.delta_table
-    import alkahest.lora.extract
-    import alkahest.stream  # noqa: F401
-
 
 def prepare_live() -> None:
     import torch

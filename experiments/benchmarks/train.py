@@ -34,12 +34,12 @@ def step_memory(mode: str, layers: int, resolution: int, checkpointing: bool, de
     import torch
 
     import alkahest as ak
-    from alkahest.finetune.config import Stage, config_of
-    from alkahest.finetune.inputs import lighten
-    from alkahest.finetune.objective import Arithmetic, losses, noised
-    from alkahest.finetune.optimise import Updates
-    from alkahest.finetune.plan import memory_plan
-    from alkahest.pipeline import empty_transformer
+    from alkahest.pictures.pipelines import empty_transformer
+    from alkahest.training.config import Stage, config_of
+    from alkahest.training.inputs import lighten
+    from alkahest.training.memory import memory_plan
+    from alkahest.training.objective import Arithmetic, losses, noised
+    from alkahest.training.optimise import Updates
 
     torch.set_num_threads(threads)
     weights = ak.made_up(layers=layers)

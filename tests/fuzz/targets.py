@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 import alkahest as ak
+from alkahest.engine.readable import Workspace
+from alkahest.engine.record import Recipe
+from alkahest.engine.scalars import Rules
 from alkahest.errors import AlkahestError
-from alkahest.lora.read import open_lora
-from alkahest.provenance import recipes_in
-from alkahest.readable import Workspace
-from alkahest.recipe import names_in, parse
-from alkahest.recorded import Recipe
-from alkahest.scalar import Rules
+from alkahest.recipes.inputs import recipes_in
+from alkahest.recipes.text import names_in, parse
+from alkahest.sources.lora import open_lora
 
 LARGEST = 8 << 20  # bytes of a file's data
 ALLOCATED = 192 << 20  # bytes that reading such a file may take: a tensor in float32, and what torch keeps

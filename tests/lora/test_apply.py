@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import alkahest as ak
 from alkahest.errors import AlgebraError, MismatchError, UnsupportedError
-from alkahest.provenance import build
+from alkahest.recipes.inputs import build
 
 KEY = "layers.1.feed_forward.w1.weight"
 NAME = "diffusion_model." + KEY.removesuffix(".weight")

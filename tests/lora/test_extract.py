@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
+from alkahest.engine.record import METADATA_KEY
 from alkahest.errors import AlgebraError, NonFiniteError, OutputError, UnknownNameError, UnsupportedError
 from alkahest.lora import extract, tensor
 from alkahest.lora.result import REPORT
-from alkahest.recorded import METADATA_KEY
 
 LAYER = "layers.1.feed_forward.w1.weight"
 RANK = 6
@@ -227,7 +227,7 @@ def test_the_recipe_says_what_it_is(tmp_path: Path) -> None:
     assert recipe.output["dtype"] == "bf16"
     assert 0.85 < recipe.output["energy"] < 1
     assert METADATA_KEY in lora.metadata
-    from alkahest.provenance import build
+    from alkahest.recipes.inputs import build
 
     with pytest.raises(ak.AlkahestError, match="this recipe makes a LoRA"):
         build(recipe, {})

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tiny import native, state, write
 
 import alkahest as ak
+from alkahest.engine.readable import Workspace
+from alkahest.engine.scalars import Rules
 from alkahest.lora.noise import noise_of
-from alkahest.readable import Workspace
-from alkahest.scalar import Rules
 
 KEY = "layers.1.feed_forward.w1.weight"
 SHAPE = (256, 96)

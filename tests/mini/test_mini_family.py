@@ -14,12 +14,12 @@ from diffusers import ZImagePipeline
 
 import alkahest as ak
 from alkahest import mini
-from alkahest.architecture import infer
-from alkahest.mini import build, models, parts
+from alkahest.experiment.growing import build, models, parts
+from alkahest.experiment.growing.report import FAST, SLOW
 from alkahest.mini.judge import attributes, load_judge
-from alkahest.mini.report import FAST, SLOW
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
-from alkahest.sample import sample
+from alkahest.model.architecture import infer
+from alkahest.pictures.sampler import sample
 
 ASKED = held_out_prompts(36, seed=7)
 PLAIN = ("subject", "colour", "place", "light", "side")

@@ -12,7 +12,7 @@ import torch
 
 import alkahest as ak
 from alkahest.errors import AlkahestError, NonFiniteError, RecipeError
-from alkahest.provenance import build, output_for
+from alkahest.recipes.inputs import build, output_for
 
 PADS = ("x_pad_token", "cap_pad_token")
 REFINERS = ("noise_refiner", "context_refiner")
@@ -254,7 +254,7 @@ def test_names_of_files_become_names_of_recipes(tmp_path: Path) -> None:
     found = recipe(tmp_path, graph, **{"10": node("ModelSave", model=f"#m{len(names) - 1}", filename_prefix="")})
     assert len(found.files) == len(names)
     given = {name: ak.made_up(1, width=96, seed=number) for number, name in enumerate(found.files)}
-    from alkahest.recipe import parse
+    from alkahest.recipes.text import parse
 
     parse(found.text, given)
 

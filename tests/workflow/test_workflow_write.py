@@ -12,7 +12,7 @@ import torch
 
 import alkahest as ak
 from alkahest.errors import AlgebraError, OutputError
-from alkahest.provenance import build
+from alkahest.recipes.inputs import build
 
 PADS = ("x_pad_token", "cap_pad_token")
 

@@ -1,0 +1,1 @@
+"""Expressions of weights and deltas, of which nothing is computed until one is streamed."""

@@ -1,0 +1,237 @@
+"""Deltas and their rules: differences of weights, added, scaled, and limited to some tensors."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, SupportsFloat
+
+from alkahest.algebra.expression import (
+    ATOM,
+    PRODUCT,
+    SUM,
+    AnyWeights,
+    Expression,
+    Names,
+    refuse,
+    require_same,
+    wrapped,
+)
+from alkahest.engine import terms
+from alkahest.engine.readable import Shapes
+from alkahest.engine.scalars import Param, Rules, Scalar, number, scalar, text_of
+from alkahest.engine.terms import Term
+from alkahest.errors import AlgebraError
+from alkahest.model.keys import Pattern
+
+_NOT_A_MODEL = ": a delta is no model; add it to one first: bridge + k * delta"
+_NOT_PROTECTED = ": protection belongs to the weights: bridge.protect('refiner') + delta, or delta.without('refiner')"
+
+
+class Delta(Expression):
+    """A difference of weights: what a variant learned. It has no numbers until it is streamed."""
+
+    _kind = "delta"
+    _elsewhere: ClassVar = {**dict.fromkeys(("save", "stream", "load_into"), _NOT_A_MODEL), "protect": _NOT_PROTECTED}
+
+    @abstractmethod
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        """The term for one tensor; None where it is zero, as on protected tensors unless `everywhere`."""
+
+    def only(self, pattern: str) -> Delta:
+        """This delta on the tensors that ``pattern`` selects, zero elsewhere."""
+        return Masked(self, Pattern(pattern).require_match(self.shapes, "only").text, True)
+
+    def without(self, pattern: str) -> Delta:
+        """This delta, zero on the tensors that ``pattern`` selects."""
+        return Masked(self, Pattern(pattern).require_match(self.shapes, "without").text, False)
+
+    def everywhere(self) -> Delta:
+        """This delta, added to protected tensors too."""
+        return Everywhere(self)
+
+    def scaled(self, factors: Mapping[str, SupportsFloat | Param]) -> Delta:
+        """One factor per part: ``delta.scaled({"layers": 1.5, "layers.0-9": 2})``.
+
+        Where several patterns select a tensor the last one counts; where none does the factor is 1.
+        """
+        checked = [
+            (Pattern(text).require_match(self.shapes, "scaled").text, scalar(factor, "scaled"))
+            for text, factor in factors.items()
+        ]
+        return ScaledParts(self, tuple(checked))
+
+    def __add__(self, other: object) -> Any:
+        if isinstance(other, Delta):
+            return DeltaSum(self, other)
+        if isinstance(other, Expression):
+            return NotImplemented  # the weights' own + puts them first
+        return self if other == 0 and isinstance(other, int) else refuse("+", self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: object) -> Delta:
+        if isinstance(other, Delta):
+            return DeltaSum(self, -other)
+        return refuse("-", self, other)
+
+    def __mul__(self, factor: Any) -> Delta:
+        if isinstance(factor, Expression):
+            return refuse("*", self, factor)
+        k = scalar(factor, "number * delta")
+        if k == 1.0:
+            return self
+        if isinstance(self, Scaled) and not isinstance(k, Param) and not isinstance(self.factor, Param):
+            return self.delta * number(k * self.factor, "number * delta")
+        return Scaled(k, self)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Delta:
+        by = number(divisor, "delta / number")
+        if by == 0:
+            raise AlgebraError("delta / number", "division by zero", fix="check the number")
+        return self * (1 / by)
+
+    def __neg__(self) -> Delta:
+        return self * -1.0
+
+
+@dataclass(frozen=True, repr=False)
+class Difference(Delta):
+    """``variant - base``."""
+
+    variant: AnyWeights
+    base: AnyWeights
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_same("weights - weights", self.variant, self.base)
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.variant.shapes
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        return None if protected else self._scaled_by(1.0, key, rules)
+
+    def _scaled_by(self, factor: float, key: str, rules: Rules) -> Term | None:
+        variant, base = self.variant.at(key, rules), self.base.at(key, rules)
+        if rules.comfy_compatible and variant is not None and base is not None:
+            # ModelMergeSubtract: multiply the variant, then add -factor times the base.
+            return terms.Plus(terms.Times(factor, variant), terms.Times(-factor, base))
+        return terms.times(factor, terms.minus(variant, base))
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return f"{wrapped(self.variant, names, SUM)} - {wrapped(self.base, names, PRODUCT)}", SUM
+
+
+class OfDelta(Delta):
+    """A delta made from one delta."""
+
+    delta: Delta
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.delta.shapes
+
+    @property
+    def is_partial(self) -> bool:
+        return self.delta.is_partial
+
+
+@dataclass(frozen=True, repr=False)
+class Scaled(OfDelta):
+    factor: Scalar
+    delta: Delta
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        factor = rules.value(self.factor)
+        if isinstance(self.delta, Difference) and not protected:
+            return self.delta._scaled_by(factor, key, rules)
+        return terms.times(factor, self.delta.at(key, rules, protected))
+
+    def _scalars(self) -> Iterator[Scalar]:
+        yield self.factor
+        yield from self.delta._scalars()
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return f"{text_of(self.factor)} * {wrapped(self.delta, names, ATOM)}", PRODUCT
+
+
+@dataclass(frozen=True, repr=False)
+class ScaledParts(OfDelta):
+    delta: Delta
+    factors: tuple[tuple[str, Scalar], ...]
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        chosen = [factor for text, factor in self.factors if Pattern(text).matches(key)]
+        factor = rules.value(chosen[-1]) if chosen else 1.0
+        return terms.times(factor, self.delta.at(key, rules, protected))
+
+    def _scalars(self) -> Iterator[Scalar]:
+        yield from (factor for _, factor in self.factors)
+        yield from self.delta._scalars()
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        inside = ", ".join(f"{text!r}: {text_of(factor)}" for text, factor in self.factors)
+        return f"{wrapped(self.delta, names, ATOM)}.scaled({{{inside}}})", ATOM
+
+
+@dataclass(frozen=True, repr=False)
+class Masked(OfDelta):
+    delta: Delta
+    pattern: str
+    keep: bool
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        chosen = Pattern(self.pattern).matches(key) == self.keep
+        return self.delta.at(key, rules, protected) if chosen else None
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        verb = "only" if self.keep else "without"
+        return f"{wrapped(self.delta, names, ATOM)}.{verb}({self.pattern!r})", ATOM
+
+
+@dataclass(frozen=True, repr=False)
+class Everywhere(OfDelta):
+    delta: Delta
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        return self.delta.at(key, rules, False)
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return f"{wrapped(self.delta, names, ATOM)}.everywhere()", ATOM
+
+
+@dataclass(frozen=True, repr=False)
+class DeltaSum(Delta):
+    left: Delta
+    right: Delta
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_same("delta + delta", self.left, self.right)
+
+    @property
+    def shapes(self) -> Shapes:
+        return {**self.right.shapes, **self.left.shapes}
+
+    @property
+    def is_partial(self) -> bool:
+        return self.left.is_partial and self.right.is_partial
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        return terms.plus(self.left.at(key, rules, protected), self.right.at(key, rules, protected))
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return joined(self.left, self.right, names), SUM
+
+
+def joined(left: Expression, delta: Delta, names: Names) -> str:
+    """The text of a sum, with a minus where the delta is a negative multiple."""
+    sign = "+"
+    if isinstance(delta, Scaled) and not isinstance(delta.factor, Param) and delta.factor < 0:
+        sign, delta = "-", -delta
+    return f"{wrapped(left, names, SUM)} {sign} {wrapped(delta, names, PRODUCT)}"

@@ -1,0 +1,219 @@
+"""Merge methods: each one decorated function, its parameters read from its signature.
+
+    @method()
+    def halve(delta: Tensor, *, share: float = 0.5) -> Tensor: ...
+
+Operands come first: single tensors, or one ``list[Tensor]`` of any number. Keyword-only arguments
+are settings. A parameter ``uniform: Tensor`` receives seeded random numbers in (0, 1), one per
+element, and gives the method a ``seed`` setting; a parameter ``shape`` receives the tensor's shape.
+Operands are flat float32 tensors; ones that are zero for a tensor (protected or left out by
+``only``) are not in the list. Those that ship are in `alkahest.algebra.delta_methods` and `alkahest.algebra.model_methods`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.expression import Expression, Names, require_same
+from alkahest.algebra.mixtures import OfModels, require_mixable
+from alkahest.algebra.weights import Weights
+from alkahest.engine.readable import Shapes
+from alkahest.engine.scalars import Rules, Scalar, scalar, text_of
+from alkahest.engine.terms import Apply, Term
+from alkahest.errors import AlgebraError, UnknownNameError, nearest
+from alkahest.model import seeded
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered merge method: call it with expressions to get an expression."""
+
+    name: str
+    function: Callable[..., Tensor]
+    makes: type[Expression]
+    many: bool
+    operands: int
+    defaults: Mapping[str, float]
+    random: bool
+    shaped: bool
+    elementwise: bool
+
+    def __call__(self, *operands: Any, **settings: Any) -> Any:
+        given = (
+            tuple(operands[0])
+            if self.many and len(operands) == 1 and isinstance(operands[0], (list, tuple))
+            else operands
+        )
+        if (len(given) < 1) if self.many else (len(given) != self.operands):
+            expected = "at least one" if self.many else self.operands
+            settings_by_name = ", ".join(f"{name}=" for name in self.defaults)
+            raise AlgebraError(
+                self.name, "wrong number of operands", expected=expected, found=len(given),
+                fix=f"settings go by name: {settings_by_name}" if self.defaults else None,
+            )  # fmt: skip
+        for operand in given:
+            if not isinstance(operand, self.makes):
+                kind = "deltas" if self.makes is Delta else "weights"
+                found = operand.text() if isinstance(operand, Expression) else repr(operand)
+                raise AlgebraError(self.name, f"the operands must be {kind}", found=found)
+        for name in settings:
+            if name not in self.defaults:
+                raise UnknownNameError(self.name, "unknown setting", found=repr(name), fix=nearest(name, self.defaults))
+        values = {**self.defaults, **settings}
+        chosen = tuple((name, scalar(value, f"{self.name} {name}")) for name, value in values.items())
+        return (MergedDelta if self.makes is Delta else MergedWeights)(self, given, chosen)
+
+
+REGISTRY: dict[str, Method] = {}
+
+
+def method(
+    *, weights: bool = False, elementwise: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Any]]:
+    """Register a merge method over deltas, or over complete weights with ``weights=True``.
+
+    ``elementwise=True`` lets it run block by block; otherwise it gets whole tensors, and memory
+    grows with the largest tensor (157 MB in float32 for a feed-forward matrix, times the operands).
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Any]:
+        name, hints = function.__name__, get_type_hints(function)
+        positional, defaults, draws, shaped = [], {}, False, False
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name == "uniform":
+                draws = True
+            elif parameter.name == "shape":
+                shaped = True
+            elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                if parameter.default is inspect.Parameter.empty:
+                    raise AlgebraError("method", f"setting {parameter.name!r} of {name} needs a default")
+                defaults[parameter.name] = float(parameter.default)
+            else:
+                positional.append(hints[parameter.name])
+        many = positional == [list[Tensor]]
+        if (not many and any(hint is not Tensor for hint in positional)) or not positional:
+            raise AlgebraError("method", f"operands of {name} must be Tensor, or one list[Tensor]")
+        if name in REGISTRY:
+            raise AlgebraError("method", f"{name!r} is registered already")
+        if draws:
+            defaults["seed"] = 0.0
+        makes = Weights if weights else Delta
+        made = Method(name, function, makes, many, len(positional), defaults, draws, shaped, elementwise)
+        REGISTRY[name] = made
+
+        # A plain function, so that help() shows what this method does and takes.
+        def build(*operands: Any, **settings: Any) -> Any:
+            return made(*operands, **settings)
+
+        build.__name__, build.__qualname__, build.__doc__ = name, name, function.__doc__
+        kept = [p for p in inspect.signature(function).parameters.values() if p.name not in ("uniform", "shape")]
+        if draws:
+            kept.append(inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=0))
+        build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(annotation=inspect.Parameter.empty) for p in kept]
+        )
+        return build
+
+    return register
+
+
+class _Merged(Expression):
+    method: Method
+    operands: tuple[Any, ...]
+    settings: tuple[tuple[str, Scalar], ...]
+
+    def _applied(self, key: str, operands: list[Term], rules: Rules) -> Term:
+        values: dict[str, Any] = {name: rules.value(value) for name, value in self.settings}
+        if self.method.random:
+            values["uniform"] = _Uniform(int(values.pop("seed")), self.method.name)
+        if self.method.shaped:
+            values["shape"] = self.shapes[key]
+        settings = tuple(values.items())
+        m = self.method
+        return Apply(m.function, tuple(operands), m.many, m.elementwise, settings, key)
+
+    def _scalars(self) -> Iterator[Scalar]:
+        yield from (value for _, value in self.settings)
+        yield from super()._scalars()
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        operands = ", ".join(operand._text(names)[0] for operand in self.operands)
+        settings = "".join(f", {name}={text_of(value)}" for name, value in self.settings)
+        return f"{self.method.name}({f'[{operands}]' if self.method.many else operands}{settings})", 3
+
+
+@dataclass(frozen=True, repr=False)
+class MergedDelta(_Merged, Delta):
+    method: Method
+    operands: tuple[Delta, ...]
+    settings: tuple[tuple[str, Scalar], ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for other in self.operands[1:]:
+            require_same(self.method.name, self.operands[0], other)
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.operands[0].shapes
+
+    def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
+        terms = [operand.at(key, rules, protected) for operand in self.operands]
+        present = [one for one in terms if one is not None]
+        return (
+            self._applied(key, present, rules) if present and (self.method.many or len(present) == len(terms)) else None
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class MergedWeights(_Merged, OfModels):
+    method: Method
+    operands: tuple[Weights, ...]
+    settings: tuple[tuple[str, Scalar], ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_mixable(self.method.name, self.operands)
+
+    def at(self, key: str, rules: Rules) -> Term | None:
+        first, *others = [operand.at(key, rules) for operand in self.operands]
+        if (
+            first is None
+            or self.keeps_first(key, rules)
+            or any(other is None for other in others)
+            or all(other == first for other in others)
+        ):
+            return first
+        return self._applied(key, [first, *(other for other in others if other is not None)], rules)
+
+
+@dataclass(frozen=True)
+class _Uniform:
+    seed: int
+    name: str
+
+    def __call__(self, key: str, start: int, stop: int) -> Tensor:
+        numbers = seeded.uniform(self.seed, self.name, key, start, stop - start)
+        return torch.from_numpy(numbers.astype(np.float32))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """The dot product of two flat tensors, whatever torch's threads: in pieces, and in float64."""
+    a, b, step = a.cpu(), b.cpu(), 1 << 15  # MPS has no float64
+    ranges = (slice(start, start + step) for start in range(0, a.numel(), step))
+    return sum(float(torch.dot(a[chosen].double(), b[chosen].double())) for chosen in ranges)
+
+
+def require_within(operation: str, name: str, value: float, low: float, high: float, closed: bool = False) -> None:
+    """Raise AlgebraError unless ``low < value <= high``, or ``low <= value <= high`` if ``closed``."""
+    if not (low < value <= high or (closed and value == low)):
+        raise AlgebraError(operation, f"{name} is out of range", expected=f"{low:g} {'<=' if closed else '<'} {name} <= {high:g}", found=value)  # fmt: skip

@@ -1,0 +1,137 @@
+"""Averages of models: ``lerp``, ``weighted_sum``, and what merge methods on weights share with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import SupportsFloat
+
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.expression import ATOM, Expression, Names, require_same
+from alkahest.algebra.weights import Weights
+from alkahest.engine import terms
+from alkahest.engine.readable import Leading
+from alkahest.engine.scalars import Param, Rules, Scalar, number, scalar, text_of
+from alkahest.engine.terms import Term
+from alkahest.errors import AlgebraError
+from alkahest.model.keys import PAD_TOKENS
+
+
+class OfModels(Weights):
+    """Weights made from several models, of which the first leads."""
+
+    operands: tuple[Weights, ...]
+
+    @property
+    def leading(self) -> Leading:
+        return self.operands[0].leading
+
+    @property
+    def protection(self) -> tuple[str, ...]:
+        return self.operands[0].protection
+
+    def keeps_first(self, key: str, rules: Rules) -> bool:
+        """Whether a tensor stays the first model's: protected, or a pad token as ComfyUI treats it."""
+        return self.is_protected(key) or (rules.comfy_compatible and key in PAD_TOKENS)
+
+
+@dataclass(frozen=True, repr=False)
+class Mixture(OfModels):
+    """First weights plus shares of what the others differ by; `lerp` and `weighted_sum` make it."""
+
+    operands: tuple[Weights, ...]
+    shares: tuple[Scalar, ...]
+    is_lerp: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_mixable("lerp" if self.is_lerp else "weighted_sum", self.operands)
+
+    def at(self, key: str, rules: Rules) -> Term | None:
+        first, *others = [operand.at(key, rules) for operand in self.operands]
+        if self.keeps_first(key, rules):
+            return first
+        shares = [rules.value(share) for share in self.shares]
+        if rules.comfy_compatible and first is not None:
+            return _comfy_mixture(first, others, shares)
+        if self.is_lerp and shares == [1.0]:
+            return others[0] or first
+        mixed = first
+        for share, other in zip(shares, others, strict=True):
+            mixed = terms.plus(mixed, terms.times(share, terms.minus(other, first)))
+        return mixed
+
+    def _scalars(self) -> Iterator[Scalar]:
+        yield from self.shares
+        yield from super()._scalars()
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        operands = [operand._text(names)[0] for operand in self.operands]
+        shares = [text_of(share) for share in self.shares]
+        if self.is_lerp:
+            return f"lerp({operands[0]}, {operands[1]}, {shares[0]})", ATOM
+        first = text_of(round(1.0 - sum(float(s) for s in self.shares if not isinstance(s, Param)), 12))
+        return f"weighted_sum([{', '.join(operands)}], [{', '.join([first, *shares])}])", ATOM
+
+
+def lerp(a: Weights, b: Weights, t: SupportsFloat | Param) -> Weights:
+    """``a + t * (b - a)``: a at 0, b at 1.
+
+    >>> ak.lerp(merged, bridge + 8 * turbo, 0.5)
+
+    The first operand leads: its storage, its pad tokens under ``comfy_compatible``, its protection.
+    """
+    _require_weights("lerp", a, b)
+    return Mixture((a, b), (scalar(t, "lerp"),), True)
+
+
+def weighted_sum(models: Sequence[Weights], shares: Sequence[SupportsFloat]) -> Weights:
+    """A weighted average of models; the shares add up to 1. The first model leads, as in `lerp`.
+
+    >>> ak.weighted_sum([a, b, c], [0.5, 0.3, 0.2])
+    """
+    if isinstance(models, Expression):
+        raise AlgebraError("weighted_sum", "the models go in a list", fix="ak.weighted_sum([a, b], [0.7, 0.3])")
+    models, numbers = tuple(models), [number(share, "weighted_sum") for share in shares]
+    _require_weights("weighted_sum", *models)
+    if len(models) != len(numbers) or not models:
+        found = f"{len(models)} models, {len(numbers)} shares"
+        raise AlgebraError("weighted_sum", "one share per model is needed", found=found)
+    if abs(sum(numbers) - 1) > 1e-6:
+        raise AlgebraError(
+            "weighted_sum", "the shares do not add up to 1, so the result would not be weights",
+            expected=1, found=sum(numbers), fix="divide them by their sum, or add deltas: a + k * (b - c)",
+        )  # fmt: skip
+    return Mixture(models, tuple(numbers[1:]), False)
+
+
+def require_mixable(operation: str, operands: tuple[Weights, ...]) -> None:
+    first = operands[0]
+    for other in operands[1:]:
+        require_same(operation, first, other)
+        lost = [text for text in other.protection if text not in first.protection]
+        if lost:
+            raise AlgebraError(
+                operation, f"{lost[0]!r} is protected on a later operand only, and would be mixed away",
+                found=other.text(), fix="put the protected model first, or call .protect() on the result",
+            )  # fmt: skip
+
+
+def _comfy_mixture(first: Term, others: list[Term | None], shares: list[float]) -> Term:
+    # ModelMergeSimple: the first times its ratio, then each other one added.
+    mixed: Term = terms.Times(1.0 - sum(shares), first)
+    for share, other in zip(shares, others, strict=True):
+        if other is not None:
+            mixed = terms.Plus(mixed, terms.Times(share, other))
+    return mixed
+
+
+def _require_weights(operation: str, *operands: object) -> None:
+    for operand in operands:
+        if isinstance(operand, Delta):
+            raise AlgebraError(
+                operation, "a delta was given where complete weights are needed", found=operand.text(),
+                fix="add it to a checkpoint first: bridge + k * delta",
+            )  # fmt: skip
+        if not isinstance(operand, Weights):
+            raise AlgebraError(operation, "weights are needed", expected="a checkpoint", found=type(operand).__name__)

@@ -1,0 +1,195 @@
+"""Weights and their rules; with those of `deltas` this is the algebra:
+
+checkpoint - checkpoint = delta        number * delta = delta       delta +- delta = delta
+weights + delta = weights              weights + weights is an error
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from alkahest.algebra.deltas import Delta, Difference, OfDelta, joined
+from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Names, refuse, require_same, wrapped
+from alkahest.engine import terms
+from alkahest.engine.load import load_into
+from alkahest.engine.readable import Leading, Shapes
+from alkahest.engine.save import Saved, save, stream
+from alkahest.engine.scalars import Rules
+from alkahest.engine.terms import Term
+from alkahest.errors import AlgebraError
+from alkahest.model.keys import PAD_TOKENS, Pattern, part_of
+
+_NOT_A_DELTA = ": that is for deltas; choose before adding: bridge + (variant - base).only('layers')"
+
+
+class Weights(AnyWeights):
+    """A complete set of tensors: a checkpoint, or what an expression makes of some."""
+
+    _kind = "weights"
+    _elsewhere = dict.fromkeys(("only", "without", "everywhere", "scaled"), _NOT_A_DELTA)
+
+    @property
+    @abstractmethod
+    def leading(self) -> Leading:
+        """The checkpoint whose storage, layout and pad tokens the result takes by default."""
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.leading.shapes
+
+    @property
+    def protection(self) -> tuple[str, ...]:
+        """Patterns that `protect` was called with."""
+        return ()
+
+    def is_protected(self, key: str) -> bool:
+        return any(Pattern(text).matches(key) for text in self.protection)
+
+    def protect(self, pattern: str) -> Weights:
+        """Keep these tensors bit for bit, whatever is added later.
+
+        >>> bridge.protect("refiner") + 171.1 * (variant - base)
+
+        Holds for every delta added and for `lerp`, except deltas marked ``everywhere()``.
+        """
+        return Protected(self, Pattern(pattern).require_match(self.shapes, "protect").text)
+
+    def __add__(self, other: object) -> Weights:
+        if isinstance(other, Delta):
+            return Sum(self, other)
+        if isinstance(other, Weights):
+            raise AlgebraError(
+                "weights + weights", "two complete models cannot be added: the sum would be twice a model",
+                found=f"{self.text()} + {other.text()}",
+                fix="average them with ak.lerp(a, b, 0.5), or add a difference: a + k * (b - base)",
+            )  # fmt: skip
+        return refuse("+", self, other)
+
+    def __radd__(self, other: object) -> Weights:
+        if isinstance(other, Delta):
+            return self + other
+        return self + self if other == 0 and isinstance(other, int) else refuse("+", self, other)
+
+    def __sub__(self, other: object) -> Any:
+        if isinstance(other, Weights):
+            return Difference(self, other)
+        if isinstance(other, Delta):
+            return Sum(self, -other)
+        return refuse("-", self, other)
+
+    def __neg__(self) -> NoReturn:
+        self.__mul__(-1)
+
+    def __mul__(self, other: object) -> NoReturn:
+        raise AlgebraError(
+            "number * weights", "a complete model cannot be scaled, only a difference can",
+            found=f"{other!r} * {self.text()}", fix="use ak.lerp or ak.weighted_sum, or scale a delta: k * (a - b)",
+        )  # fmt: skip
+
+    __rmul__ = __truediv__ = __mul__
+
+    def save(self, path: Any, **options: Any) -> Saved:
+        """Compute the expression and write it to ``path``; ``help(alkahest.engine.save.save)`` explains each option.
+
+        Options: ``dtype``, ``layout``, ``rounding``, ``seed``, ``device``, ``comfy_compatible``,
+        ``max_shard_size``, ``allow_nonfinite``, ``metadata``, ``threads``, ``executor``.
+        """
+        return save(self, path, **options)
+
+    def stream(self, path: Any, **options: Any) -> Iterator[Any]:
+        """Like `save`, as a generator of progress events; closing it stops and removes the partial file."""
+        return stream(self, path, **options)
+
+    def load_into(self, module: Any, **options: Any) -> Any:
+        """Compute the expression into the parameters of a live ``torch.nn.Module``, in place."""
+        return load_into(self, module, **options)
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.protection:
+            kept = [key for key in self.shapes if self.is_protected(key)]
+            what = ", ".join(dict.fromkeys(self.protection))
+            notes.append(f"protected: {what} ({len(kept)} tensors stay {self.leading.name}'s, bit for bit)")
+        return notes + self.dropped()
+
+    def dropped(self) -> list[str]:
+        """What protection leaves out of LoRAs, in words: their names are few, so this is said aloud."""
+        return [line for child in self.children if isinstance(child, Weights) for line in child.dropped()]
+
+
+class OfWeights(Weights):
+    """Weights made from one model, which leads."""
+
+    weights: Weights
+
+    @property
+    def leading(self) -> Leading:
+        return self.weights.leading
+
+    @property
+    def protection(self) -> tuple[str, ...]:
+        return self.weights.protection
+
+
+@dataclass(frozen=True, repr=False)
+class Protected(OfWeights):
+    weights: Weights
+    pattern: str
+
+    @property
+    def protection(self) -> tuple[str, ...]:
+        return (*self.weights.protection, self.pattern)
+
+    def at(self, key: str, rules: Rules) -> Term | None:
+        return self.weights.at(key, rules)
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return f"{wrapped(self.weights, names, ATOM)}.protect({self.pattern!r})", ATOM
+
+
+@dataclass(frozen=True, repr=False)
+class Sum(OfWeights):
+    """Weights plus a delta; protected tensors take nothing of it."""
+
+    weights: Weights
+    delta: Delta
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_same("weights + delta", self.weights, self.delta)
+
+    def at(self, key: str, rules: Rules) -> Term | None:
+        weights = self.weights.at(key, rules)
+        if weights is None or (rules.comfy_compatible and key in PAD_TOKENS):
+            return weights
+        delta = self.delta.at(key, rules, self.is_protected(key))
+        if rules.comfy_compatible and delta is not None:
+            return terms.Plus(weights, delta)
+        return terms.plus(weights, delta)
+
+    def dropped(self) -> list[str]:
+        lines, rules = [], Rules()
+        for leaf in self.delta.leaves() if self.protection else ():
+            if isinstance(leaf, Delta):
+                kept = [key for key in leaf.shapes if self.is_protected(key) and self.delta.at(key, rules) is not None and self.delta.at(key, rules, True) is None]  # fmt: skip
+                if kept:
+                    lines.append(f"{leaf.name}: protection leaves out {len(kept)} of its {len(leaf.shapes)} tensors ({', '.join(dict.fromkeys(map(part_of, kept)))})")  # fmt: skip
+        return lines + super().dropped()
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return joined(self.weights, self.delta, names), SUM
+
+
+def ends(delta: Delta) -> tuple[Weights | None, Weights | None]:
+    """The variant and the base that a delta lies between, under its masks and factors; None for a sum of deltas."""
+    while isinstance(delta, OfDelta):
+        delta = delta.delta
+    if not isinstance(delta, Difference):
+        return None, None
+    variant, base = delta.variant, delta.base
+    assert isinstance(variant, Weights)
+    assert isinstance(base, Weights)
+    return variant, base

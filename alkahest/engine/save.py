@@ -1,0 +1,214 @@
+"""Expression -> file or shards: one pass, block by block, in bounded memory.
+
+Reading, computing and writing overlap. The output appears under its name only when every byte of
+it is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from alkahest.engine.events import Event, finished
+from alkahest.engine.jobs import jobs_of
+from alkahest.engine.options import Options, names_file
+from alkahest.engine.plan import Plan, restored
+from alkahest.engine.record import headers_of, plan_of, readers_of, recipe_of
+from alkahest.engine.shards import file_names, write_json, write_shards
+from alkahest.engine.terms import Computable
+from alkahest.engine.workers import Run
+from alkahest.errors import AlgebraError, OutputError
+from alkahest.files.hashes import blake3_of
+from alkahest.files.reader import same_file, size_text
+from alkahest.files.whole import Writer, as_output_error, whole_file, whole_folder
+
+_NO_HASH = "0" * 64
+
+
+@dataclass(frozen=True, repr=False)
+class Saved:
+    """What was written, and what happened on the way: counts are of canonical tensors.
+
+    ``restored`` counts unchanged tensors that had to change storage ("bf16 to fp32"): decoded and
+    rounded once. ``nonfinite`` and ``overflowed`` count values per tensor, if they were allowed.
+    """
+
+    path: Path
+    files: list[Path]
+    nbytes: int
+    seconds: float
+    computed: int
+    copied: int
+    recipe: str
+    restored: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    overflowed: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"saved {self.path} ({size_text(self.nbytes)} in {self.seconds:.1f} s)",
+            f"  {self.computed} tensors computed, {self.copied} copied byte for byte (q, k and v counted apart)",
+        ]
+        lines += [f"  {count} unchanged tensors re-stored, {change}" for change, count in self.restored.items()]
+        lines += [f"  {count} non-finite values in {key}" for key, count in self.nonfinite.items()]
+        lines += [f"  {count} values of {key} overflowed" for key, count in self.overflowed.items()]
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+def save(expression: Computable, path: str | os.PathLike[str], **options: Any) -> Saved:
+    """Compute an expression and write it as one safetensors file, shards, or a diffusers folder.
+
+    >>> (bridge + 171.1 * (variant - base)).save("merged.safetensors", dtype="bf16")
+
+    ``path`` ending in ``.safetensors`` is one file, anything else a new folder. Options:
+
+    - ``dtype``: ``fp32 fp16 bf16 fp8_e4m3fn fp8_e5m2``, or scaled fp8 as ``comfy_quant`` or
+      ``scaled_fp8``; fp8 is for the Linears of the three block stacks, the rest stays bf16.
+      Default: as the leading checkpoint stores each tensor.
+    - ``layout``: ``native`` (default), ``diffusers``, or ``all-in-one`` (default if the leading file is).
+    - ``rounding``: ``nearest`` (to even) or ``stochastic`` with ``seed``.
+    - ``device``: ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
+    - ``comfy_compatible``: ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
+    - ``metadata``: more text for the file's header, such as a title; not under ``format`` or ``alkahest``.
+    - ``max_shard_size``: bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
+    - ``allow_nonfinite``: write NaN, infinity and overflow instead of refusing; the result counts them.
+    - ``threads``: workers; the bytes do not depend on it. Default: the processors at hand, at most 8.
+    - ``executor``: any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; each shard is then
+      a task, with its own ``threads``, that writes its own file: on any machine that sees the same folders.
+
+    An existing file is replaced in one step at the end. Raises the AlkahestError kinds, before
+    anything is written where that is possible; the target is never left half written.
+    """
+    saved: Saved = finished(stream(expression, path, **options))
+    return saved
+
+
+def stream(expression: Computable, path: str | os.PathLike[str], *, executor: Executor | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
+    """`save` as a generator of events; the last one carries the `Saved` result.
+
+    Closing the generator, or any exception, stops the work and removes the partial file.
+    """
+    chosen = Options.checked(options)
+    target = Path(path).expanduser()
+    check_target(expression, target, chosen)
+    if executor is None:
+        return _stream(expression, target, chosen, plan_of(expression, chosen))
+    if not chosen.makes_folder(target):
+        raise OutputError("save", "an executor writes shards, and this is one file", file=target, fix="max_shard_size='2GB' and a folder's name")  # fmt: skip
+    return _spread(expression, target, chosen, plan_of(expression, chosen), executor)
+
+
+def check_target(expression: Computable, target: Path, options: Options) -> None:
+    """Refuse an output that is an input (through links too) or has the wrong kind of name."""
+    if "\0" in str(target):
+        raise OutputError("save", "this cannot be a file's name", found=repr(str(target)))
+    for leaf in expression.leaves():
+        for path in {path: None for reader in leaf.files for path in (reader.path, reader.path.parent)}:
+            if same_file(target, path):
+                raise OutputError(
+                    "save", "the output is one of the inputs", file=target, found=f"the same file as {path}",
+                    fix="save under another name",
+                )  # fmt: skip
+    is_file_name = names_file(target)
+    if options.max_shard_size is not None and is_file_name:
+        raise OutputError("save", "shards need a folder", file=target, fix="name a folder, without .safetensors")
+    if not options.makes_folder(target) and not is_file_name:
+        raise OutputError(
+            "save", "a single file must end in .safetensors", file=target, found=target.name,
+            fix="name it like merged.safetensors; the diffusers layout and a shard size make folders",
+        )  # fmt: skip
+    for leaf in expression.leaves() if options.comfy_compatible else []:
+        quantised = [form for form in leaf.storage.values() if form not in ("fp32", "fp16", "bf16")]
+        if quantised:
+            raise AlgebraError(
+                "save", "comfy_compatible is exact for unquantised files only", file=leaf.files[0].path if leaf.files else leaf.name,
+                expected="fp32, fp16 or bf16", found=quantised[0], fix="leave comfy_compatible off",
+            )  # fmt: skip
+
+
+def _spread(expression: Computable, target: Path, options: Options, plan: Plan, executor: Executor) -> Iterator[Event]:
+    """`_stream`, each file by a task of its own."""
+    started, run = time.perf_counter(), Run(options)
+    for event in write_shards(expression, target, run, plan, executor):
+        yield event
+    seconds = time.perf_counter() - started
+    yield replace(event, result=_result(expression, target, options, plan, file_names(plan), run, event.total, seconds))
+
+
+def _stream(expression: Computable, target: Path, options: Options, plan: Plan) -> Iterator[Event]:
+    started = time.perf_counter()
+    run = Run(options)
+    readers = readers_of(expression)
+    # Hashes have a fixed length, so the header's size is known before they are.
+    headers = headers_of(plan, recipe_of(expression, options, dict.fromkeys(readers, _NO_HASH)))
+    total = sum(map(len, headers)) + plan.nbytes
+    done = 0
+    with contextlib.ExitStack() as stack:
+        writers, names = _open_output(stack, target, options, plan, headers)
+        pool = stack.enter_context(ThreadPoolExecutor(1, "alkahest-hash"))
+        stack.callback(run.cancelled.set)
+        hashing = pool.submit(blake3_of, readers, run.cancelled)
+        opened = zip(writers, headers, plan.files, strict=True)
+        jobs = [job for writer, header, items in opened for job in jobs_of(run, writer, len(header), items)]
+        for job in run.perform(jobs):
+            done += job.nbytes
+            yield Event(done, total, job.key)
+        hashes = dict(zip(readers, hashing.result(), strict=True))
+        for reader in readers:
+            reader.check_unchanged()
+        yield Event(done, total, "waiting for the disk")
+        with as_output_error(target):
+            for writer, header in zip(writers, headers_of(plan, recipe_of(expression, options, hashes)), strict=True):
+                writer.write(header, 0)
+                writer.sync()
+            if options.makes_folder(target):
+                write_json(writers[0].path.parent, expression, plan, names)
+                for writer in writers:
+                    writer.close()
+    result = _result(expression, target, options, plan, names, run, total, time.perf_counter() - started)
+    yield Event(total, total, "", result)
+
+
+def _open_output(
+    stack: contextlib.ExitStack, target: Path, options: Options, plan: Plan, headers: list[bytes]
+) -> tuple[list[Writer], list[str]]:
+    sizes = [len(h) + sum(item.nbytes for item in items) for h, items in zip(headers, plan.files, strict=True)]
+    if not options.makes_folder(target):
+        return [stack.enter_context(whole_file(target, sizes[0]))], [target.name]
+    folder = stack.enter_context(whole_folder(target, sum(sizes)))
+    names = file_names(plan)
+    with as_output_error(target):
+        writers = [Writer(folder / name, size, target / name) for name, size in zip(names, sizes, strict=True)]
+    for writer in writers:
+        stack.callback(writer.close)
+    return writers, names
+
+
+def _result(
+    expression: Computable, target: Path, options: Options, plan: Plan, names: list[str], run: Run, nbytes: int,
+    seconds: float,
+) -> Saved:  # fmt: skip
+    weights = list(plan.weights())
+    pieces = [piece for weight in weights for piece in weight.pieces]
+    copied = sum(piece.copied is not None for piece in pieces)
+    changes = dict(restored(weights))
+    return Saved(
+        path=target,
+        files=[target / name for name in names] if options.makes_folder(target) else [target],
+        nbytes=nbytes,
+        seconds=seconds,
+        computed=len(pieces) - copied - sum(changes.values()),
+        copied=copied,
+        recipe=expression.text(),
+        restored=changes,
+        nonfinite=dict(run.nonfinite),
+        overflowed=dict(run.overflowed),
+        notes=[*plan.notes, *expression.dropped()],
+    )

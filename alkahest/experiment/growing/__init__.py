@@ -1,0 +1,1 @@
+"""How the miniature family is grown."""

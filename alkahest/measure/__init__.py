@@ -1,0 +1,1 @@
+"""Numbers about weights: tables, multipliers, spectra, lineages."""

@@ -1,0 +1,201 @@
+"""Is this the right base, and can this variant be imported? Answers with the numbers that they stand on."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alkahest.algebra.weights import Weights
+from alkahest.engine.events import Event, concluded, finished
+from alkahest.engine.terms import name_leaves
+from alkahest.errors import AlgebraError
+from alkahest.measure.rounding import file_noise
+from alkahest.measure.table import rolled_up, stream_delta_table
+from alkahest.model.keys import REFINERS
+
+if TYPE_CHECKING:
+    import pandas
+
+# How far a refiner may have moved, relative to its own norm. Ours: a whole fine-tune's delta is a few parts in a
+# hundred at most (notebook 05), and a delta's other half then speaks of numbers that the bridge's refiner never makes.
+# Measured on the miniature family (experiments/bridges): unmoved refiners come over, one that moved by 0.28 does not,
+# nor does one from the wrong base (0.43); where between them importing ends was not tried.
+IMPORTABLE, NOT_IMPORTABLE = 0.02, 0.10
+# Past this a model is as far from its base as the two lineages are from each other; a fine-tune is not.
+_UNRELATED = 0.3
+
+
+@dataclass(frozen=True, repr=False)
+class RefinerCheck:
+    """Whether a variant can be imported with the bridge's refiner in place of its own."""
+
+    verdict: str  # importable, doubtful or not importable
+    refiner: float  # |variant - base| / |base| over the refiners, less what rounding of the files explains
+    layers: float  # the same over the main stack
+    parts: pandas.DataFrame  # the same and more by part
+    reasons: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return listed(self.verdict, self.reasons)
+
+    def _repr_html_(self) -> str:
+        return listed_html(f"<b>{self.verdict}</b>", self.reasons)
+
+
+@dataclass(frozen=True, repr=False)
+class NearestBase:
+    """Which of some candidates a variant was fine-tuned from."""
+
+    name: str
+    base: Weights
+    table: pandas.DataFrame  # a row for each candidate: distance, layers, refiner, cosine
+    delta: pandas.DataFrame  # the delta table of the variant less this base
+    reasons: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return listed(f"nearest: {self.name}", self.reasons)
+
+    def _repr_html_(self) -> str:
+        table: str = self.table.to_html(index=False)
+        return listed_html(f"nearest: <b>{html.escape(self.name)}</b>", self.reasons) + table
+
+
+def refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None, **options: Any) -> RefinerCheck:
+    """Say whether a variant's refiner stayed close enough to its base's for the variant to be imported.
+
+    >>> ak.refiner_check(variant, base)
+    importable
+      refiner moved by 0.00 % of its norm, layers by 8.35 %
+      ...
+
+    An import keeps the bridge's refiner, and the refiner gives the numbers in the layers their meaning (the
+    article): what a variant learned together with a refiner of its own is lost. Up to 2 % of the refiner's
+    norm is importable, past 10 % is not. With ``bridge``, also how far its refiner is from the base's.
+    Raises MismatchError if tensors do not fit.
+    """
+    check: RefinerCheck = finished(stream_refiner_check(variant, base, bridge, **options))
+    return check
+
+
+def stream_refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
+    """`refiner_check` as a generator of events."""
+    measuring = stream_delta_table(_models("refiner_check", variant, base), bridge, **options)
+    yield from concluded([measuring], lambda table: checked(table, bridge is not None))
+
+
+def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
+    """The `RefinerCheck` of a delta table that was measured with k = 1."""
+    parts = parts_moved(table)
+    moved = parts.moved.to_dict()
+    refiner, layers = moved["refiner"], moved["layers"]
+    reasons = [f"refiner moved by {percent(refiner, 2)} of its norm, layers by {percent(layers, 2)}"]
+    for name in ("noise_refiner", "context_refiner"):
+        reasons.append(f"{name} by {percent(moved[name], 2)}, cosine {parts.cosine[name]:.6f}")
+    if refiner <= IMPORTABLE:
+        verdict = "importable"
+    elif refiner <= NOT_IMPORTABLE:
+        verdict = "doubtful"
+        reasons.append("what it learned with this refiner may not show under the bridge's: compare pictures")
+    else:
+        verdict = "not importable"
+        reasons.append("its layers speak to a refiner that the bridge does not have")
+    if max(refiner, layers) > _UNRELATED:
+        reasons.append("this is as far as two lineages are apart: is it the right base? See nearest_base")
+    if layers == 0 and refiner == 0:
+        reasons.append("nothing differs there: the two hold the same weights")
+    if with_bridge:
+        distance = parts.distance / parts.base_norm
+        reasons.append(f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers {percent(distance['layers'], 2)}")  # fmt: skip
+    return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons))
+
+
+def listed(title: str, lines: Sequence[str]) -> str:
+    """A title and lines under it, as text."""
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def listed_html(title: str, lines: Sequence[str]) -> str:
+    """The same in a notebook; ``title`` is HTML already."""
+    return f"<div>{title}<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul></div>"
+
+
+def percent(share: float, digits: int) -> str:
+    """A share as people read it: ``8.35 %``."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def parts_moved(table: pandas.DataFrame) -> pandas.DataFrame:
+    """A delta table by part, all refiners together besides, with ``moved``: |d| / |b| less the files' rounding."""
+    import pandas as pd
+
+    noise = file_noise(table)["least"].fillna(0.0)
+    real = table.assign(moved=(table.delta_norm * (1 - noise).clip(lower=0) ** 0.5))
+    groups = [("refiner", real[real.part.isin(REFINERS)]), *real.groupby("part", sort=False)]
+    rows = []
+    for name, found in groups:
+        whole = rolled_up(found.assign(part=name)).iloc[0]
+        length = math.sqrt((found.moved**2).sum())
+        rows.append({**whole.to_dict(), "moved": length / whole.base_norm if whole.base_norm > 0 else math.nan})
+    return pd.DataFrame(rows).set_index("part")
+
+
+def nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[Weights], **options: Any) -> NearestBase:  # fmt: skip
+    """Say which candidate a variant was fine-tuned from: the one it is nearest to.
+
+    >>> ak.nearest_base(variant, [base, turbo, deturbo])
+    nearest: base
+      0.08 of its norm away; the next, turbo, 0.54
+
+    Taking the difference from the wrong base was an error of the article itself: the delta then holds the
+    difference of two lineages. One pass over each pair of files; tables are remembered.
+    """
+    found: NearestBase = finished(stream_nearest_base(variant, candidates, **options))
+    return found
+
+
+def stream_nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[Weights], **options: Any) -> Iterator[Event]:  # fmt: skip
+    """`nearest_base` as a generator of events."""
+    given = list(candidates.values() if isinstance(candidates, Mapping) else candidates)
+    deltas = [_models("nearest_base", variant, one) for one in given]
+    if isinstance(candidates, Mapping):
+        named = dict(candidates)
+    else:
+        names = name_leaves(*given)
+        named = {names[one.leading]: one for one in given}
+    if not named:
+        raise AlgebraError("nearest_base", "no candidates", fix="ak.nearest_base(variant, [base, turbo])")
+    streams = (stream_delta_table(delta, **options) for delta in deltas)
+    yield from concluded(streams, lambda *tables: _nearest(named, dict(zip(named, tables, strict=True))))
+
+
+def _nearest(named: Mapping[str, Weights], deltas: Mapping[str, pandas.DataFrame]) -> NearestBase:
+    import pandas as pd
+
+    rows = []
+    for name, delta in deltas.items():
+        parts = parts_moved(delta)
+        matrices = parts.loc[["layers", "refiner"]]
+        distance = math.sqrt((matrices.moved**2 * matrices.base_norm**2).sum() / (matrices.base_norm**2).sum())
+        rows.append({"candidate": name, "distance": distance, "layers": parts.moved["layers"], "refiner": parts.moved["refiner"], "cosine": parts.cosine["layers"]})  # fmt: skip
+    table = pd.DataFrame(rows).sort_values("distance", ignore_index=True)
+    first = table.iloc[0]
+    text = f"{first.distance:.2g} of its norm away"
+    reasons = [text + (f"; the next, {table.candidate[1]}, {table.distance[1]:.2g}" if len(table) > 1 else "")]
+    if len(table) > 1 and table.distance[1] < 1.25 * first.distance:
+        reasons.append("the two are nearly as near: this does not decide between them")
+    if first.distance > _UNRELATED:
+        reasons.append("this is as far as two lineages are apart: its base may be none of these")
+    if first.distance == 0:
+        reasons.append("it holds the same weights")
+    name = str(first.candidate)
+    return NearestBase(name, named[name], table, deltas[name], tuple(reasons))
+
+
+def _models(operation: str, variant: Weights, base: Weights) -> Any:
+    for one in (variant, base):
+        if not isinstance(one, Weights):
+            raise AlgebraError(operation, "complete models are needed, not their difference", found=type(one).__name__, fix=f"ak.{operation}(variant, base)")  # fmt: skip
+    return variant - base

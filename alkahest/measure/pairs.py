@@ -1,0 +1,172 @@
+"""Several deltas side by side: do they push the same weights the same way, and will they fight when both are added?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.expression import require_same
+from alkahest.engine.events import Event, finished
+from alkahest.engine.options import Options
+from alkahest.engine.readable import Workspace
+from alkahest.engine.scalars import Rules
+from alkahest.engine.terms import Term
+from alkahest.engine.workers import BLOCK, Job, Run, why_nonfinite
+from alkahest.errors import AlgebraError, UnknownNameError, nearest
+from alkahest.measure.remembered import title_of
+from alkahest.measure.spectrum import matrix_of, randomised_svd
+from alkahest.measure.table import names_of
+from alkahest.measure.tally import sum_of_squares
+
+if TYPE_CHECKING:
+    import pandas
+
+# Column -> what it is, for two deltas a and b of one tensor, U and V their leading singular vectors, s their values.
+COMPARISON = {
+    "first": "name of a",
+    "second": "name of b",
+    "first_norm": "|a|",
+    "second_norm": "|b|",
+    "cosine": "of the angle between a and b: 1 the same direction, 0 independent, -1 opposite",
+    "sign_agreement": "share of elements that both change in the same direction, of those that both change; 0.5 is chance",
+    "left_overlap": "|Ua^T Ub|^2 / rank: how much of one's output directions the other uses too, 0 to 1",
+    "right_overlap": "|Va^T Vb|^2 / rank: the same of input directions",
+    "interference": "|(U^T U - I) S (V^T V - I)|_1 / sum(S) with U = [Ua Ub] and so on: 0 if the two do not meet. The "
+    "singular task interference of Gargiulo et al. 2025 (arXiv:2412.00081), here relative to the singular values",
+}
+
+
+def compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, **options: Any) -> pandas.DataFrame:
+    """Compare deltas two by two: a DataFrame with a row for each tensor and pair. `COMPARISON` says what its columns are.
+
+    >>> pairs = ak.compare({"anime": anime - turbo, "photo": photo - base})
+    >>> ak.comparison_matrix(pairs, "cosine")
+
+    ``rank`` is how many singular directions of each delta are compared; tensors that are no matrices have
+    norms, cosine and signs only. Needs every delta of one tensor in memory, 160 MB each. Raises
+    MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
+    """
+    table: pandas.DataFrame = finished(stream_compare(deltas, rank, seed, **options))
+    return table
+
+
+def stream_compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, **options: Any) -> Iterator[Event]:
+    """`compare` as a generator of events."""
+    run = Run(Options.checked(options))
+    wrong = next((name for name, delta in deltas.items() if not isinstance(delta, Delta)), None)
+    if wrong is not None or len(deltas) < 2:
+        raise AlgebraError("compare", "two or more deltas are needed", found=f"{len(deltas)}" if wrong is None else f"{wrong}: {type(deltas[wrong]).__name__}", fix='ak.compare({"a": variant_a - base_a, "b": variant_b - base_b})')  # fmt: skip
+    first = next(iter(deltas.values()))
+    for other in deltas.values():
+        require_same("compare", first, other)
+    rules = Rules()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    jobs: list[Job] = []
+    for key, shape in first.shapes.items():
+        rows[key] = []
+        task = _Task(key, shape, {name: delta.at(key, rules) for name, delta in deltas.items()}, rank, seed)
+        jobs.append(Job(key, 1, lambda workspace, task=task: rows[task.key].extend(_rows(task, run, workspace)), (0, len(jobs))))  # type: ignore[misc]  # fmt: skip
+    yield from run.measured(jobs, lambda: _table(rows, title_of(*deltas.values())))
+
+
+def _table(rows: dict[str, list[dict[str, Any]]], of: str) -> pandas.DataFrame:
+    import pandas as pd
+
+    columns = ["tensor", "part", "block", "module", "shape", *COMPARISON]
+    table = pd.DataFrame([row for some in rows.values() for row in some], columns=columns)
+    table.attrs["of"] = of
+    return table
+
+
+def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pandas.DataFrame:
+    """One number for every two deltas of a comparison, as a square table: all tensors together.
+
+    Cosines are those of whole deltas; the others are means over tensors, weighted by the norms of both.
+    """
+    import pandas as pd
+
+    known = [name for name in COMPARISON if name not in ("first", "second", "first_norm", "second_norm")]
+    if statistic not in known:
+        raise UnknownNameError("comparison_matrix", "no such statistic", found=repr(statistic), fix=nearest(statistic, known))  # fmt: skip
+    names = list(dict.fromkeys([*pairs["first"], *pairs["second"]]))
+    itself = 1.0 if statistic != "interference" else math.nan
+    square = pd.DataFrame(math.nan, index=names, columns=names)
+    square.attrs |= pairs.attrs
+    for name in names:
+        square.loc[name, name] = itself
+    for (first, second), found in pairs.groupby(["first", "second"], sort=False):
+        weight = found.first_norm * found.second_norm
+        if statistic == "cosine":
+            whole = math.sqrt((found.first_norm**2).sum() * (found.second_norm**2).sum())
+        else:
+            whole = weight[found[statistic].notna()].sum()
+        value = (found[statistic] * weight).sum() / whole if whole > 0 else math.nan
+        square.loc[first, second] = square.loc[second, first] = value
+    return square
+
+
+@dataclass(frozen=True)
+class _Task:
+    key: str
+    shape: tuple[int, ...]
+    deltas: dict[str, Term | None]
+    rank: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One delta of one tensor: its numbers, norm and leading directions."""
+
+    numbers: Tensor
+    norm: float
+    directions: tuple[Tensor, Tensor, Tensor] | None
+
+
+def _rows(task: _Task, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
+    with run.alone():
+        known = {name: _known(term, task, workspace) for name, term in task.deltas.items() if term is not None}
+        names = {**names_of(task.key), "shape": task.shape}
+        return [{**names, "first": a, "second": b, **_pair(known.get(a), known.get(b))} for a, b in combinations(task.deltas, 2)]  # fmt: skip
+
+
+def _known(term: Term, task: _Task, workspace: Workspace) -> _Known:
+    numbers = matrix_of(term, task.shape, workspace)
+    squares = sum_of_squares(numbers.flatten())
+    if not math.isfinite(squares):
+        raise why_nonfinite(term, task.key, "compare")
+    is_matrix = len(task.shape) == 2 and min(task.shape) > 1 and squares > 0
+    rank = min(task.rank, *task.shape) if is_matrix else 0
+    return _Known(numbers, math.sqrt(squares), randomised_svd(numbers, rank, task.seed, task.key) if is_matrix else None)  # fmt: skip
+
+
+def _pair(a: _Known | None, b: _Known | None) -> dict[str, float]:
+    norms = {"first_norm": a.norm if a else 0.0, "second_norm": b.norm if b else 0.0}
+    if a is None or b is None or a.norm == 0 or b.norm == 0:
+        return norms
+    x, y = a.numbers.flatten(), b.numbers.flatten()
+    pieces = [slice(start, start + BLOCK) for start in range(0, x.numel(), BLOCK)]
+    dot = sum(float(torch.dot(x[piece].double(), y[piece].double())) for piece in pieces)
+    both = int(((x != 0) & (y != 0)).sum())
+    same = int(((x > 0) & (y > 0)).sum() + ((x < 0) & (y < 0)).sum())
+    found = {**norms, "cosine": dot / (a.norm * b.norm), "sign_agreement": same / both if both else math.nan}
+    if a.directions is None or b.directions is None:
+        return found
+    (ua, sa, va), (ub, sb, vb) = a.directions, b.directions
+    u, s, v = torch.cat([ua, ub], 1), torch.cat([sa, sb]), torch.cat([va, vb], 1)
+    eye = torch.eye(len(s), device=s.device)
+    meeting = (u.T @ u - eye) @ torch.diag(s) @ (v.T @ v - eye)
+    rank = min(len(sa), len(sb))
+    return {
+        **found,
+        "left_overlap": float((ua.T @ ub).square().sum()) / rank,
+        "right_overlap": float((va.T @ vb).square().sum()) / rank,
+        "interference": float(meeting.abs().sum() / s.sum()),
+    }

@@ -1,0 +1,1 @@
+"""What a file can hold: names, sizes, layouts, dtypes and forms of storage."""

@@ -1,0 +1,220 @@
+"""Quantised storage: which helper tensors belong to which weight, and what the weight means.
+
+Recognises ComfyUI's three spellings of fp8 with one scale per tensor (``scale_weight`` with a
+``scaled_fp8`` marker, ``comfy_quant`` with ``weight_scale``, the ``_quantization_metadata`` header),
+the packed forms of `alkahest.model.packed`, and refuses every other quantised format by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from alkahest.errors import FileFormatError, UnsupportedError
+from alkahest.files.header import Entry
+from alkahest.files.reader import Reader
+from alkahest.model.dtypes import BY_TAG, FP8, Format
+from alkahest.model.packed import PACKED, Packed, packed_of, unpacked
+
+MARKER = "scaled_fp8"
+QUANTISATION = "_quantization_metadata"
+_SCALES = ("weight_scale", "scale_weight")
+_INPUT_SCALES = ("input_scale", "scale_input")
+_HELPERS = (*_SCALES, *_INPUT_SCALES, "comfy_quant", "weight_scale_2")
+_FORMATS = {"float8_e4m3fn": "fp8_e4m3fn", "float8_e5m2": "fp8_e5m2"}
+_CONVERT = "use the bf16, fp16, fp8, nvfp4, mxfp8 or int8 file of the same model; GGUF can be dequantised with the gguf package"  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight as a file holds it: where, in which format, with which scale and helper tensors."""
+
+    reader: Reader
+    name: str
+    entry: Entry
+    form: Format
+    scale: float = 1.0
+    spelling: str | None = None  # "comfy_quant", "scaled_fp8", or None if there is no scale
+    helpers: tuple[tuple[str, Entry], ...] = field(default=(), compare=False)
+    packed: Packed | None = None
+
+    @property
+    def storage(self) -> str:
+        """The storage form's name: one of `dtypes.STORAGES`, or of `packed.PACKED`."""
+        return self.spelling or self.form.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, unpacked."""
+        return self.packed.shape if self.packed else self.entry.shape
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one canonical tensor lies: a stored tensor, and which of its equal row slices."""
+
+    stored: Stored
+    number: int
+    of: int
+
+    @cached_property
+    def elements(self) -> int:
+        return math.prod(self.stored.shape) // self.of
+
+    @cached_property
+    def is_bf16(self) -> bool:
+        """Whether its numbers are bf16 as they stand."""
+        return self.stored.packed is None and self.stored.form.name == "bf16" and self.stored.scale == 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, scales apart."""
+        return self.stored.entry.nbytes // self.of
+
+    @cached_property
+    def offset(self) -> int:
+        """Position of the first byte in the file."""
+        return self.stored.entry.offset + self.number * self.elements * self.stored.form.itemsize
+
+
+def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, str], prefix: str) -> dict[str, Stored]:
+    """Stored weights by name (prefix removed), their helper tensors folded in.
+
+    Raises UnsupportedError for unknown formats and dtypes, and for packed ones without comfy-kitchen;
+    FileFormatError if a scale is missing, orphaned, of the wrong shape, or not a positive number.
+    """
+    bare = {name.removeprefix(prefix): place for name, place in tensors.items()}
+    marker = bare.pop(MARKER, None)
+    layers = _header_formats(metadata, prefix, bare)
+    weights = {name: place for name, place in bare.items() if name.rpartition(".")[2] not in _HELPERS}
+    scaled = marker is not None or layers or any(name.endswith((".comfy_quant", *_SCALES)) for name in bare)
+    found: dict[str, Stored] = {}
+    used = {MARKER}
+    for name, (reader, entry) in weights.items():
+        module = name.removesuffix(".weight")
+        helpers = {helper: bare[f"{module}.{helper}"] for helper in _HELPERS if f"{module}.{helper}" in bare}
+        used |= {f"{module}.{helper}" for helper in helpers} if name.endswith(".weight") else set()
+        if not name.endswith(".weight"):
+            helpers = {}
+        about = layers.get(module) or _declared(helpers, reader, name)
+        declared = str(about["format"]) if about else None
+        kind = declared or ("nvfp4" if "weight_scale_2" in helpers else None)
+        kept = tuple((helper, place[1]) for helper, place in helpers.items())
+        if kind in PACKED:
+            packed = packed_of(name, kind, about or {}, entry, helpers, reader)
+            found[name] = Stored(reader, name, entry, PACKED[kind], 1.0, None, kept, packed)
+            continue
+        form = _form(name, entry, reader, declared)
+        scale, spelling = _scale(name, form, helpers, reader, required=bool(scaled and len(entry.shape) == 2))
+        found[name] = Stored(reader, name, entry, form, scale, spelling, kept)
+    orphans = [name for name in bare if name.rpartition(".")[2] in _HELPERS and name not in used]
+    if orphans:
+        raise FileFormatError(
+            "open", "a scale without its weight", file=next(iter(bare.values()))[0].path, key=orphans[0],
+            fix="the file is incomplete; get it again",
+        )  # fmt: skip
+    return found
+
+
+def helper_bytes(stored: Stored, helper: str) -> bytes | None:
+    """A helper tensor's raw bytes, or None if the file has none for this weight."""
+    entry = dict(stored.helpers).get(helper)
+    return None if entry is None else stored.reader.read(entry.offset, entry.nbytes)
+
+
+def whole_packed(stored: Stored) -> torch.Tensor:
+    """Every number of a packed weight, float32 and flat."""
+    assert stored.packed is not None
+    raw = {}
+    for name, entry in (("weight", stored.entry), *stored.helpers):
+        raw[name] = torch.empty(entry.nbytes, dtype=torch.uint8)
+        stored.reader.read_into(raw[name].numpy().data, entry.offset)
+    return unpacked(stored.packed, raw).flatten()
+
+
+def _header_formats(metadata: Mapping[str, str], prefix: str, bare: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+    text = metadata.get(QUANTISATION)
+    if text is None:
+        return {}
+    try:
+        layers = json.loads(text)["layers"]
+        formats = {str(name): {**value, "format": str(value["format"])} for name, value in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FileFormatError(
+            "open", "the _quantization_metadata header cannot be read", found=text[:200], fix="get the file again"
+        ) from None
+    formats = {name.removeprefix(prefix): value for name, value in formats.items()}
+    # An all-in-one file may describe its text encoder here as well.
+    return {name: value for name, value in formats.items() if f"{name}.weight" in bare}
+
+
+def _declared(helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader, name: str) -> dict[str, Any] | None:
+    """What ``comfy_quant`` says about a weight, its format above all."""
+    if "comfy_quant" not in helpers:
+        return None
+    entry = helpers["comfy_quant"][1]
+    if entry.nbytes > 4096:
+        raise FileFormatError("open", "comfy_quant is too long", file=reader.path, key=name, found=entry.nbytes)
+    try:
+        about = dict(json.loads(reader.read(entry.offset, entry.nbytes)))
+        return {**about, "format": str(about["format"])}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FileFormatError(
+            "open", "comfy_quant is not the JSON it should be", file=reader.path, key=name, fix="get the file again"
+        ) from None
+
+
+def _form(name: str, entry: Entry, reader: Reader, declared: str | None) -> Format:
+    kind = declared if declared not in _FORMATS else None
+    if kind is None and entry.dtype in ("U8", "I8"):
+        kind = f"packed {entry.dtype} without comfy_quant, which would say what it is,"
+    if kind is not None:
+        raise UnsupportedError(
+            "open", f"{kind} storage is not supported", file=reader.path, key=name, expected=", ".join(BY_TAG),
+            found=kind, fix=_CONVERT,
+        )  # fmt: skip
+    if entry.dtype not in BY_TAG:
+        raise UnsupportedError(
+            "open", "this dtype is not supported for weights", file=reader.path, key=name,
+            expected=", ".join(BY_TAG), found=entry.dtype, fix=_CONVERT,
+        )  # fmt: skip
+    form = BY_TAG[entry.dtype]
+    if declared is not None and form.name != _FORMATS[declared]:
+        raise FileFormatError(
+            "open", "the declared format is not the stored one", file=reader.path, key=name,
+            expected=declared, found=entry.dtype, fix="get the file again",
+        )  # fmt: skip
+    return form
+
+
+def _scale(
+    name: str, form: Format, helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader, required: bool
+) -> tuple[float, str | None]:
+    present = [helper for helper in _SCALES if helper in helpers]
+    if not present:
+        if "comfy_quant" in helpers or (required and form.name in FP8):
+            raise FileFormatError(
+                "open", "an fp8 weight of a scaled file has no scale", file=reader.path, key=name,
+                expected="weight_scale or scale_weight", found="none", fix="get the file again",
+            )  # fmt: skip
+        return 1.0, None
+    scale_reader, entry = helpers[present[0]]
+    if math.prod(entry.shape) != 1 or entry.dtype not in ("F32", "F16", "BF16"):
+        raise FileFormatError(
+            "open", "a scale has the wrong shape or dtype", file=reader.path, key=f"{name} ({present[0]})",
+            expected="one float32", found=f"{entry.dtype} {entry.shape}", fix=_CONVERT,
+        )  # fmt: skip
+    raw = bytearray(scale_reader.read(entry.offset, entry.nbytes))
+    scale = float(torch.frombuffer(raw, dtype=BY_TAG[entry.dtype].torch).float())
+    if not (math.isfinite(scale) and scale > 0):
+        raise FileFormatError(
+            "open", "a scale is not a positive number", file=reader.path, key=f"{name} ({present[0]})",
+            expected="a positive number", found=scale, fix="get the file again",
+        )  # fmt: skip
+    return scale, "comfy_quant" if present[0] == "weight_scale" else "scaled_fp8"

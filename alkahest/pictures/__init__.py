@@ -1,0 +1,1 @@
+"""What needs a model that draws: pipelines, samplers, sweeps, and measures of pictures."""

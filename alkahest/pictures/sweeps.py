@@ -1,0 +1,215 @@
+"""Grids of pictures over named scalars and sampling settings: cached cells, any executor, one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from alkahest.engine.workers import spread
+from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
+from alkahest.files.cache import cache_folder
+from alkahest.files.hashes import blake3_of
+from alkahest.files.whole import write_file
+from alkahest.pictures.live import LiveModel
+from alkahest.pictures.quality import picture_measures
+from alkahest.pictures.sampler import sample
+from alkahest.pictures.sheet import contact_sheet, png_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SETTINGS = ("steps", "cfg", "shift", "schedule", "cfg_normalization", "negative_prompt", "width", "height")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture to draw."""
+
+    scalars: Mapping[str, float]
+    settings: Mapping[str, Any]
+    prompt: str
+    seed: int
+    path: Path
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {**self.scalars, **self.settings, "prompt": self.prompt, "seed": self.seed}
+
+
+class Cells(pd.DataFrame):  # type: ignore[misc]
+    """The table of a sweep: a DataFrame with a row a picture, which can show itself as a contact sheet."""
+
+    @property
+    def _constructor(self) -> type[Cells]:
+        return Cells
+
+    def contact_sheet(self, rows: str | Sequence[str] | None = None, columns: str | Sequence[str] | None = None, size: int | None = None) -> Image:  # fmt: skip
+        """Pictures side by side, labelled; ``rows`` and ``columns`` name columns of the table.
+
+        By default one row a prompt and seed and one column a setting. A cell that failed is grey and
+        says so. ``size`` is the width of a picture in pixels, by default at least 128.
+        """
+        down = [rows] if isinstance(rows, str) else list(rows or ("prompt", "seed"))
+        varying = [name for name in self.columns[: list(self.columns).index("seed")] if self[name].nunique() > 1]
+        across = [columns] if isinstance(columns, str) else list(columns or [v for v in varying if v not in down])
+        return contact_sheet(self, [d for d in down if len(down) == 1 or self[d].nunique() > 1], across, size)
+
+
+def sweep(live: Any, prompts: str | Sequence[str], over: Mapping[str, Sequence[Any]], **options: Any) -> Cells:
+    """Draw every combination; returns a DataFrame with a row a picture: values, seed, measures, path.
+
+    >>> table = ak.sweep(live, ["a red ball at night"], over={"k": [0, 1, 10, 171.1], "shift": [3, 6, 12]})
+    >>> table.contact_sheet(rows="shift", columns="k")
+
+    ``over`` maps named scalars of the `LiveModel` (LoRA strengths too) and sampling settings (``steps``,
+    ``cfg``, ``shift``, ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``) to values.
+    Options: ``seeds`` (default one, 0); ``executor``, any ``concurrent.futures.Executor``, dask's
+    ``client.get_executor()`` among them; ``folder`` for the pictures, by default in the user's cache;
+    ``batch``, how many are drawn at once (default 4); and fixed settings, such as ``steps=8``. A cell that was drawn before is not drawn again, so a sweep
+    that was stopped goes on. One that fails has its reason in the column ``error``, and the rest goes on.
+    Raises UnknownNameError for a name that is neither a scalar nor a setting, before anything is drawn.
+    """
+    result = None
+    for event in stream_sweep(live, prompts, over, **options):
+        result = event.result
+    assert result is not None  # the last event carries the table
+    return result
+
+
+@dataclass(frozen=True)
+class SweepEvent:
+    """Progress: cells done and in all, the cell at hand, and at the end the table."""
+
+    done: int
+    total: int
+    key: str
+    result: Cells | None = field(default=None, repr=False)
+
+
+def stream_sweep(
+    live: LiveModel, prompts: str | Sequence[str], over: Mapping[str, Sequence[Any]], *, seeds: Sequence[int] = (0,),
+    executor: Executor | None = None, folder: str | Path | None = None, batch: int = 4, **fixed: Any,
+) -> Iterator[SweepEvent]:  # fmt: skip
+    """`sweep` as a generator of events, one per finished cell."""
+    if batch < 1:
+        raise AlkahestError("sweep", "batch must be at least 1", found=batch)
+    place = Path(folder) if folder is not None else cache_folder() / "sweeps"
+    cells = _cells(live, [prompts] if isinstance(prompts, str) else list(prompts), over, seeds, fixed, place)
+    records: dict[Path, dict[str, Any]] = {}
+    done = 0
+    before = live.params
+    try:
+        for cell, record in _drawn(live, cells, executor, batch):
+            records[cell.path] = record
+            done += 1
+            yield SweepEvent(done, len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
+    finally:
+        live.set(before)
+    rows = [cell.row | records[cell.path] for cell in cells]
+    yield SweepEvent(done, len(cells), "done", Cells(rows))
+
+
+def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]], seeds: Sequence[int], fixed: Mapping[str, Any], folder: Path) -> list[Cell]:  # fmt: skip
+    if not isinstance(live, LiveModel):
+        raise MismatchError("sweep", "a LiveModel is needed", found=type(live).__name__, fix="ak.LiveModel(expression, components)")  # fmt: skip
+    known = live.params
+    for name in [*over, *fixed]:
+        if name not in known and name not in SETTINGS:
+            raise UnknownNameError("sweep", "no such named scalar or setting", found=repr(name), fix=nearest(name, [*known, *SETTINGS]))  # fmt: skip
+    axes = {name: [values] if isinstance(values, str) else list(values) for name, values in over.items()}
+    if empty := [name for name, values in axes.items() if not values]:
+        raise AlkahestError("sweep", "an axis has no values", found=empty[0])
+    identity = _identity(live)
+    cells = []
+    for values in product(*axes.values()):
+        chosen = {**known, **fixed, **dict(zip(axes, values, strict=True))}
+        scalars = {name: float(value) for name, value in chosen.items() if name in known}
+        settings = {name: value for name, value in chosen.items() if name in SETTINGS}
+        for prompt, seed in product(prompts, seeds):
+            text = json.dumps([identity, scalars, settings, prompt, seed], sort_keys=True)
+            name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+            cells.append(Cell(scalars, settings, prompt, int(seed), folder / f"{name}.png"))
+    return cells
+
+
+def _drawn(live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
+    todo: dict[Path, Cell] = {}
+    for cell in cells:
+        record = _remembered(cell.path)
+        if record is None:
+            todo[cell.path] = cell
+        else:
+            yield cell, record
+    groups: dict[str, list[Cell]] = {}
+    for cell in todo.values():
+        groups.setdefault(repr((cell.scalars, cell.settings)), []).append(cell)
+    batches = [group[n : n + batch] for group in groups.values() for n in range(0, len(group), batch)]
+    if executor is None:
+        for chosen in batches:
+            yield from _kept(chosen, draw(live, chosen))
+        return
+    for number, drawn in spread(executor, draw, {number: (live, chosen) for number, chosen in enumerate(batches)}):
+        yield from _kept(batches[number], drawn)
+
+
+def draw(live: LiveModel, cells: Sequence[Cell]) -> list[tuple[bytes, dict[str, Any]]]:
+    """Draw cells that share all but prompt and seed: PNG bytes and a record each. Runs in any process."""
+    with live.lock:
+        try:
+            live.set(cells[0].scalars)
+            settings = {"negative_prompt": "", **cells[0].settings}
+            seeds = [cell.seed for cell in cells]
+            run = sample(live, [cell.prompt for cell in cells], seed=seeds, batch=len(cells), **settings)
+            return [(png_bytes(image), _measures(image)) for image in run.images]
+        except (AlkahestError, ValueError, RuntimeError) as error:
+            if len(cells) == 1:
+                return [(b"", {"error": str(error).replace("\n", "; ")})]
+    return [draw(live, [cell])[0] for cell in cells]  # so that one bad cell does not take its neighbours along
+
+
+def _measures(image: Image) -> dict[str, Any]:
+    return {**picture_measures(image).iloc[0].to_dict(), "error": None}
+
+
+def _kept(cells: Sequence[Cell], drawn: Sequence[tuple[bytes, dict[str, Any]]]) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
+    for cell, (png, record) in zip(cells, drawn, strict=True):
+        if png:  # a failure is not kept: it is tried again next time
+            cell.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(cell.path, png)
+            write_file(cell.path.with_suffix(".json"), json.dumps(record).encode())
+        yield cell, {**record, "path": str(cell.path) if png else None}
+
+
+def _remembered(path: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    return {**record, "path": str(path)} if path.is_file() else None
+
+
+def _identity(live: LiveModel) -> list[str]:
+    """What pictures depend on beside a cell's own values: inputs, expression, components, dtype."""
+    bare = live.expression.bind(**dict.fromkeys(live.expression.params, 0.0))
+    hashes = [digest for leaf in bare.leaves() for digest in blake3_of(leaf.files)]
+    parts = [live.pipe.text_encoder, live.pipe.vae, live.pipe.transformer]
+    return [bare.text(), *hashes, *map(_fingerprint, parts), live.pipe.tokenizer.chat_template or ""]
+
+
+def _fingerprint(module: Any) -> str:
+    """A hash of a model's configuration and of a few numbers of each tensor: quick, and enough to tell models apart."""
+    found = hashlib.blake2b(str(module.config).encode(), digest_size=16)
+    transformer = hasattr(module, "all_x_embedder")
+    for name, tensor in module.state_dict().items():
+        # The transformer's own numbers follow from the expression and change while a sweep runs.
+        values = tensor.flatten()[: 0 if transformer and ".lora_" not in name else 64]
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {values.float().cpu().tolist()}".encode())
+    return found.hexdigest()

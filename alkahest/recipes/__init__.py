@@ -1,0 +1,1 @@
+"""An expression as text: read, written, found again and verified."""

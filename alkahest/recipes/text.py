@@ -1,0 +1,174 @@
+"""Recipes: an expression as text, and the record of it inside an output file.
+
+Text is parsed by a whitelist over Python's ``ast`` and never evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alkahest.algebra.delta_methods import breadcrumbs, dare, della, model_stock, nuslerp, sce, ties
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.expression import Expression
+from alkahest.algebra.methods import REGISTRY
+from alkahest.algebra.mixtures import lerp, weighted_sum
+from alkahest.algebra.model_methods import cosine_add, karcher, slerp, train_difference
+from alkahest.algebra.weights import Weights
+from alkahest.engine.record import MAX_TEXT
+from alkahest.engine.scalars import Param, param
+from alkahest.errors import AlkahestError, RecipeError, nearest
+from alkahest.lora.apply import apply_lora
+from alkahest.sources.made_up_weights import made_up
+
+_GRAMMAR = "checkpoints, numbers, + - * /, protect, only, without, scaled, everywhere, lerp, methods"
+_METHODS = {
+    "protect": Weights, "only": Delta, "without": Delta, "everywhere": Delta, "scaled": Delta,
+}  # fmt: skip
+# What a recipe may call, and the merge methods that a notebook registers besides.
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    lerp, weighted_sum, param, made_up, apply_lora, slerp, karcher, cosine_add, train_difference,
+    ties, dare, della, breadcrumbs, sce, model_stock, nuslerp,
+)  # fmt: skip
+
+
+def parse(text: str, names: Mapping[str, Any]) -> Any:
+    """The expression that recipe text means; ``names`` gives its checkpoints and numbers.
+
+    >>> parse("bridge.protect('refiner') + 171.1 * (variant - base)", {"bridge": bridge, ...})
+
+    A name bound to a number becomes a named scalar. Raises RecipeError for anything but names,
+    numbers, ``+ - * /``, the methods of weights and deltas, ``lerp``, ``weighted_sum``, ``param``
+    and the registered merge methods; AlgebraError if the expression has no meaning.
+    """
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
+        raise RecipeError("recipe", "not a recipe text", expected=f"at most {MAX_TEXT:,} characters")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+        return _Reader(text.strip(), names).read(tree.body)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        if isinstance(error, AlkahestError):
+            raise
+        raise _unreadable(error, text) from None
+
+
+def names_in(text: str) -> list[str]:
+    """The checkpoint and number names that a recipe text needs, in order of appearance."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise _unreadable(error, text) from None
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    called |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_package(node)}
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called]
+    return list(dict.fromkeys(node.id for node in sorted(names, key=lambda n: (n.lineno, n.col_offset))))
+
+
+def _is_package(node: ast.AST) -> bool:
+    """Whether a node is ``ak.lerp`` or the like, as people write it in Python."""
+    named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ak"
+    return named and isinstance(node, ast.Attribute) and node.attr not in _METHODS
+
+
+def _place(node: ast.expr) -> dict[str, Any]:
+    return {name: getattr(node, name) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")}
+
+
+def _unreadable(error: Exception, text: str) -> RecipeError:
+    reason = error.msg if isinstance(error, SyntaxError) else str(error)
+    return RecipeError("recipe", "the text cannot be read", found=f"{reason} in {text[:200]!r}")
+
+
+class _Reader:
+    """Turns one parsed text into an expression."""
+
+    def __init__(self, text: str, names: Mapping[str, Any]) -> None:
+        self.text = text
+        self.names = names
+
+    def read(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=value) if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                return value
+            case ast.Name():
+                return self._name(node)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
+                value = self.read(node.operand)
+                if not isinstance(value, (Expression, int, float)):
+                    raise self._refused(node, "a sign is for numbers and deltas only")
+                return -value if isinstance(node.op, ast.USub) else value
+            case ast.BinOp():
+                return self._operation(node)
+            case ast.Call():
+                return self._call(node)
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return [self.read(item) for item in items]
+            case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+                return {self.read(k): self.read(v) for k, v in zip(keys, values, strict=True) if k is not None}
+        raise self._refused(node, "this is not allowed in a recipe")
+
+    def _name(self, node: ast.Name) -> Any:
+        if node.id not in self.names:
+            raise self._refused(node, f"unknown name {node.id!r}", nearest(node.id, self.names))
+        value = self.names[node.id]
+        if isinstance(value, (Expression, Param)):
+            return value
+        return param(node.id, value)
+
+    def _operation(self, node: ast.BinOp) -> Any:
+        left, right = self.read(node.left), self.read(node.right)
+        for side in (left, right):
+            if not isinstance(side, (Expression, Param, int, float)):
+                raise self._refused(node, "arithmetic is on checkpoints, deltas and numbers only")
+        try:
+            match node.op:
+                case ast.Add():
+                    return left + right
+                case ast.Sub():
+                    return left - right
+                case ast.Mult():
+                    return left * right
+                case ast.Div():
+                    return left / right
+        except AlkahestError:
+            raise
+        except (TypeError, ArithmeticError) as error:
+            raise self._refused(node, str(error)) from None
+        raise self._refused(node, "only + - * / are allowed")
+
+    def _call(self, node: ast.Call) -> Any:
+        arguments = [self.read(argument) for argument in node.args]
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise self._refused(node, "** is not allowed in a recipe")
+        settings = {str(keyword.arg): self.read(keyword.value) for keyword in node.keywords}
+        match node.func:
+            case ast.Name(id=name):
+                functions = {**REGISTRY, **{function.__name__: function for function in _FUNCTIONS}}
+                if name not in functions:
+                    raise self._refused(node, f"unknown function {name!r}", nearest(name, functions))
+                function: Any = functions[name]
+            case ast.Attribute(attr=name) if _is_package(node.func) and "ak" not in self.names:
+                return self._call(ast.Call(ast.Name(name), node.args, node.keywords, **_place(node)))
+            case ast.Attribute(value=target, attr=name):
+                subject = self.read(target)
+                if name not in _METHODS or not isinstance(subject, _METHODS[name]):
+                    raise self._refused(node, f"unknown method {name!r}", nearest(name, _METHODS))
+                function = getattr(subject, name)
+            case _:
+                raise self._refused(node, "this cannot be called in a recipe", "is a * missing?")
+        try:
+            return function(*arguments, **settings)
+        except AlkahestError:
+            raise
+        except (TypeError, AttributeError, ValueError) as error:
+            raise self._refused(node, str(error), expected=None) from None
+
+    def _refused(
+        self, node: ast.expr, problem: str, fix: str | None = None, expected: str | None = _GRAMMAR
+    ) -> RecipeError:
+        shown = ast.get_source_segment(self.text, node) or ast.dump(node)
+        return RecipeError(
+            "recipe", problem, found=f"{shown[:200]!r} at column {node.col_offset + 1}",
+            expected=expected, fix=fix,
+        )  # fmt: skip

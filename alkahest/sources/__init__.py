@@ -1,0 +1,1 @@
+"""What can be read: checkpoints, LoRAs, and made-up weights."""

@@ -1,0 +1,96 @@
+"""Made-up checkpoints of real shape, to try real sizes without the real weights.
+
+They draw nothing: matrices are Gaussian with standard deviation 0.02, norms lie around 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+
+from alkahest.algebra.expression import Names
+from alkahest.algebra.leaves import Leaf
+from alkahest.engine.readable import Workspace
+from alkahest.engine.scalars import number, text_of
+from alkahest.errors import AlgebraError
+from alkahest.model import seeded
+from alkahest.model.architecture import Architecture
+from alkahest.model.keys import Pattern
+
+_CHUNK = 1 << 16  # elements that share one generator, so that any block can be made by itself
+
+
+class MadeUp(Leaf):
+    """Weights that are computed from a seed; see `made_up`."""
+
+    def __init__(self, layers: int, seed: int, delta: float, only: str, width: int, name: str = "made_up") -> None:
+        delta = number(delta, "made_up")
+        if not (1 <= layers <= 200 and 32 <= width <= 16384 and width % 32 == 0):
+            raise AlgebraError(
+                "made_up", "impossible size", expected="1 to 200 layers, width a multiple of 32 up to 16384",
+                found=f"layers={layers}, width={width}",
+            )  # fmt: skip
+        self.name = name
+        self.settings = {"layers": layers, "seed": seed, "delta": delta, "width": width}
+        self.architecture = Architecture(
+            layers=layers,
+            width=width,
+            feed_forward=width * 8 // 3,
+            head=128 if width % 128 == 0 else 32,
+            caption=width * 2 // 3,
+            time=min(width, 256),
+        )
+        self._shapes = self.architecture.shapes()
+        self.only = Pattern(only).require_match(self._shapes, "made_up").text
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    @cached_property
+    def storage(self) -> dict[str, str]:
+        return dict.fromkeys(self._shapes, "bf16")
+
+    def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Workspace) -> None:
+        seed, delta = int(self.settings["seed"]), self.settings["delta"]
+        values = _normal(seed, "weights", key, start, stop)
+        values.mul_(0.02)
+        if delta and Pattern(self.only).matches(key):
+            values.add_(_normal(seed, "delta", key, start, stop).mul_(0.02 * delta))
+        if "norm" in key or key == "cap_embedder.0.weight":
+            values.mul_(5).add_(1)
+        out.copy_(values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MadeUp) and (self.settings, self.only) == (other.settings, other.only)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.settings.values()), self.only))
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        settings = [f"{name}={text_of(value)}" for name, value in self.settings.items()]
+        return f"made_up({', '.join(settings)}, only={self.only!r})", 3
+
+
+def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "all", width: int = 3840) -> MadeUp:
+    """Weights of true Z-Image shapes with random numbers, the same for the same arguments.
+
+    >>> ak.made_up(layers=2).save("base.safetensors")
+    >>> ak.made_up(layers=2, delta=0.02, only="layers").save("variant.safetensors")
+
+    ``delta`` makes a variant of the model with the same seed, whose difference is that share of the
+    weights' standard deviation, on the tensors that ``only`` selects. The defaults give the full
+    6,154,908,736 parameters; ``width`` (a multiple of 32) makes smaller models of the same class.
+    """
+    return MadeUp(int(layers), int(seed), delta, only, int(width))
+
+
+def _normal(seed: int, purpose: str, key: str, start: int, stop: int) -> torch.Tensor:
+    first, last = start // _CHUNK, -(-stop // _CHUNK)
+    chunks = [
+        seeded.generator(seed, purpose, key, index).standard_normal(_CHUNK, "float32") for index in range(first, last)
+    ]
+    joined = torch.cat([torch.from_numpy(chunk) for chunk in chunks]) if chunks else torch.empty(0)
+    return joined[start - first * _CHUNK : stop - first * _CHUNK]

@@ -1,0 +1,164 @@
+"""What a run measures as it goes, and where it writes that down: history.jsonl, pictures, and trackers on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from alkahest.errors import UnsupportedError
+from alkahest.files.whole import write_file
+from alkahest.pictures.quality import picture_measures
+from alkahest.pictures.sampler import sample
+from alkahest.training import parallel
+from alkahest.training.config import Config, Stage
+from alkahest.training.encoded import Encoded, Item
+from alkahest.training.objective import Arithmetic, losses, noised
+
+if TYPE_CHECKING:
+    import pandas
+
+Data = Mapping[tuple[str, int], Encoded]  # by name and resolution
+
+
+def read_history(folder: str | Path) -> pandas.DataFrame:
+    """What a run measured so far, while it trains or after: a DataFrame with a row for each measurement.
+
+    >>> read_history("runs/tb1").plot("step", "held_out")
+    """
+    import pandas as pd
+
+    return pd.DataFrame(_rows(Path(folder) / "history.jsonl"))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The measurements in a file; a line that a kill cut off is none."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+class Monitor:
+    """Held-out loss at fixed noise and pictures of the prompts at fixed seeds, step by step."""
+
+    def __init__(self, config: Config, folder: Path, pipe: Any, held: Data, how: Arithmetic) -> None:
+        self.config, self.folder, self.pipe, self.held, self.how = config, folder, pipe, held, how
+        self._tracker = _tracker(config, folder) if parallel.rank() == 0 else None
+
+    def resume(self, step: int) -> None:
+        """Forget what was measured after a step; the run comes by there again."""
+        if parallel.rank() == 0 and (path := self.folder / "history.jsonl").exists():
+            kept = [row for row in _rows(path) if step and row["step"] <= step]
+            write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """Note a step's loss where a tracker wants each."""
+        if self._tracker is not None:
+            self._tracker.log(step, {"loss": loss, "lr": rate})
+
+    def close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
+
+    @torch.no_grad()
+    def measure(self, step: int, stage: str, loss: float) -> dict[str, Any]:
+        """Measure, and write down: the row."""
+        images: Sequence[Any] = []
+        row: dict[str, Any] = {"step": step, "stage": stage, "loss": loss}
+        with self.how.autocast():
+            for (name, resolution), held in self.held.items():
+                if len(held):
+                    row[f"held_out {name} {resolution}"] = self._held_out(held)
+            if self.config.prompts:
+                images = sample(self.pipe, list(self.config.prompts), seed=0, **self.config.sampling).images
+                row |= {name: float(value) for name, value in picture_measures(images, self.pipe).mean().items()}
+        if parallel.rank() == 0:
+            self._write(row, images)
+        return row
+
+    def _write(self, row: Mapping[str, Any], images: Sequence[Any]) -> None:
+        place = self.folder / "pictures"
+        place.mkdir(parents=True, exist_ok=True)
+        for n, image in enumerate(images):
+            image.save(place / f"{row['step']:07}-{n:02}.png")
+        with (self.folder / "history.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._tracker is not None:
+            numbers = {name: value for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
+            pictures = dict(zip(self.config.prompts, images, strict=False))
+            self._tracker.log(row["step"], numbers, pictures)
+
+    def _held_out(self, held: Encoded) -> float:
+        stage = Stage("held out", {}, 1, 1.0, drop=0.0)
+        total = 0.0
+        for first in range(0, len(held), 16):
+            chosen = list(range(first, min(first + 16, len(held))))
+            for bucket in {held.items[n].bucket for n in chosen}:
+                same = [n for n in chosen if held.items[n].bucket == bucket]
+                made = noised([held.latents(n) for n in same], [held.embedding(n) for n in same], held.empty, stage, self.config.seed, -1, first)  # fmt: skip
+                total += float(losses(self.pipe.transformer, made, self.how).sum())
+        return total / len(held)
+
+
+def split(whole: Encoded, held_out: int) -> tuple[Encoded, Encoded]:
+    """Examples to train on, and some to measure on: never more than a tenth."""
+    count = min(held_out, len(whole) // 10)
+    chosen = {n * len(whole) // count for n in range(count)}
+    items = list(enumerate(whole.items))
+    sides: Sequence[list[Item]] = ([i for n, i in items if n not in chosen], [i for n, i in items if n in chosen])
+    train, held = (Encoded(whole.name, side, whole.empty, whole.skipped) for side in sides)
+    return train, held
+
+
+# --- trackers ------------------------------------------------------------------------------------
+
+
+class _TensorBoard:
+    """``tensorboard --logdir FOLDER``"""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UnsupportedError("finetune", "TensorBoard is not installed", fix='pip install "alkahest[train]"') from None  # fmt: skip
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Any] | None = None) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        for name, image in (pictures or {}).items():
+            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UnsupportedError("finetune", "Weights & Biases is not installed", fix="pip install wandb") from None
+        self._wandb = wandb
+        folder.mkdir(parents=True, exist_ok=True)
+        # The run's folder names it, so that one that goes on is the same run there.
+        self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "alkahest"), id=f"{folder.name}-{config.digest}", name=folder.name, dir=str(folder), resume="allow")  # fmt: skip
+
+    def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Any] | None = None) -> None:
+        shown = {prompt: self._wandb.Image(image) for prompt, image in (pictures or {}).items()}
+        self._run.log({**numbers, **shown}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _tracker(config: Config, folder: Path) -> Any:
+    kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+    return kinds[config.log](config, folder) if config.log else None

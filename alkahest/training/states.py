@@ -1,0 +1,157 @@
+"""Checkpoints of a run: everything it needs to go on, to the bit, in a folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from alkahest.errors import FileFormatError, MismatchError, OutputError
+from alkahest.files.reader import size_text
+from alkahest.files.whole import as_output_error, whole_folder
+from alkahest.training import parallel
+
+_KEPT = 2  # the newest, and one before it in case the newest is lost with its disk's last minute
+_DAMAGED = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AssertionError,
+    CheckpointException,
+)
+
+
+def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
+    """Write one checkpoint beside the others, then remove the oldest. OutputError leaves those that are there.
+
+    Safetensors, one file from each process, as torch.distributed.checkpoint reads and divides them again.
+    """
+    target = folder / f"step-{step:07}"
+    size = parallel.size() * sum(parallel.local(tensor).nbytes for tensor in state.values())
+    try:
+        with _shared_folder(target, size + (1 << 20)) as partial, as_output_error(target):
+            _write(partial, state)
+            if parallel.rank() == 0:
+                (partial / "state.json").write_text(json.dumps({"step": step, **about}, indent=1))
+    except (SafetensorError, CheckpointException) as error:
+        raise OutputError("finetune", "the checkpoint could not be written", file=target, found=str(error)[:200], fix="free some space: the run goes on from the checkpoint before") from None  # fmt: skip
+    if parallel.rank() == 0:
+        for old in existing(folder)[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _write(partial: Path, state: Mapping[str, Tensor]) -> None:
+    if parallel.size() > 1:
+        save(dict(state), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        return
+    path = partial / "state.safetensors"
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
+    with path.open("r+b") as file:  # on the disk before the folder has its name
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _shared_folder(target: Path, size: int) -> Iterator[Path]:
+    """`whole_folder` that all processes fill: the first makes it and puts it in its place."""
+    with contextlib.ExitStack() as stack:
+        partial = ""
+        if parallel.rank() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            partial = str(stack.enter_context(whole_folder(target, size)))
+        yield Path(parallel.agreed(partial))
+        parallel.wait()
+    parallel.wait()
+
+
+def existing(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def about_checkpoint(path: Path) -> dict[str, Any]:
+    """What was written beside a checkpoint's numbers, and its ``step``; FileFormatError if it is damaged."""
+    try:
+        about: dict[str, Any] = json.loads((path / "state.json").read_text())
+        return {**about, "step": int(about["step"])}
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def load_checkpoint(path: Path, place: Callable[[str, tuple[int, ...], torch.dtype], Tensor | None], needed: Iterable[str]) -> dict[str, Tensor]:  # fmt: skip
+    """Read one checkpoint's numbers back, whatever number of processes wrote it; FileFormatError if it is damaged.
+
+    ``place`` gives the tensor to read a name into, or None if nothing of this name and shape belongs to the run.
+    """
+    try:
+        reader = HuggingFaceStorageReader(str(path))
+        state: dict[str, Tensor] = {}
+        for name, what in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(what, TensorStorageMetadata)  # safetensors hold nothing else
+            target = place(name, tuple(what.size), what.properties.dtype)
+            if target is None:
+                raise ValueError(f"{name} of shape {tuple(what.size)} is not of this run")
+            state[name] = target
+        if lacking := [name for name in needed if name not in state]:
+            raise ValueError(f"{lacking[0]} is not in it")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+            load(state, storage_reader=reader, no_dist=parallel.size() == 1)
+        return state
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: BaseException) -> FileFormatError:
+    return FileFormatError("finetune", "this checkpoint is damaged", file=path, found=str(error)[:200], fix="delete it: the run goes on from the one before")  # fmt: skip
+
+
+def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """One digest of names, dtypes and every byte of some tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = parallel.whole(tensor.detach()).cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Frozen:
+    """The tensors that must not move, and what they were at the start."""
+
+    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+        parameters = dict(module.named_parameters())
+        self._tensors = {name: parameters[name] for name in names}
+        self.digest = self.now
+
+    @property
+    def now(self) -> str:
+        return hash_of(self._tensors.items())
+
+    def check(self, step: int) -> None:
+        """Raise MismatchError if a byte of them is not what it was."""
+        if self.now != self.digest:
+            raise MismatchError("finetune", f"frozen tensors have moved by step {step}", expected=self.digest, found=self.now, fix="something outside of the run writes into the model")  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"{len(self._tensors)} frozen tensors, {size_text(sum(t.nbytes for t in self._tensors.values()))}"

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tiny
+
+import alkahest as ak
+from alkahest.files import hashes
+from alkahest.measure.table import stream_delta_table
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, call: Any) -> tuple[pd.DataFrame, bool]:
+    """A table, and whether any tensor was read for it."""
+    reads = []
+    read = ak.Checkpoint.read
+    with monkeypatch.context() as patched:
+        patched.setattr(ak.Checkpoint, "read", lambda *given: (reads.append(given[1]), read(*given))[1])
+        return call(), bool(reads)
+
+
+@pytest.fixture
+def pair(trio: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    return {name: Path(shutil.copy(trio[name], tmp_path / f"{name}.safetensors")) for name in ("variant", "base")}
+
+
+def test_a_table_is_measured_once_whatever_the_files_are_called(
+    pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def table() -> pd.DataFrame:
+        return ak.delta_table(ak.open(pair["variant"]) - ak.open(pair["base"]))
+
+    first, was_read = measured(monkeypatch, table)
+    assert was_read
+    again, was_read = measured(monkeypatch, table)
+    assert not was_read
+    pd.testing.assert_frame_equal(again, first)
+    assert again.ulps[3].dtype == first.ulps[3].dtype
+    pair["variant"] = pair["variant"].rename(pair["variant"].with_name("renamed.safetensors"))
+    assert not measured(monkeypatch, table)[1]
+    for other in (
+        lambda: ak.delta_table(ak.open(pair["variant"]) - ak.open(pair["base"]), k=2),
+        lambda: ak.delta_table(ak.open(pair["variant"]) - ak.open(pair["base"]), dtype="fp16"),
+        lambda: ak.delta_table(ak.open(pair["base"]) - ak.open(pair["variant"])),
+        lambda: ak.delta_table((ak.open(pair["variant"]) - ak.open(pair["base"])).only("layers")),
+        lambda: ak.delta_spectra(ak.open(pair["variant"]) - ak.open(pair["base"])),
+    ):
+        assert measured(monkeypatch, other)[1]
+        assert not measured(monkeypatch, other)[1]
+
+
+def test_a_file_with_other_content_is_measured_again(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def table() -> pd.DataFrame:
+        return ak.delta_table(ak.open(pair["variant"]) - ak.open(pair["base"]))
+
+    before = table()
+    status = pair["variant"].stat()
+    tiny.write(pair["variant"], tiny.native(tiny.near(tiny.state(seed=1), 0.02, seed=9)))
+    os.utime(pair["variant"], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert pair["variant"].stat().st_size == status.st_size
+    after, was_read = measured(monkeypatch, table)
+    assert was_read
+    assert after.delta_norm.sum() != before.delta_norm.sum()
+
+
+def test_large_files_go_by_path_size_and_time(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashes, "_QUICKLY_HASHED", 0)
+
+    def table() -> pd.DataFrame:
+        return ak.delta_table(ak.open(pair["variant"]) - ak.open(pair["base"]))
+
+    assert measured(monkeypatch, table)[1]
+    assert measured(monkeypatch, table)[1]  # files this young could still change within the same tick
+    for path in pair.values():
+        os.utime(path, (time.time() - 100,) * 2)
+    assert measured(monkeypatch, table)[1]
+    assert not measured(monkeypatch, table)[1]
+    os.utime(pair["base"], (time.time() - 50,) * 2)
+    assert measured(monkeypatch, table)[1]
+
+
+def test_made_up_weights_and_a_spoilt_entry_are_measured(
+    pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ak.made_up(layers=1, width=96)
+    table = ak.delta_table(ak.made_up(layers=1, width=96, delta=0.1) - made)
+    assert (table.delta_norm > 0).any()
+    assert len(ak.cached().query("kind == 'tables'")) == 0
+    delta = ak.open(pair["variant"]) - ak.open(pair["base"])
+    ak.delta_table(delta)
+    (entry,) = ak.cached().query("kind == 'tables'").file
+    for spoilt in ("{", "[]", '{"columns": {"tensor": [{"dtype": "object", "data": ""}]}}', '{"columns": 3}'):
+        Path(entry).write_text(spoilt)
+        found, was_read = measured(monkeypatch, lambda: ak.delta_table(delta))
+        assert was_read
+        assert len(found) == len(delta.shapes)
+
+
+def test_a_measurement_that_is_stopped_leaves_nothing(pair: dict[str, Path]) -> None:
+    events = stream_delta_table(ak.open(pair["variant"]) - ak.open(pair["base"]))
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert len(ak.cached().query("kind == 'tables'")) == 0

@@ -1,0 +1,333 @@
+"""Whole runs on the miniatures, a few steps long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import alkahest as ak
+from alkahest.errors import (
+    AlkahestError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    UnknownNameError,
+    UnsupportedError,
+)
+from alkahest.model.keys import Pattern
+from alkahest.training.config import Config, config_of
+from alkahest.training.dataset import from_scenes
+from alkahest.training.encoded import Encoded, Item
+from alkahest.training.events import StepEvent
+from alkahest.training.inputs import start_of
+from alkahest.training.loop import finetune, read_history, stream_finetune
+from alkahest.training.order import Order
+from alkahest.training.states import existing
+
+
+def config(**changes: Any) -> Config:
+    stages = [
+        {"name": "one", "mix": {"people": 0.5, "things": 0.5}, "steps": 5, "lr": 1e-3, "batch": 4, "resolution": 64},
+        {
+            "name": "two",
+            "mix": {"things": 1.0},
+            "steps": 4,
+            "lr": 5e-4,
+            "batch": 3,
+            "resolution": 64,
+            "decay": "cosine",
+        },
+    ]
+    return config_of({
+        "start": "lerp(deturbo, base, 0.5)", "inputs": {"deturbo": "mini:deturbo", "base": "mini:base"},
+        "data": {"people": {"scenes": {"count": 30, "seed": 1, "subject": ["man", "woman"]}}, "things": {"scenes": {"count": 20, "seed": 2, "style": "anime"}}},
+        "stage": stages, "save_every": 3, "measure_every": 4, "held_out": 4, **changes,
+    })  # fmt: skip
+
+
+def weights_of(result: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = result.weights.tensors.tensors
+    return found
+
+
+def test_a_run(tmp_path: Path) -> None:
+    events = list(stream_finetune(config(ema=0.5), tmp_path / "run"))
+    steps = [event for event in events if event.done and event.result is None]
+    assert [event.done for event in steps] == list(range(1, 10))
+    assert [event.key.split(":")[0] for event in steps] == ["one"] * 5 + ["two"] * 4
+    result = events[-1].result
+    assert result is not None
+    history = result.history
+    assert history.step.tolist() == [0, 4, 8, 9]
+    assert history["held_out things 64"].iloc[-1] < history["held_out things 64"].iloc[0]
+    assert [path.name for path in existing(tmp_path / "run" / "checkpoints")] == ["step-0000006", "step-0000009"]
+    start = start_of(config())
+    assert set(weights_of(result)) == {key for key in start.shapes if not Pattern("refiner").matches(key)}
+    assert "finetuned(lerp(deturbo, base, 0.5)" in repr(result)
+    assert result.ema is not None
+    assert not torch.equal(result.ema.tensors.tensors["layers.0.attention.to_q.weight"], weights_of(result)["layers.0.attention.to_q.weight"])  # type: ignore[attr-defined]  # fmt: skip
+    drawn = ak.sample(ak.pipeline(result.weights), "a red ball", steps=2, cfg=1).images[0]
+    assert drawn.size == (64, 64)
+
+
+def test_frozen_tensors_are_the_starts_byte_for_byte(tmp_path: Path) -> None:
+    result = finetune(config(), tmp_path / "run")
+    before = load_file(start_of(config()).save(tmp_path / "start.safetensors").path)
+    after = load_file(result.weights.save(tmp_path / "end.safetensors").path)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == ("refiner" in name), name
+    what, recipe = ak.read_recipe(tmp_path / "end.safetensors")
+    assert what == "a checkpoint with a recipe inside"
+    assert recipe.text.startswith("finetuned(lerp(deturbo, base, 0.5), ")
+    assert set(recipe.inputs) == {"deturbo", "base"}
+
+
+def test_a_frozen_tensor_that_moves_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alkahest.training import loop
+
+    real = loop.losses
+
+    def meddling(model: Any, *given: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model.get_parameter("noise_refiner.1.feed_forward.w1.weight")[3, 5] += 1e-6
+        return real(model, *given)
+
+    monkeypatch.setattr(loop, "losses", meddling)
+    with pytest.raises(MismatchError, match=r"frozen tensors have moved by step 3"):
+        finetune(config(), tmp_path / "run")
+    assert not existing(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimiser": "adafactor", "precision": "bf16"}, {"ema": 0.9, "accumulate": 2}, {"fused": True, "clip": 0.0}], ids=str)  # fmt: skip
+def test_a_run_that_was_stopped_gives_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:
+    whole = finetune(config(**changes), tmp_path / "whole")
+    for stop in (4, 8):
+        events = stream_finetune(config(**changes), tmp_path / "stopped")
+        for event in events:
+            if event.done == stop:
+                break
+        events.close()
+    again = finetune(config(**changes), tmp_path / "stopped")
+    for name, value in weights_of(whole).items():
+        assert torch.equal(value, weights_of(again)[name]), name
+    if whole.ema is not None:
+        assert all(torch.equal(value, again.ema.tensors.tensors[name]) for name, value in whole.ema.tensors.tensors.items())  # type: ignore[union-attr, attr-defined]  # fmt: skip
+    assert again.history.drop(columns=["loss"]).equals(whole.history.drop(columns=["loss"]))
+    done: list[StepEvent] = list(stream_finetune(config(**changes), tmp_path / "stopped"))
+    assert done[-1].result is not None
+    assert not [event for event in done if event.done and event.done < 9], "a finished run has nothing to do"
+
+
+def test_mixed_precision_trains_in_float32_and_computes_in_bf16(tmp_path: Path) -> None:
+    exact, mixed = finetune(config(), tmp_path / "exact"), finetune(config(precision="mixed"), tmp_path / "mixed")
+    trained = weights_of(mixed)
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    name = "layers.1.feed_forward.w1.weight"
+    assert not torch.equal(trained[name], trained[name].bfloat16().float())
+    columns = ["held_out people 64", "held_out things 64"]
+    assert np.allclose(mixed.history[columns], exact.history[columns], rtol=0.02)
+    assert not mixed.history[columns].equals(exact.history[columns])
+    start = load_file(start_of(config()).save(tmp_path / "start.safetensors").path)
+    end = load_file(mixed.weights.save(tmp_path / "end.safetensors").path)
+    assert all(torch.equal(value, end[key]) for key, value in start.items() if "refiner" in key)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "moves"),
+    [
+        ("layers_only", lambda key: key.startswith("layers.")),
+        ("nothing", lambda key: True),
+        ("refiners", lambda key: "refiner" not in key),
+    ],
+)
+def test_presets(frozen: str, moves: Callable[[str], bool], tmp_path: Path) -> None:
+    result = finetune(config(frozen=frozen, measure_every=100, export=""), tmp_path / "run")
+    assert set(weights_of(result)) == {key for key in start_of(config()).shapes if moves(key)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed", "bf16"])
+def test_a_lora_is_what_diffusers_loads(precision: str, tmp_path: Path) -> None:
+    changes = {"lora": {"rank": 4, "alpha": 8, "targets": "attention"}, "precision": precision, "export": "fp32"}
+    result = finetune(config(**changes), tmp_path / "run")
+    path = tmp_path / "run" / "2-two.safetensors"
+    modules = {key.removesuffix(".alpha").partition(".lora")[0] for key in load_file(path)}
+    layers = {key for key in start_of(config()).shapes if key.startswith("layers.") and ".to_" in key and ".norm" not in key}  # fmt: skip
+    assert modules == {f"diffusion_model.{key.removesuffix('.weight')}" for key in layers}, "not the frozen refiners"
+    pipe = ak.pipeline(start_of(config()))
+    pipe.load_lora_weights(str(path), adapter_name="ours")
+    ours = ak.sample(ak.pipeline(result.weights), "a red ball", steps=2, cfg=1).images[0]
+    theirs = ak.sample(pipe, "a red ball", steps=2, cfg=1, loras={"ours": 1.0}).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    before = ak.sample(ak.pipeline(start_of(config())), "a red ball", steps=2, cfg=1).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(before, int)).max() > 1
+    stopped = stream_finetune(config(**changes), tmp_path / "stopped")
+    assert next(event for event in stopped if event.done == 4)
+    stopped.close()
+    finetune(config(**changes), tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "2-two.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_lora_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="no Linear is left for a LoRA"):
+        finetune(config(lora={"targets": "noise_refiner"}), tmp_path / "run")
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"finetune: the device is not there(?s:.*)'cuda:99'"):
+        finetune(config(), tmp_path / "run", device="cuda:99")
+
+
+def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alkahest.training import loop
+
+    def greedy(*given: Any) -> torch.Tensor:
+        return torch.empty(10**15)
+
+    monkeypatch.setattr(loop, "losses", greedy)
+    with pytest.raises(AlkahestError, match=r"(?s)out of memory.*allocate.*checkpointing = true, batch = 1 and adafactor, bf16, fused take the least"):  # fmt: skip
+        finetune(config(), tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="POSIX has limits on file sizes, Windows has not")
+    events = stream_finetune(config(export=""), tmp_path / "run")
+    for event in events:
+        if event.done == 4:
+            break
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # from here on no file grows over a MB
+    try:
+        with pytest.raises(OutputError, match=r"(?s)could not be written.*step-0000006.*goes on from the checkpoint"):
+            list(events)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000003"]
+    again = finetune(config(export=""), tmp_path / "run")
+    whole = finetune(config(export=""), tmp_path / "whole")
+    assert all(torch.equal(value, weights_of(again)[name]) for name, value in weights_of(whole).items())
+
+
+def test_kill_9_in_the_middle(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch; torch.set_num_threads(1)\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "from test_loop import config, finetune\n"
+        "result = finetune(config(), sys.argv[1])\n"
+        "result.weights.save(sys.argv[2], dtype='fp32')\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([sys.executable, script, whole, tmp_path / "whole.safetensors"], check=True, env=environment)
+    process = subprocess.Popen([sys.executable, script, killed, tmp_path / "killed.safetensors"], env=environment)
+    limit = time.time() + 100
+    while not existing(killed / "checkpoints") and time.time() < limit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed.safetensors").exists(), "it was killed too late"
+    subprocess.run([sys.executable, script, killed, tmp_path / "killed.safetensors"], check=True, env=environment)
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    stage = {"mix": {"things": 1.0}, "steps": 1, "lr": 1e-3, "resolution": 64, "batch": 4}
+    given: dict[str, Any] = {"data": {"things": {"scenes": {"count": 4, "seed": 3}}}, "held_out": 0, "clip": 0.0, "optimiser": "adafactor"}  # fmt: skip
+    # A seed with which two batches of two come in the order of one batch of four.
+    things = [Encoded("x", [Item(str(n), Path(), Path(), (8, 8, 32)) for n in range(4)], torch.zeros(1))]
+    seed = next(seed for seed in range(99) if Order(things, [1.0], 2, seed).take().picks == Order(things, [1.0], 4, seed).take().picks[:2])  # fmt: skip
+    one = finetune(config(stage=[stage], seed=seed, **given), tmp_path / "one")
+    two = finetune(config(stage=[{**stage, "batch": 2}], accumulate=2, seed=seed, **given), tmp_path / "two")
+    assert one.history.loss.iloc[-1] == pytest.approx(two.history.loss.iloc[-1], rel=1e-5)
+    for name, value in weights_of(one).items():
+        assert torch.allclose(value, weights_of(two)[name], atol=1e-5), name
+
+
+def test_the_history_can_be_read_while_it_trains(tmp_path: Path) -> None:
+    events = stream_finetune(config(prompts=["a red ball", "a blue box"], sampling={"steps": 2, "cfg": 1}), tmp_path / "run")  # fmt: skip
+    for event in events:
+        if event.done == 6:
+            break
+    table = read_history(tmp_path / "run")
+    assert table.step.tolist() == [0, 4]
+    assert {"lag1", "grid", "latent_std", "held_out people 64"} <= set(table)
+    assert len(list((tmp_path / "run" / "pictures").glob("0000004-*.png"))) == 2
+    events.close()
+    assert len(read_history(tmp_path / "nowhere")) == 0
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'refiner'"):
+        finetune(config(frozen="refinr"), tmp_path / "run")
+    with pytest.raises(AlkahestError, match="everything is frozen"):
+        finetune(config(frozen="all"), tmp_path / "run")
+    with pytest.raises(NonFiniteError, match=r"(?s)no number any more.*checkpoints/step-0000003"):
+        finetune(exploding(), tmp_path / "nan")
+    finetune(config(), tmp_path / "run")
+    with pytest.raises(MismatchError, match="of another configuration"):
+        finetune(config(seed=5), tmp_path / "run")
+    with pytest.raises(AlkahestError):
+        finetune(config(inputs={"deturbo": "mini:nobody", "base": "mini:base"}), tmp_path / "other")
+
+
+def exploding() -> Config:
+    calm = {"mix": {"things": 1.0}, "steps": 3, "lr": 1e-3, "batch": 3, "resolution": 64}
+    return config(stage=[calm, {**calm, "lr": 1e25, "steps": 5}], clip=0.0)
+
+
+def test_a_run_draws_its_own_data(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue box by day\n")
+    models = {"base": {"steps": 2, "cfg": 1}, "deturbo": {"steps": 2, "cfg": 2}}
+    data = {
+        "own": {"drawn": {"models": models, "scenes": {"count": 6, "seed": 9, "light": ["night"]}}},
+        "told": {"drawn": {"models": {"base": {"steps": 1, "cfg": 1}}, "prompts": str(tmp_path / "prompts.txt")}},
+    }
+    stage = {"mix": {"own": 0.7, "told": 0.3}, "steps": 2, "lr": 1e-4, "batch": 2, "resolution": 64}
+    events = list(stream_finetune(config(data=data, stage=[stage], held_out=0), tmp_path / "run"))
+    drawn = sorted(path.name for path in (tmp_path / "run" / "data" / "own").glob("*.png"))
+    assert drawn == [f"{name}-{n:05}.png" for name in ("base", "deturbo") for n in range(6)]
+    expected = [example.caption for example in from_scenes(6, 9, light=("night",)).examples]
+    assert [(tmp_path / "run" / "data" / "own" / f"base-{n:05}.txt").read_text() for n in range(6)] == expected
+    assert (tmp_path / "run" / "data" / "told" / "base-00001.txt").read_text() == "a blue box by day"
+    assert any("drawing own: 12 of 12" in event.key for event in events)
+
+
+def test_each_stage_leaves_a_checkpoint(tmp_path: Path) -> None:
+    result = finetune(config(export="fp32"), tmp_path / "run")
+    last = ak.open(tmp_path / "run" / "2-two.safetensors")
+    for key, value in weights_of(result).items():
+        assert torch.equal(last[key], value)
+    first = ak.open(tmp_path / "run" / "1-one.safetensors")
+    assert not torch.equal(first["layers.0.attention.to_q.weight"], last["layers.0.attention.to_q.weight"])
+    finetune(config(export=""), tmp_path / "none")
+    assert not list((tmp_path / "none").glob("*.safetensors"))
+
+
+def test_a_control_starts_from_random_layers(tmp_path: Path) -> None:
+    from alkahest.training.inputs import reset
+
+    pipe = ak.pipeline(start_of(config()))
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    reset(pipe.transformer, Pattern("layers"), seed=4)
+    after = pipe.transformer.state_dict()
+    for name, value in after.items():
+        if name.startswith("layers.") and value.ndim > 1:
+            cosine = torch.nn.functional.cosine_similarity(value.flatten(), before[name].flatten(), 0)
+            assert abs(float(cosine)) < 0.05
+            assert float(value.std()) == pytest.approx(float(before[name].std()), rel=0.05)
+        else:
+            assert torch.equal(value, before[name]), name
+    one, two = (finetune(config(reset="layers", seed=seed), tmp_path / str(seed)) for seed in (0, 0))
+    assert all(torch.equal(value, weights_of(two)[name]) for name, value in weights_of(one).items())
