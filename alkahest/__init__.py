@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from alkahest.files.cache import cached as cached
     from alkahest.files.cache import clear_cache as clear_cache
     from alkahest.lora.apply import apply_lora as apply_lora
-    from alkahest.lora.convert import convert_lora as convert_lora
     from alkahest.lora.extract import extract_lora as extract_lora
-    from alkahest.lora.ranks import lora_ranks as lora_ranks
+    from alkahest.lora.rank import lora_ranks as lora_ranks
+    from alkahest.lora.write import convert_lora as convert_lora
     from alkahest.measure.lineage import nearest_base as nearest_base
     from alkahest.measure.lineage import refiner_check as refiner_check
     from alkahest.measure.multiplier import Multiplier as Multiplier
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from alkahest.pictures.quality import picture_measures as picture_measures
     from alkahest.pictures.sampler import sample as sample
     from alkahest.pictures.sweeps import sweep as sweep
-    from alkahest.recipes.inputs import read_recipe as read_recipe
+    from alkahest.recipes.read import read_recipe as read_recipe
     from alkahest.sources.checkpoint import Checkpoint as Checkpoint
     from alkahest.sources.checkpoint import open as open
     from alkahest.sources.lora import open_lora as open_lora
@@ -87,7 +87,7 @@ _PUBLIC = {
     "clear_cache": "files.cache",
     "compare": "measure.pairs",
     "comparison_matrix": "measure.pairs",
-    "convert_lora": "lora.convert",
+    "convert_lora": "lora.write",
     "cosine_add": "algebra.model_methods",
     "dare": "algebra.delta_methods",
     "della": "algebra.delta_methods",
@@ -99,7 +99,7 @@ _PUBLIC = {
     "flow_loss": "pictures.quality",
     "karcher": "algebra.model_methods",
     "lerp": "algebra.mixtures",
-    "lora_ranks": "lora.ranks",
+    "lora_ranks": "lora.rank",
     "made_up": "sources.made_up_weights",
     "memory_plan": "training.memory",
     "method": "algebra.methods",
@@ -115,7 +115,7 @@ _PUBLIC = {
     "pipeline": "pictures.pipelines",
     "read_config": "training.config",
     "read_history": "training.monitor",
-    "read_recipe": "recipes.inputs",
+    "read_recipe": "recipes.read",
     "read_workflow": "workflow.read",
     "refiner_check": "measure.lineage",
     "rolled_up": "measure.table",

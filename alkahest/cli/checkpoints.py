@@ -148,7 +148,7 @@ def recipe(
     and checked against each other, and --json is a recipe with their hashes, which runs anywhere.
     """
     with reported():
-        from alkahest.recipes.inputs import recipes_in
+        from alkahest.recipes.read import recipes_in
 
         what, recipes = recipes_in(file, node)
         if not as_json:
@@ -198,8 +198,8 @@ def verify(
 
     Inputs that are not found by themselves are given by name: `--base b.safetensors`.
     """
-    from alkahest.recipes.inputs import Verdict
-    from alkahest.recipes.inputs import verify as check
+    from alkahest.recipes.verify import Verdict
+    from alkahest.recipes.verify import verify as check
 
     with reported():
         file, given = named(what)

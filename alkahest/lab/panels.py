@@ -21,8 +21,7 @@ from alkahest.lab.jobs import Job
 from alkahest.lab.live_merge import live_merge as live_merge
 from alkahest.lab.sampling_grid import sampling_grid as sampling_grid
 from alkahest.lab.training_monitor import training_monitor as training_monitor
-from alkahest.lora.rank import RULES
-from alkahest.lora.ranks import lora_ranks
+from alkahest.lora.rank import RULES, lora_ranks
 from alkahest.measure.multiplier import BASES, Multiplier, multiplier_of, not_protected
 from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.spectrum import stream_delta_spectra

@@ -14,6 +14,7 @@ from alkahest.engine.terms import name_leaves
 from alkahest.errors import AlgebraError
 from alkahest.measure.rounding import file_noise
 from alkahest.measure.table import rolled_up, stream_delta_table
+from alkahest.measure.text import listed, listed_html, percent
 from alkahest.model.keys import REFINERS
 
 if TYPE_CHECKING:
@@ -110,21 +111,6 @@ def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
         distance = parts.distance / parts.base_norm
         reasons.append(f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers {percent(distance['layers'], 2)}")  # fmt: skip
     return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons))
-
-
-def listed(title: str, lines: Sequence[str]) -> str:
-    """A title and lines under it, as text."""
-    return "\n".join([title, *(f"  {line}" for line in lines)])
-
-
-def listed_html(title: str, lines: Sequence[str]) -> str:
-    """The same in a notebook; ``title`` is HTML already."""
-    return f"<div>{title}<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul></div>"
-
-
-def percent(share: float, digits: int) -> str:
-    """A share as people read it: ``8.35 %``."""
-    return f"{100 * share:.{digits}f} %"
 
 
 def parts_moved(table: pandas.DataFrame) -> pandas.DataFrame:

@@ -15,9 +15,10 @@ from alkahest.algebra.weights import Sum, Weights, ends
 from alkahest.engine.events import Event, concluded, finished
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
-from alkahest.measure.lineage import checked, listed, listed_html, percent
+from alkahest.measure.lineage import checked
 from alkahest.measure.rounding import ULPS, file_noise, rounding_curve, share_below
 from alkahest.measure.table import stream_delta_table
+from alkahest.measure.text import listed, listed_html, percent
 
 if TYPE_CHECKING:
     import pandas

@@ -15,59 +15,15 @@ import torch
 from torch import Tensor
 
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError, nearest
+from alkahest.pictures.settings import SHIFT, Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SHIFT = 3.0  # the article's; Z-Image's own configuration says 6, Turbo's 3
-SCHEDULES = ("diffusers", "simple")
 _REMEMBERED = 1024  # prompts; a Z-Image embedding is 5 kB a token in bf16
 _Embeddings = dict[str, Tensor]
 _embedded: WeakKeyDictionary[Any, _Embeddings] = WeakKeyDictionary()  # by text encoder
 _colours: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # by VAE
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How pictures are drawn; see `sample`."""
-
-    steps: int = 24
-    cfg: float = 2.0
-    shift: float = SHIFT
-    schedule: str = "diffusers"
-    cfg_normalization: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise AlkahestError("sample", "steps must be a whole number from 1", found=repr(self.steps))
-        if not self.cfg >= 1:
-            raise AlkahestError(
-                "sample", "cfg counts as ComfyUI's does: 1 is no guidance", expected="1 or more", found=self.cfg,
-                fix="for diffusers' guidance_scale g use cfg = g + 1",
-            )  # fmt: skip
-        if not 0 < self.shift < float("inf"):
-            raise AlkahestError("sample", "shift must be positive", found=self.shift)
-        if self.schedule not in SCHEDULES:
-            raise UnknownNameError("sample", "no such schedule", found=repr(self.schedule), fix=nearest(str(self.schedule), SCHEDULES))  # fmt: skip
-
-    @property
-    def guidance_scale(self) -> float:
-        """diffusers' number for ``cfg``: it adds g * (positive - negative) to the positive prediction.
-
-        Source: ZImagePipeline since diffusers 0.37; ComfyUI starts from the negative one, so g = cfg - 1.
-        """
-        return self.cfg - 1.0
-
-    @property
-    def sigmas(self) -> list[float]:
-        """Noise levels before the shift, as ``ZImagePipeline(sigmas=...)`` takes them.
-
-        ``diffusers`` is evenly spaced from 1 to 1 / steps. ``simple`` is ComfyUI's scheduler of that
-        name, which picks from a table of 1,000 levels; the two agree where steps divides 1,000.
-        """
-        if self.schedule == "diffusers":
-            return torch.linspace(1.0, 1 / self.steps, self.steps).tolist()
-        return [1 - int(number * 1000 / self.steps) / 1000 for number in range(self.steps)]
 
 
 @dataclass(frozen=True)

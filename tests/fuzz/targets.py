@@ -21,7 +21,7 @@ from alkahest.engine.readable import Workspace
 from alkahest.engine.record import Recipe
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlkahestError
-from alkahest.recipes.inputs import recipes_in
+from alkahest.recipes.read import recipes_in
 from alkahest.recipes.text import names_in, parse
 from alkahest.sources.lora import open_lora
 

@@ -13,7 +13,8 @@ from waiting import until
 import alkahest as ak
 from alkahest.errors import AlgebraError, UnknownNameError
 from alkahest.lab.live_merge import LiveMerge, live_merge
-from alkahest.recipes.inputs import build, read_recipe
+from alkahest.recipes.inputs import build
+from alkahest.recipes.read import read_recipe
 
 SAMPLING = {"steps": 2, "cfg": 1.0, "seed": 3}
 PROMPTS = ["a red ball by day", "a blue house at night"]

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
-from alkahest.recipes.inputs import build, output_for, verify
+from alkahest.recipes.inputs import build, output_for
+from alkahest.recipes.verify import verify
 
 pytestmark = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="not run: COMFYUI_PATH names no ComfyUI")
 PREFIX = "model.diffusion_model."

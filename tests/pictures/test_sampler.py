@@ -11,7 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import alkahest as ak
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError
-from alkahest.pictures.sampler import Settings, latent_colours
+from alkahest.pictures.sampler import latent_colours
+from alkahest.pictures.settings import Settings
 
 PROMPTS = ["a red ball at night", "a blue box", "a tree", "an elephant in a very long sentence that takes many tokens"]
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import alkahest as ak
 from alkahest.engine.record import Recipe
 from alkahest.errors import AlkahestError, RecipeError
-from alkahest.recipes.inputs import Verdict, build, verify
+from alkahest.recipes.inputs import build
+from alkahest.recipes.verify import Verdict, verify
 
 
 @pytest.fixture

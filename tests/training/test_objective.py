@@ -7,7 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import alkahest as ak
-from alkahest.pictures.sampler import Settings, denoise
+from alkahest.pictures.sampler import denoise
+from alkahest.pictures.settings import Settings
 from alkahest.training.config import Stage
 from alkahest.training.objective import Arithmetic, losses, noised, shifted
 

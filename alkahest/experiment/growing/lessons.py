@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from alkahest.experiment.growing.muon import Muon
-from alkahest.pictures.sampler import Settings, denoise, noise
+from alkahest.pictures.sampler import denoise, noise
+from alkahest.pictures.settings import Settings
 
 Batch = tuple[Tensor, Tensor, list[Tensor], Tensor]  # latents, time (1 - sigma), captions, data - noise
 MakeBatch = Callable[[torch.Generator], Batch]

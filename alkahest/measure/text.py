@@ -1,0 +1,25 @@
+"""Verdicts and their reasons as text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def listed(title: str, lines: Sequence[str]) -> str:
+    """A title and lines under it, as text."""
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def listed_html(title: str, lines: Sequence[str]) -> str:
+    """The same in a notebook; ``title`` is HTML already."""
+    return f"<div>{title}<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul></div>"
+
+
+def percent(share: float, digits: int) -> str:
+    """A share as people read it: ``8.35 %``."""
+    return f"{100 * share:.{digits}f} %"

@@ -1,0 +1,65 @@
+"""What a file is, and the recipe in it: a checkpoint, a recipe, a workflow, a picture with one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from alkahest.engine.record import MAX_TEXT, METADATA_KEY, Recipe
+from alkahest.errors import RecipeError
+from alkahest.files.locate import locate
+from alkahest.files.reader import Reader
+from alkahest.recipes.text import names_in
+from alkahest.sources.lora_names import is_lora
+from alkahest.workflow.graph import json_in, read_graph
+from alkahest.workflow.read import PNG, read_workflow
+from alkahest.workflow.translate import WorkflowRecipe, recipes_of
+
+
+def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Recipe]:
+    """What a file is, in words, and the recipe in it.
+
+    >>> what, recipe = ak.read_recipe("merged.safetensors"); recipe.text
+    "bridge.protect('refiner') + 171.1 * (variant - base)"
+
+    Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, and ComfyUI workflows: as JSON, in a
+    picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
+    that saves the model; `ak.read_workflow` gives them all. Raises RecipeError if there is none.
+    """
+    what, found = recipes_in(path, node)
+    if len(found) == 1:
+        return what, found[0]
+    known = [f"{one.node} ({one.saved_as or one.text})" for one in found if isinstance(one, WorkflowRecipe)]
+    raise RecipeError("recipe", "the workflow makes several models", file=path, found=", ".join(known)[:1000], fix="choose one: --node ID, or node= in Python")  # fmt: skip
+
+
+def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Sequence[Recipe]]:
+    """`read_recipe` with all recipes that a workflow has."""
+    path = Path(path).expanduser()
+    if path.is_dir() or path.suffix == ".safetensors":
+        located = locate(path)
+        metadata = located.metadata
+        if METADATA_KEY in metadata:
+            kind = "LoRA" if any(map(is_lora, located.tensors)) else "checkpoint"
+            return f"a {kind} with a recipe inside", [Recipe.from_json(metadata[METADATA_KEY], path)]
+        if "prompt" in metadata or "workflow" in metadata:
+            return "a checkpoint that ComfyUI saved, with its workflow inside", read_workflow(path, node)
+        raise RecipeError("recipe", "this checkpoint holds no recipe", file=path, fix="only merged files have one")
+    reader = Reader(path)
+    start = reader.read(0, min(reader.size, 64))
+    if start.startswith(PNG):
+        return "a picture with a workflow in it", read_workflow(path, node)
+    if start.lstrip()[:1] == b"{":
+        value = json_in(reader)
+        if "recipe" in value:
+            return "a recipe", [Recipe.from_json(reader.read(0, reader.size).decode(), path)]
+        return "a ComfyUI workflow", recipes_of(read_graph(value, path), path, node)
+    if reader.size > MAX_TEXT * 10:
+        raise RecipeError("recipe", "this is too long for a recipe", file=path, found=f"{reader.size:,} bytes")
+    try:
+        text = reader.read(0, reader.size).decode()
+    except UnicodeDecodeError:
+        raise RecipeError("recipe", "this is neither a checkpoint nor text", file=path) from None
+    names_in(text)
+    return "recipe text", [Recipe(text.strip())]
