@@ -41,11 +41,11 @@ class Delta(Expression):
 
     def only(self, pattern: str) -> Delta:
         """This delta on the tensors that ``pattern`` selects, zero elsewhere."""
-        return Masked(self, Pattern(pattern).require_match(self.shapes, "only").text, True)
+        return Masked(self, Pattern(pattern, self.family).require_match(self.shapes, "only").text, True)
 
     def without(self, pattern: str) -> Delta:
         """This delta, zero on the tensors that ``pattern`` selects."""
-        return Masked(self, Pattern(pattern).require_match(self.shapes, "without").text, False)
+        return Masked(self, Pattern(pattern, self.family).require_match(self.shapes, "without").text, False)
 
     def everywhere(self) -> Delta:
         """This delta, added to protected tensors too."""
@@ -57,7 +57,7 @@ class Delta(Expression):
         Where several patterns select a tensor the last one counts; where none does the factor is 1.
         """
         checked = [
-            (Pattern(text).require_match(self.shapes, "scaled").text, scalar(factor, "scaled"))
+            (Pattern(text, self.family).require_match(self.shapes, "scaled").text, scalar(factor, "scaled"))
             for text, factor in factors.items()
         ]
         return ScaledParts(self, tuple(checked))
@@ -166,7 +166,7 @@ class ScaledParts(OfDelta):
     factors: tuple[tuple[str, Scalar], ...]
 
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
-        chosen = [factor for text, factor in self.factors if Pattern(text).matches(key)]
+        chosen = [factor for text, factor in self.factors if Pattern(text, self.family).matches(key)]
         factor = rules.value(chosen[-1]) if chosen else 1.0
         return terms.times(factor, self.delta.at(key, rules, protected))
 
@@ -186,7 +186,7 @@ class Masked(OfDelta):
     keep: bool
 
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
-        chosen = Pattern(self.pattern).matches(key) == self.keep
+        chosen = Pattern(self.pattern, self.family).matches(key) == self.keep
         return self.delta.at(key, rules, protected) if chosen else None
 
     def _text(self, names: Names) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """Expressions: frozen trees of weights and deltas, of which nothing is computed until one is streamed.
 
-What they have in common is here; what they mean is in `algebra`, what they read in `leaf`.
+What they have in common is here; what they mean is in `weights` and `deltas`, what they read in `leaves`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, SupportsFloat
 
@@ -19,7 +20,7 @@ from alkahest.engine.readable import Readable, Shapes
 from alkahest.engine.scalars import Param, Rules, Scalar, number
 from alkahest.engine.terms import Term, name_leaves
 from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
-from alkahest.model.architecture import require_same_tensors
+from alkahest.model.families import Family
 
 Names = Mapping[Readable, str]
 SUM, PRODUCT, ATOM = 1, 2, 3  # how tightly a text binds
@@ -54,6 +55,11 @@ class Expression:
             known = 1 + max((child.depth for child in self.children), default=0)
             object.__setattr__(self, "_depth", known)
         return int(known)
+
+    @cached_property
+    def family(self) -> Family:
+        """The family of its models, which is one: see `require_same`."""
+        return self.children[0].family
 
     def leaves(self) -> tuple[Readable, ...]:
         """The distinct checkpoints and LoRAs that this expression reads, in order of appearance."""
@@ -137,9 +143,12 @@ class AnyWeights(Expression):
 
 def require_same(operation: str, left: Expression, right: Expression) -> None:
     """Raise MismatchError unless both are about the same tensors; a LoRA's must be among the other's."""
+    if left.family is not right.family:
+        found = f"{left.text()}: {left.family.title}; {right.text()}: {right.family.title}"
+        raise MismatchError(operation, "the models are of different families", found=found, fix="use one family")
     some = [left.is_partial, right.is_partial]
     if not any(some):
-        require_same_tensors(operation, left.shapes, right.shapes, left.text, right.text)
+        left.family.require_same_tensors(operation, left.shapes, right.shapes, left.text, right.text)
         return
     for key in left.shapes.keys() & right.shapes.keys():
         if left.shapes[key] != right.shapes[key]:

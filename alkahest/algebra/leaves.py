@@ -12,10 +12,13 @@ from alkahest.engine import terms
 from alkahest.engine.readable import Leading, Readable
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
+from alkahest.model.families import Family
 
 
 class _Read(Readable, Expression):
     """What both kinds of leaves have in common."""
+
+    family: Family
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__

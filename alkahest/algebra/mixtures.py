@@ -14,7 +14,6 @@ from alkahest.engine.readable import Leading
 from alkahest.engine.scalars import Param, Rules, Scalar, number, scalar, text_of
 from alkahest.engine.terms import Term
 from alkahest.errors import AlgebraError
-from alkahest.model.keys import PAD_TOKENS
 
 
 class OfModels(Weights):
@@ -32,7 +31,7 @@ class OfModels(Weights):
 
     def keeps_first(self, key: str, rules: Rules) -> bool:
         """Whether a tensor stays the first model's: protected, or a pad token as ComfyUI treats it."""
-        return self.is_protected(key) or (rules.comfy_compatible and key in PAD_TOKENS)
+        return self.is_protected(key) or (rules.comfy_compatible and key in self.family.pads)
 
 
 @dataclass(frozen=True, repr=False)

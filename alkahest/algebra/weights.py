@@ -20,7 +20,7 @@ from alkahest.engine.save import Saved, save, stream
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
 from alkahest.errors import AlgebraError
-from alkahest.model.keys import PAD_TOKENS, Pattern, part_of
+from alkahest.model.keys import Pattern
 
 _NOT_A_DELTA = ": that is for deltas; choose before adding: bridge + (variant - base).only('layers')"
 
@@ -46,7 +46,7 @@ class Weights(AnyWeights):
         return ()
 
     def is_protected(self, key: str) -> bool:
-        return any(Pattern(text).matches(key) for text in self.protection)
+        return any(Pattern(text, self.family).matches(key) for text in self.protection)
 
     def protect(self, pattern: str) -> Weights:
         """Keep these tensors bit for bit, whatever is added later.
@@ -55,7 +55,7 @@ class Weights(AnyWeights):
 
         Holds for every delta added and for `lerp`, except deltas marked ``everywhere()``.
         """
-        return Protected(self, Pattern(pattern).require_match(self.shapes, "protect").text)
+        return Protected(self, Pattern(pattern, self.family).require_match(self.shapes, "protect").text)
 
     def __add__(self, other: object) -> Weights:
         if isinstance(other, Delta):
@@ -163,7 +163,7 @@ class Sum(OfWeights):
 
     def at(self, key: str, rules: Rules) -> Term | None:
         weights = self.weights.at(key, rules)
-        if weights is None or (rules.comfy_compatible and key in PAD_TOKENS):
+        if weights is None or (rules.comfy_compatible and key in self.family.pads):
             return weights
         delta = self.delta.at(key, rules, self.is_protected(key))
         if rules.comfy_compatible and delta is not None:
@@ -176,7 +176,7 @@ class Sum(OfWeights):
             if isinstance(leaf, Delta):
                 kept = [key for key in leaf.shapes if self.is_protected(key) and self.delta.at(key, rules) is not None and self.delta.at(key, rules, True) is None]  # fmt: skip
                 if kept:
-                    lines.append(f"{leaf.name}: protection leaves out {len(kept)} of its {len(leaf.shapes)} tensors ({', '.join(dict.fromkeys(map(part_of, kept)))})")  # fmt: skip
+                    lines.append(f"{leaf.name}: protection leaves out {len(kept)} of its {len(leaf.shapes)} tensors ({', '.join(dict.fromkeys(map(self.family.part_of, kept)))})")  # fmt: skip
         return lines + super().dropped()
 
     def _text(self, names: Names) -> tuple[str, int]:

@@ -14,7 +14,6 @@ from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Computable, Term
 from alkahest.engine.workers import Job, Run, blocks
 from alkahest.errors import MismatchError
-from alkahest.model import layouts
 from alkahest.model.dtypes import FORMAT_OF
 
 
@@ -74,8 +73,10 @@ def slices(expression: Computable, module: torch.nn.Module) -> dict[str, torch.T
                 "load_into", "this parameter cannot be written in place", key=name,
                 expected="a contiguous float tensor in memory", found=f"{values.dtype} on {values.device}",
             )  # fmt: skip
-        keys = layouts.canonical(name)
-        slices |= dict(zip(keys, values.chunk(len(keys)), strict=True)) if len(keys) > 1 else {keys[0]: values}
+        family = expression.leading.family
+        keys = family.canonical(name)
+        rows = family.rows(keys, len(values)) if len(keys) > 1 else None
+        slices |= dict(zip(keys, values.split(list(rows)), strict=True)) if rows else {keys[0]: values}
     for key, shape in expression.shapes.items():
         found = tuple(slices[key].shape) if key in slices else "no such parameter"
         if found != shape:

@@ -15,8 +15,6 @@ from alkahest.engine.terms import Computable, Term
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
 from alkahest.files.header import BITS, Entry
 from alkahest.files.reader import Reader
-from alkahest.model import layouts
-from alkahest.model.architecture import is_quantisable
 from alkahest.model.dtypes import FORMATS, FP8, SCALED, Format, storage_name
 from alkahest.model.packed import PACKED
 from alkahest.model.stored import MARKER, QUANTISATION, Slice, helper_bytes
@@ -125,7 +123,7 @@ def make_plan(
     """
     leading = expression.leading
     chosen = _choose_layout(layout, leading)
-    names = layouts.get("native" if chosen == "all-in-one" else chosen)
+    names = leading.family.layout(leading.family.default_layout if chosen == "all-in-one" else chosen)
     prefix = ALL_IN_ONE_PREFIX if chosen == "all-in-one" else ""
     requested = None if dtype is None else storage_name(dtype)  # type: ignore[arg-type]
     groups: list[list[Item]] = []
@@ -158,13 +156,13 @@ def restored(weights: Iterable[Weight], only: Callable[[str], bool] = lambda key
 
 def _choose_layout(layout: str | None, leading: Leading) -> str:
     if layout is None:
-        return "all-in-one" if leading.companions else "native"
+        return "all-in-one" if leading.companions else leading.family.default_layout
     if layout == "all-in-one" and not leading.companions:
         raise OutputError(
             "save", "there is no VAE or text encoder to carry", expected="an all-in-one file as leading checkpoint",
-            found=leading.name, fix="use layout='native'",
+            found=leading.name, fix=f"use layout={leading.family.default_layout!r}",
         )  # fmt: skip
-    known = [*layouts.LAYOUTS, "all-in-one"]
+    known = [*(one.name for one in leading.family.layouts), "all-in-one"]
     if layout not in known:
         raise UnknownNameError("save", "unknown layout", found=repr(layout), fix=nearest(str(layout), known))
     return layout
@@ -177,7 +175,7 @@ def _storage(leading: Leading, keys: list[str], requested: str | None) -> tuple[
         wide = [name for name in storages if name not in (*FP8, *SCALED)]
         name = wide[0] if wide else storages[0]
         name = "bf16" if name in PACKED else name  # which is read, and never written
-    elif requested in (*FP8, *SCALED) and not all(is_quantisable(key) for key in keys):
+    elif requested in (*FP8, *SCALED) and not all(map(leading.family.is_quantisable, keys)):
         name = "bf16"
     else:
         name = requested
@@ -269,7 +267,7 @@ def _notes(expression: Computable, leading: Leading, layout: str, weights: list[
         )
     if leading.unknown:
         notes.append(
-            f"{len(leading.unknown)} tensors unknown to Z-Image were handled like any other: {leading.unknown[0]}, ..."
+            f"{len(leading.unknown)} tensors unknown to {leading.family.title} were handled like any other: {leading.unknown[0]}, ..."
         )
     whole = [piece.key for weight in weights for piece in weight.pieces if terms.needs_whole_tensor(piece.term)]
     if whole:

@@ -15,7 +15,7 @@ import torch
 from alkahest.errors import NonFiniteError
 from alkahest.files.header import Entry
 from alkahest.files.reader import LINE, Reader
-from alkahest.model.architecture import Architecture
+from alkahest.model.families import Family, Sizes
 from alkahest.model.stored import Slice
 
 Bits = npt.NDArray[np.uint16]
@@ -108,7 +108,8 @@ class Readable(ABC):
 class Leading(Readable):
     """A whole model, from which an output takes storage, layout and what lies beside the weights."""
 
-    architecture: Architecture
+    family: Family
+    architecture: Sizes
     metadata: Mapping[str, str] = {}
     companions: Mapping[str, tuple[Reader, Entry]] = {}  # tensors of other models in the same file
     unknown: Sequence[str] = ()  # tensors that the family does not have

@@ -29,8 +29,7 @@ def write_json(folder: Path, expression: Computable, plan: Plan, names: list[str
         config = next((c for leaf in expression.leaves() if (c := leaf.config) is not None), None)
         if config is None:
             config = expression.leading.architecture.diffusers_config()
-            if expression.leading.architecture.head != 128:
-                plan.notes.append("config.json: rotary axes are not in the weights; guessed from the head size")
+            plan.notes.extend(f"config.json: {guess}" for guess in expression.leading.architecture.guesses())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if len(names) > 1:
         weight_map = {item.name: name for items, name in zip(plan.files, names, strict=True) for item in items}

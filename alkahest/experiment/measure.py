@@ -23,7 +23,7 @@ from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.table import delta_table, rolled_up
 from alkahest.mini.judge import attributes, load_judge
 from alkahest.mini.scenes import ATTRIBUTES, Scene, held_out_prompts
-from alkahest.model.keys import REFINERS
+from alkahest.model.families import family_of
 from alkahest.pictures.pipelines import pipeline
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample
@@ -259,7 +259,7 @@ def judged(asked: list[Scene], read: pd.DataFrame, unsaid: tuple[str, ...] = ())
 
 def _by_part(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]:
     table = _table(measured, inputs)
-    refiners = table[table.part.isin(REFINERS)].assign(part="refiner")
+    refiners = table[table.part.isin(family_of(table.tensor).bridge_parts)].assign(part="refiner")
     for rows in (table, table.assign(part="all"), refiners):
         whole = rolled_up(rows, "part").drop(
             columns=["ulps", "ulp_energy"], errors="ignore"

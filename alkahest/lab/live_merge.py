@@ -23,7 +23,6 @@ from alkahest.files.whole import write_file
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, number_with_slider, text_lines
-from alkahest.model.keys import part_of
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample
@@ -79,7 +78,7 @@ class _Row(widgets.VBox):  # type: ignore[misc]
     ) -> None:
         self.delta, self.name = delta, name
         self.k, slider = number_with_slider(f"k of {name}" if log else f"strength of {name}", k, *bounds, log)
-        parts = parts or list(dict.fromkeys(part_of(key).split(".")[0] for key in delta.shapes))
+        parts = parts or list(dict.fromkeys(delta.family.part_of(key).split(".")[0] for key in delta.shapes))
         self.parts = {part: widgets.FloatText(value=1.0, description=f"{name}: {part} x", style=STYLE, layout=WIDE) for part in parts}  # fmt: skip
         self.by_part = widgets.Checkbox(value=False, description=f"{name}: by part", style=STYLE, indent=False)
         box = widgets.VBox(list(self.parts.values()), layout=widgets.Layout(display="none"))

@@ -23,6 +23,7 @@ from alkahest.lab.multiplier_plots import multiplier_by_part as multiplier_by_pa
 from alkahest.lab.multiplier_plots import multiplier_overview as multiplier_overview
 from alkahest.lab.multiplier_plots import noise as noise
 from alkahest.lab.multiplier_plots import survival as survival
+from alkahest.model.families import FAMILIES, family_of
 
 if TYPE_CHECKING:
     import pandas
@@ -36,9 +37,10 @@ STATISTICS = {
     "changed": "share of elements that differ, unitless",
     "angle": "1 - cosine of variant and base, unitless",
 }
-_PARTS = ("embedders", "noise_refiner", "context_refiner", "siglip_refiner", "layers", "final", "other")
-_SHORT = {"noise_refiner": "noise\nref.", "context_refiner": "context\nref.", "siglip_refiner": "siglip\nref.", "embedders": "emb.", "final": "fin.", "other": "other"}  # fmt: skip
-_KINDS = ("attention", "feed_forward", "adaLN", "norm", "other")
+_PARTS = [*dict.fromkeys(part.name for family in FAMILIES for part in family.parts), "other"]
+_SHORT = {"other": "other", **{part.name: part.label for family in FAMILIES for part in family.parts}}
+_MAIN = {part.name for family in FAMILIES for part in family.parts if part.is_main}
+_KINDS = [*dict.fromkeys(kind for family in FAMILIES for kind in family.kinds), "other"]
 
 
 def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
@@ -114,7 +116,12 @@ def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = 
     legend_beside(ax, fontsize=None)
     small = " (miniatures)" if any("(miniatures)" in one.attrs.get("of", "") for one in tables.values()) else ""
     ax.set_title(title or f"By depth{small}")
-    words = "; ".join(f"{name}: layers {number_text(_median(lines[name], places, 'layers'))}, noise refiner {number_text(_median(lines[name], places, 'noise_refiner'))}" for name in lines)  # fmt: skip
+    family = family_of(next(iter(tables.values())).tensor)
+    told = [part for part in (family.main_part, *family.bridge_parts[:1]) if part in places.spans]
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{part.replace('_', ' ')} {number_text(_median(line, places, part))}" for part in told)
+        for name, line in lines.items()
+    )
     return Plot(ax, f"{ax.get_title()}: median {statistic} of each block, for {len(lines)} deltas. {words}.")
 
 
@@ -242,7 +249,7 @@ class _Places:
                 block = self.keys[place][1]
                 ticks.append(place)
                 labels.append("" if block < 0 else str(block))
-            short = f"layers (0-{last - first})" if part == "layers" else _SHORT[part]
+            short = f"layers (0-{last - first})" if part in _MAIN else _SHORT[part]
             ax.annotate(short, ((first + last) / 2, 0), xycoords=("data", "axes fraction"), xytext=(0, -18), textcoords="offset points", ha="center", va="top", fontsize=8)  # fmt: skip
         ax.set_xticks(ticks, labels, fontsize=8)
         ax.set_xlim(-0.7, len(self.keys) - 0.3)

@@ -75,7 +75,7 @@ def stream_extract_lora(
     rule = RankRule.checked({"rank": rank, "energy": energy, "sum": sum, "ratio": ratio}, rank_max, noise_edge, "extract_lora")  # fmt: skip
     for name, pattern in (("include", include), ("exclude", exclude), ("full", full)):
         if pattern is not None:
-            Pattern(pattern).require_match(delta.shapes, name)
+            Pattern(pattern, delta.family).require_match(delta.shapes, name)
     for name, value in (("min_dim", min_dim), ("alpha", alpha)):
         if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise AlgebraError("extract_lora", f"{name} must be a number above zero", found=repr(value))
@@ -83,7 +83,12 @@ def stream_extract_lora(
         raise UnknownNameError("extract_lora", "unknown method", found=repr(method), fix=nearest(str(method), METHODS))
     from_loras = all(isinstance(leaf, DeltaLeaf) for leaf in delta.leaves())
     kept = Choice(
-        include, exclude, full, (1 if from_loras else MIN_DIM) if min_dim is None else int(min_dim), from_loras
+        include,
+        exclude,
+        full,
+        (1 if from_loras else MIN_DIM) if min_dim is None else int(min_dim),
+        from_loras,
+        delta.family,
     )
     asked = Extraction(delta, rule, kept, alpha, _dtype(dtype, delta), method, seed)
     return _Work(asked, Options.checked(options)).events(executor)
@@ -174,7 +179,15 @@ class _Work:
             inputs_of(names, hashes),
             {"dtype": asked.dtype, "method": asked.method, "seed": asked.seed, "energy": _energy(report, of="LoRA")}, __version__,
         )  # fmt: skip
-        return Extracted(self.pairs, self.whole, report, recipe, tuple(reader.path for reader in readers), self.parts)
+        return Extracted(
+            self.pairs,
+            self.whole,
+            report,
+            recipe,
+            asked.delta.family,
+            tuple(reader.path for reader in readers),
+            self.parts,
+        )
 
 
 def extract_tensors(asked: Extraction, options: Options, keys: Sequence[str]) -> dict[str, Done]:

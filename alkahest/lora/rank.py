@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from alkahest.measure.table import names_of
+from alkahest.model.families import family_of
 
 if TYPE_CHECKING:
     import pandas
@@ -128,7 +129,7 @@ def lora_ranks(
     import pandas as pd
 
     rule = RankRule.checked({"rank": rank, "energy": energy, "sum": sum, "ratio": ratio}, rank_max, False, "lora_ranks")
-    rows = []
+    rows, family = [], family_of(spectra.tensor)
     for row in spectra.itertuples():
         if min(row.shape) < MIN_DIM:
             continue
@@ -138,7 +139,7 @@ def lora_ranks(
         kept = most if asked is None else min(asked, most)
         share = float((values[:kept] ** 2).sum() / squares)
         rows.append({
-            **names_of(row.tensor), "shape": row.shape, "kept": "LoRA", "rank": kept, "energy": min(1.0, share), "delta_norm": row.delta_norm,
+            **names_of(row.tensor, family), "shape": row.shape, "kept": "LoRA", "rank": kept, "energy": min(1.0, share), "delta_norm": row.delta_norm,
             "noise": np.nan, "edge_rank": np.nan, "capped": asked is None or asked > kept, "nbytes": 2 * kept * (row.shape[0] + row.shape[1]),
         })  # fmt: skip
     report = pd.DataFrame(rows)

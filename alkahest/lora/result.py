@@ -15,6 +15,7 @@ from alkahest.engine.record import METADATA_KEY, Recipe
 from alkahest.files.reader import size_text
 from alkahest.lora.parts import Parts
 from alkahest.lora.write import Pair, check_target, save_lora
+from alkahest.model.families import Family
 from alkahest.sources.lora import Lora, open_lora
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Extracted:
     full: Mapping[str, Tensor]
     report: pandas.DataFrame
     recipe: Recipe
+    family: Family
     inputs: tuple[Path, ...] = ()
     parts: Parts = field(default_factory=lambda: Parts(None))
 
@@ -62,7 +64,7 @@ class Extracted:
         ``flavour`` is one of `alkahest.lora.write.FLAVOURS`; the default loads in ComfyUI and diffusers.
         """
         target = check_target(path, flavour, bool(self.full), self.inputs)
-        save_lora(target, self.pairs, self.full, flavour, {METADATA_KEY: self.recipe.to_json()})
+        save_lora(target, self.pairs, self.full, flavour, {METADATA_KEY: self.recipe.to_json()}, family=self.family)
         self.parts.remove()
         return open_lora(target)
 

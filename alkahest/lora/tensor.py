@@ -24,6 +24,7 @@ from alkahest.measure.spectrum import matrix_of
 from alkahest.measure.table import names_of
 from alkahest.measure.tally import count_changed, sum_of_squares
 from alkahest.model.dtypes import FORMATS
+from alkahest.model.families import Family
 from alkahest.model.keys import Pattern
 
 Row = dict[str, Any]
@@ -46,12 +47,13 @@ class Choice:
     full: str | None
     min_dim: int
     from_loras: bool
+    family: Family
 
     def of(self, key: str, shape: tuple[int, ...]) -> str:
-        if self.full and Pattern(self.full).matches(key):
+        if self.full and Pattern(self.full, self.family).matches(key):
             return "full"
-        if (self.exclude and Pattern(self.exclude).matches(key)) or (
-            self.include and not Pattern(self.include).matches(key)
+        if (self.exclude and Pattern(self.exclude, self.family).matches(key)) or (
+            self.include and not Pattern(self.include, self.family).matches(key)
         ):
             return "excluded"
         if len(shape) != 2 or min(shape) < 2 or not key.endswith(".weight"):
@@ -90,7 +92,7 @@ class Extraction:
             done = self._kept_whole(key, term, workspace)
         else:
             done = Done(self._left_out(key, term, kept, workspace))
-        about = {**names_of(key), "shape": self.delta.shapes[key]}
+        about = {**names_of(key, self.delta.family), "shape": self.delta.shapes[key]}
         return done._replace(row={**about, **done.row}) if done.row else done
 
     def _left_out(self, key: str, term: Term, why: str, workspace: Workspace) -> Row:

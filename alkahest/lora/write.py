@@ -16,8 +16,7 @@ from alkahest.files.header import build_header
 from alkahest.files.reader import same_file
 from alkahest.files.whole import as_output_error, whole_file
 from alkahest.model.dtypes import BY_TAG, FORMATS
-from alkahest.model.keys import in_model_order
-from alkahest.model.layouts import native
+from alkahest.model.families import Family
 from alkahest.sources.factors import NAMES, Update
 from alkahest.sources.lora import ADAPTER, Lora, open_lora
 
@@ -55,7 +54,7 @@ class Pair:
 
 def save_lora(
     path: str | os.PathLike[str], pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str = "comfyui",
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None, *, family: Family,
 ) -> Path:  # fmt: skip
     """Write pairs, and differences that are stored whole, by canonical name; `FLAVOURS` are the names to choose from.
 
@@ -63,7 +62,7 @@ def save_lora(
     differences in flavours that no program loads them in, OutputError as `save` does.
     """
     target = check_target(path, flavour, bool(full))
-    tensors = dict(named(pairs, full, flavour))
+    tensors = dict(named(pairs, full, flavour, family))
     header = build_header(
         ((name, _TAGS[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()),
         {"format": "pt", **(metadata or {})},
@@ -96,10 +95,12 @@ def check_target(path: str | os.PathLike[str], flavour: str, full: bool = False,
     return target
 
 
-def named(pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str) -> Iterator[tuple[str, Tensor]]:
+def named(
+    pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str, family: Family
+) -> Iterator[tuple[str, Tensor]]:
     """Stored names and tensors of a LoRA in some program's flavour."""
     prefix, fused, flat, (down, up) = FLAVOURS[flavour]
-    thin, whole = _groups(pairs, fused), _groups(full, fused)
+    thin, whole = _groups(pairs, fused, family), _groups(full, fused, family)
     if both := sorted(thin.keys() & whole.keys()):
         raise UnsupportedError("save", "of q, k and v some are stored whole, so they cannot be fused", key=both[0], fix="flavour='comfyui'")  # fmt: skip
     for name, keys in thin.items():
@@ -118,12 +119,13 @@ def named(pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str) -
         yield f"{prefix}{_module(name, flat)}.{'diff_b' if name.endswith('.bias') else 'diff'}", tensor
 
 
-def _groups(keys: Iterable[str], fused: bool) -> dict[str, tuple[str, ...]]:
+def _groups(keys: Iterable[str], fused: bool, family: Family) -> dict[str, tuple[str, ...]]:
     """Name in the file's layout -> the canonical names that it stands for, in row order."""
-    ordered = in_model_order(keys)
+    ordered = family.in_model_order(keys)
     if not fused:
         return {key: (key,) for key in ordered}
-    return {name: native.canonical(name) for name in map(native.stored, ordered)}
+    layout = family.layout(family.default_layout)
+    return {name: layout.canonical(name) for name in map(layout.stored, ordered)}
 
 
 def _module(name: str, flat: bool) -> str:
@@ -169,7 +171,7 @@ def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfy
         else:
             pairs[key] = _pair(lora, key, update)
     metadata = {name: text for name, text in lora.metadata.items() if name != ADAPTER}
-    return open_lora(save_lora(target, pairs, full, flavour, metadata))
+    return open_lora(save_lora(target, pairs, full, flavour, metadata, family=lora.family))
 
 
 def _pair(lora: Lora, key: str, update: Update) -> Pair:

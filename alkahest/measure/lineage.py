@@ -15,7 +15,7 @@ from alkahest.errors import AlgebraError
 from alkahest.measure.rounding import file_noise
 from alkahest.measure.table import rolled_up, stream_delta_table
 from alkahest.measure.text import listed, listed_html, percent
-from alkahest.model.keys import REFINERS
+from alkahest.model.families import family_of
 
 if TYPE_CHECKING:
     import pandas
@@ -91,9 +91,10 @@ def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
     """The `RefinerCheck` of a delta table that was measured with k = 1."""
     parts = parts_moved(table)
     moved = parts.moved.to_dict()
-    refiner, layers = moved["refiner"], moved["layers"]
+    family = family_of(table.tensor)
+    refiner, layers = moved["refiner"], moved[family.main_part]
     reasons = [f"refiner moved by {percent(refiner, 2)} of its norm, layers by {percent(layers, 2)}"]
-    for name in ("noise_refiner", "context_refiner"):
+    for name in (one for one in family.bridge_parts if one in moved):
         reasons.append(f"{name} by {percent(moved[name], 2)}, cosine {parts.cosine[name]:.6f}")
     if refiner <= IMPORTABLE:
         verdict = "importable"
@@ -109,7 +110,7 @@ def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
         reasons.append("nothing differs there: the two hold the same weights")
     if with_bridge:
         distance = parts.distance / parts.base_norm
-        reasons.append(f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers {percent(distance['layers'], 2)}")  # fmt: skip
+        reasons.append(f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers {percent(distance[family.main_part], 2)}")  # fmt: skip
     return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons))
 
 
@@ -119,7 +120,10 @@ def parts_moved(table: pandas.DataFrame) -> pandas.DataFrame:
 
     noise = file_noise(table)["least"].fillna(0.0)
     real = table.assign(moved=(table.delta_norm * (1 - noise).clip(lower=0) ** 0.5))
-    groups = [("refiner", real[real.part.isin(REFINERS)]), *real.groupby("part", sort=False)]
+    groups = [
+        ("refiner", real[real.part.isin(family_of(table.tensor).bridge_parts)]),
+        *real.groupby("part", sort=False),
+    ]
     rows = []
     for name, found in groups:
         whole = rolled_up(found.assign(part=name)).iloc[0]
@@ -163,9 +167,10 @@ def _nearest(named: Mapping[str, Weights], deltas: Mapping[str, pandas.DataFrame
     rows = []
     for name, delta in deltas.items():
         parts = parts_moved(delta)
-        matrices = parts.loc[["layers", "refiner"]]
+        main = family_of(delta.tensor).main_part
+        matrices = parts.loc[[main, "refiner"]]
         distance = math.sqrt((matrices.moved**2 * matrices.base_norm**2).sum() / (matrices.base_norm**2).sum())
-        rows.append({"candidate": name, "distance": distance, "layers": parts.moved["layers"], "refiner": parts.moved["refiner"], "cosine": parts.cosine["layers"]})  # fmt: skip
+        rows.append({"candidate": name, "distance": distance, "layers": parts.moved[main], "refiner": parts.moved["refiner"], "cosine": parts.cosine[main]})  # fmt: skip
     table = pd.DataFrame(rows).sort_values("distance", ignore_index=True)
     first = table.iloc[0]
     text = f"{first.distance:.2g} of its norm away"

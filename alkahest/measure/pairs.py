@@ -24,6 +24,7 @@ from alkahest.measure.remembered import title_of
 from alkahest.measure.spectrum import matrix_of, randomised_svd
 from alkahest.measure.table import names_of
 from alkahest.measure.tally import sum_of_squares
+from alkahest.model.families import Family
 
 if TYPE_CHECKING:
     import pandas
@@ -71,7 +72,9 @@ def stream_compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, *
     jobs: list[Job] = []
     for key, shape in first.shapes.items():
         rows[key] = []
-        task = _Task(key, shape, {name: delta.at(key, rules) for name, delta in deltas.items()}, rank, seed)
+        task = _Task(
+            key, first.family, shape, {name: delta.at(key, rules) for name, delta in deltas.items()}, rank, seed
+        )
         jobs.append(Job(key, 1, lambda workspace, task=task: rows[task.key].extend(_rows(task, run, workspace)), (0, len(jobs))))  # type: ignore[misc]  # fmt: skip
     yield from run.measured(jobs, lambda: _table(rows, title_of(*deltas.values())))
 
@@ -115,6 +118,7 @@ def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pan
 @dataclass(frozen=True)
 class _Task:
     key: str
+    family: Family
     shape: tuple[int, ...]
     deltas: dict[str, Term | None]
     rank: int
@@ -133,7 +137,7 @@ class _Known:
 def _rows(task: _Task, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
     with run.alone():
         known = {name: _known(term, task, workspace) for name, term in task.deltas.items() if term is not None}
-        names = {**names_of(task.key), "shape": task.shape}
+        names = {**names_of(task.key, task.family), "shape": task.shape}
         return [{**names, "first": a, "second": b, **_pair(known.get(a), known.get(b))} for a, b in combinations(task.deltas, 2)]  # fmt: skip
 
 

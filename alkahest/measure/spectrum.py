@@ -26,6 +26,7 @@ from alkahest.measure.remembered import remembered
 from alkahest.measure.table import names_of
 from alkahest.measure.tally import sum_of_squares
 from alkahest.model import seeded
+from alkahest.model.families import Family
 
 if TYPE_CHECKING:
     import pandas
@@ -89,7 +90,9 @@ def _decomposed(delta: Delta, on: Weights | None, values: int, seed: int, exact:
         if found is None or len(shape) != 2 or min(shape) < 2:
             continue
         rows[key] = {}
-        task = _Task(key, shape, found, None if on is None else on.at(key, rules), min(values, *shape), seed, exact)
+        task = _Task(
+            key, delta.family, shape, found, None if on is None else on.at(key, rules), min(values, *shape), seed, exact
+        )
         jobs.append(Job(key, math.prod(shape), lambda workspace, task=task: rows[task.key].update(_row(task, run, workspace)), place_of(found)))  # type: ignore[misc]  # fmt: skip
     import pandas as pd
 
@@ -151,6 +154,7 @@ def matrix_of(term: Term, shape: tuple[int, ...], workspace: Workspace) -> Tenso
 @dataclass(frozen=True)
 class _Task:
     key: str
+    family: Family
     shape: tuple[int, ...]
     delta: Term
     on: Term | None
@@ -178,7 +182,7 @@ def _measured(task: _Task, workspace: Workspace) -> dict[str, Any]:
         values = randomised_svd(matrix, task.values, task.seed, task.key)[1].double().cpu().numpy()
     edge = norm / math.sqrt(rows * columns) * (math.sqrt(rows) + math.sqrt(columns))
     return {
-        **names_of(task.key), "shape": task.shape, "singular_values": values[: task.values], "spectral_norm": values[0],
+        **names_of(task.key, task.family), "shape": task.shape, "singular_values": values[: task.values], "spectral_norm": values[0],
         "delta_norm": norm, "stable_rank": squares / values[0] ** 2,
         "effective_rank": effective_rank(values, norm, min(task.shape)), "noise_edge": edge, "above_edge": values[0] / edge,
         "row_norms": torch.linalg.vector_norm(matrix, dim=1).cpu().numpy(),

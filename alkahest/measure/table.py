@@ -28,7 +28,7 @@ from alkahest.measure.remembered import remembered
 from alkahest.measure.rounding import absorbed
 from alkahest.measure.tally import Tally
 from alkahest.model.dtypes import FORMATS, SCALED, Format, storage_name
-from alkahest.model.keys import REFINERS, part_of
+from alkahest.model.families import Family
 
 if TYPE_CHECKING:
     import pandas
@@ -169,6 +169,7 @@ class _Task:
     """One tensor's share of the work: what is to be read, and the unit of its last place."""
 
     key: str
+    family: Family
     shape: tuple[int, ...]
     terms: dict[str, Term]  # variant, base, on and delta, as far as there are any
     storage: dict[str, str | None]
@@ -216,18 +217,17 @@ class _Task:
 
     def _names(self) -> dict[str, Any]:
         stored = {f"{name}_storage": self.storage[name] for name in ("variant", "base")}
-        return {**names_of(self.key), "shape": self.shape, "elements": self.elements, **stored}
+        return {**names_of(self.key, self.family), "shape": self.shape, "elements": self.elements, **stored}
 
 
-def names_of(key: str) -> dict[str, Any]:
+def names_of(key: str, family: Family) -> dict[str, Any]:
     """The columns that say which tensor a row is about."""
-    pieces = key.split(".")
-    in_block = pieces[0] in ("layers", *REFINERS)
+    block, rest = family.block_of(key)
     return {
         "tensor": key,
-        "part": part_of(key).split(".")[0],
-        "block": int(pieces[1]) if in_block else -1,
-        "module": ".".join(pieces[2:] if in_block else pieces).removesuffix(".weight"),
+        "part": family.part_of(key).split(".")[0],
+        "block": -1 if block is None else block,
+        "module": rest.removesuffix(".weight"),
     }
 
 
@@ -247,7 +247,9 @@ def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, 
     factor, _ = without_factor(terms["delta"])
     shape = tuple(delta.shapes[key])
     stride = 1 if exact else _stride(shape)
-    return _Task(key, shape, {n: t for n, t in terms.items() if t is not None}, storage, units, factor, stride)
+    return _Task(
+        key, delta.family, shape, {n: t for n, t in terms.items() if t is not None}, storage, units, factor, stride
+    )
 
 
 def _stride(shape: tuple[int, ...]) -> int:

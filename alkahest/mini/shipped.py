@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError
+from alkahest.model.families import Sizes
 
 WEIGHTS = Path(__file__).with_name("weights")
 
@@ -52,9 +52,9 @@ def manifest() -> dict[str, Any]:
     return read
 
 
-def is_miniature(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def is_miniature(sizes: Sizes) -> bool:
     """Whether weights have the family's sizes, so that its components fit them."""
-    return shapes.get("cap_embedder.1.weight") == (96, 64) and shapes.get("all_x_embedder.2-1.weight") == (96, 64)
+    return (sizes.width, sizes.text_width, sizes.latent_channels) == (96, 64, 16)
 
 
 def existing(path: Path) -> Path:

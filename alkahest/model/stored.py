@@ -57,15 +57,21 @@ class Stored:
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one canonical tensor lies: a stored tensor, and which of its equal row slices."""
+    """Where one canonical tensor lies: a stored tensor, and which of its elements, row after row."""
 
     stored: Stored
-    number: int
-    of: int
+    start: int
+    elements: int
 
-    @cached_property
-    def elements(self) -> int:
-        return math.prod(self.stored.shape) // self.of
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The canonical tensor's."""
+        shape = self.stored.shape
+        return (
+            shape
+            if len(shape) == 0
+            else (self.elements // math.prod(shape[1:]) if math.prod(shape[1:]) else shape[0], *shape[1:])
+        )
 
     @cached_property
     def is_bf16(self) -> bool:
@@ -75,12 +81,12 @@ class Slice:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, scales apart."""
-        return self.stored.entry.nbytes // self.of
+        return self.stored.entry.nbytes * self.elements // max(1, math.prod(self.stored.shape))
 
     @cached_property
     def offset(self) -> int:
         """Position of the first byte in the file."""
-        return self.stored.entry.offset + self.number * self.elements * self.stored.form.itemsize
+        return self.stored.entry.offset + self.start * self.stored.form.itemsize
 
 
 def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, str], prefix: str) -> dict[str, Stored]:

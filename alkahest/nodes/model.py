@@ -12,9 +12,8 @@ import torch
 from alkahest.algebra.expression import ATOM, Names
 from alkahest.algebra.leaves import Leaf
 from alkahest.engine.readable import Workspace
-from alkahest.model import layouts
-from alkahest.model.architecture import infer
 from alkahest.model.dtypes import FORMATS
+from alkahest.model.families import recognise
 from alkahest.nodes.patches import PREFIX, as_it_is, key_patches
 
 _STORAGE = {form.torch: name for name, form in FORMATS.items()}
@@ -32,19 +31,22 @@ class ModelWeights(Leaf):
         state = {key: value for key, value in model.model.state_dict().items() if key.startswith(PREFIX)}
         pads = [key for key in state if key.endswith("_pad_token")]
         self._patches = {**{key: [(state[key], None)] for key in pads}, **patches}
-        self._rows: dict[str, tuple[str, int, int]] = {}
+        self._rows: dict[str, tuple[str, int]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         storage: dict[str, str] = {}
+        self.family, _ = recognise([key.removeprefix(PREFIX) for key in self._patches], name)
         for key, [(weight, _), *_rest] in self._patches.items():
-            names, shape = layouts.canonical(key.removeprefix(PREFIX)), tuple(weight.shape)
-            for number, canonical in enumerate(names):
-                shapes[canonical] = (shape[0] // len(names), *shape[1:])
+            names, shape = self.family.canonical(key.removeprefix(PREFIX)), tuple(weight.shape)
+            start = 0
+            for canonical, rows in zip(names, self.family.rows(names, shape[0]) or (), strict=True):
+                shapes[canonical] = (rows, *shape[1:])
                 storage[canonical] = _STORAGE.get(
                     weight.dtype, "fp32"
                 )  # quantised weights give the dtype they stand for
-                self._rows[canonical] = (key, number, len(names))
+                self._rows[canonical] = (key, start)
+                start += math.prod(shapes[canonical])
         self._shapes, self._storage = shapes, storage
-        self.architecture = infer(shapes, name)
+        self.architecture = self.family.infer(shapes, name)
         self._known: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
@@ -57,8 +59,7 @@ class ModelWeights(Leaf):
         return self._storage
 
     def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Workspace) -> None:
-        stored, number, _ = self._rows[key]
-        offset = number * math.prod(self._shapes[key])
+        stored, offset = self._rows[key]
         (weight, convert), *patches = self._patches[stored]
         # Most models that are measured are as they were loaded: a block of such a weight needs no copy of the whole.
         plain = not patches and convert in (None, as_it_is) and weight.dtype in _STORAGE

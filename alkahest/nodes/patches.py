@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from alkahest.errors import MismatchError, UnknownNameError, nearest
-from alkahest.model import layouts
+from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
 
 PREFIX = "diffusion_model."
@@ -57,17 +57,17 @@ def difference(variant: Patches, base: Patches, key: str, factor: float) -> list
 
 def canonical(key: str) -> tuple[str, ...]:
     """The canonical names of a patched weight; three for a fused qkv."""
-    return layouts.canonical(key.removeprefix(PREFIX))
+    return FAMILY.canonical(key.removeprefix(PREFIX))
 
 
 def selected(pattern: str, keys: list[str], operation: str) -> set[str]:
     """The weights that a pattern takes; UnknownNameError if it takes none, or a part of a fused one."""
     if not pattern.strip():
         return set()
-    chosen = Pattern(pattern)
+    chosen = Pattern(pattern, FAMILY)
     every = {key: canonical(key) for key in keys}
     # Pad tokens may be named too, though ComfyUI never patches them.
-    chosen.require_match([*(name for names in every.values() for name in names), "x_pad_token", "cap_pad_token"], operation)  # fmt: skip
+    chosen.require_match([*(name for names in every.values() for name in names), *FAMILY.pads], operation)  # fmt: skip
     found = set()
     for key, names in every.items():
         hits = [chosen.matches(name) for name in names]
@@ -82,14 +82,14 @@ def selected(pattern: str, keys: list[str], operation: str) -> set[str]:
 
 
 def require_same(operation: str, models: Mapping[str, Any]) -> None:
-    """Raise MismatchError unless all models are Z-Image models with the same weights."""
+    """Raise MismatchError unless all models are of the family, with the same weights."""
     shapes = {
         name: {key: tuple(value.shape) for key, value in model.model.named_parameters() if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))}
         for name, model in models.items()  # parameters, because quantised ones are packed in a state dict
     }  # fmt: skip
     first, *others = shapes
-    if f"{PREFIX}cap_embedder.1.weight" not in shapes[first] or f"{PREFIX}noise_refiner.0.attention.qkv.weight" not in shapes[first]:  # fmt: skip
-        raise MismatchError(operation, f"{first} is not a Z-Image model", expected="a noise_refiner and a cap_embedder", found=type(models[first].model).__name__)  # fmt: skip
+    if not FAMILY.recognises([key.removeprefix(PREFIX) for key in shapes[first]]):
+        raise MismatchError(operation, f"{first} is not a {FAMILY.title} model", expected=", ".join(FAMILY.landmarks), found=type(models[first].model).__name__)  # fmt: skip
     for other in others:
         for key in shapes[first].keys() | shapes[other].keys():
             one, two = shapes[first].get(key), shapes[other].get(key)

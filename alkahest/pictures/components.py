@@ -56,7 +56,7 @@ def load_components(weights: Weights, components: Any, dtype: torch.dtype) -> di
 
 
 def _default(weights: Weights) -> Path:
-    if mini.is_miniature(weights.shapes):
+    if mini.is_miniature(weights.leading.architecture):
         return mini.components()
     for leaf in weights.leaves():
         for reader in leaf.files:
@@ -222,9 +222,9 @@ def quiet() -> Iterator[None]:
 
 
 def _check_fit(weights: Weights, parts: Mapping[str, Any]) -> None:
-    text = weights.shapes["cap_embedder.1.weight"][1]
+    text = weights.leading.architecture.text_width
     if (width := parts["text_encoder"].config.hidden_size) != text:
-        raise MismatchError("pipeline", "the text encoder does not fit the transformer", key="cap_embedder.1.weight", expected=f"text width {text}", found=width)  # fmt: skip
-    channels = weights.shapes["all_x_embedder.2-1.weight"][1] // 4
+        raise MismatchError("pipeline", "the text encoder does not fit the transformer", expected=f"text width {text}", found=width)  # fmt: skip
+    channels = weights.leading.architecture.latent_channels
     if (found := parts["vae"].config.latent_channels) != channels:
-        raise MismatchError("pipeline", "the VAE does not fit the transformer", key="all_x_embedder.2-1.weight", expected=f"{channels} latent channels", found=found)  # fmt: skip
+        raise MismatchError("pipeline", "the VAE does not fit the transformer", expected=f"{channels} latent channels", found=found)  # fmt: skip

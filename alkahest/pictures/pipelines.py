@@ -9,7 +9,6 @@ import torch
 from alkahest.algebra.weights import Weights
 from alkahest.engine.load import load_into
 from alkahest.errors import MismatchError, UnknownNameError, UnsupportedError, nearest
-from alkahest.model.architecture import infer
 from alkahest.model.dtypes import FORMATS, FP8, storage_name
 from alkahest.pictures.components import load_components
 
@@ -68,7 +67,7 @@ def empty_transformer(
     """A transformer of the weights' architecture with memory but no numbers yet."""
     from diffusers import ZImageTransformer2DModel
 
-    config = weights.leading.config or infer(weights.shapes, weights.leading.name).diffusers_config()
+    config = weights.leading.config or weights.leading.architecture.diffusers_config()
     with torch.device("meta"):
         model = torch.nn.Module.to(ZImageTransformer2DModel.from_config(config), dtype).eval()
     if storage is not None:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     pass
 
 
-SHIFT = 3.0  # the article's; Z-Image's own configuration says 6, Turbo's 3
+from alkahest.model.families.zimage import FAMILY
+
+SHIFT = FAMILY.shift
 
 SCHEDULES = ("diffusers", "simple")
 

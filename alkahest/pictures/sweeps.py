@@ -200,16 +200,19 @@ def _identity(live: LiveModel) -> list[str]:
     """What pictures depend on beside a cell's own values: inputs, expression, components, dtype."""
     bare = live.expression.bind(**dict.fromkeys(live.expression.params, 0.0))
     hashes = [digest for leaf in bare.leaves() for digest in blake3_of(leaf.files)]
-    parts = [live.pipe.text_encoder, live.pipe.vae, live.pipe.transformer]
-    return [bare.text(), *hashes, *map(_fingerprint, parts), live.pipe.tokenizer.chat_template or ""]
+    parts = [
+        _fingerprint(live.pipe.text_encoder),
+        _fingerprint(live.pipe.vae),
+        _fingerprint(live.pipe.transformer, ".lora_"),
+    ]
+    return [bare.text(), *hashes, *parts, live.pipe.tokenizer.chat_template or ""]
 
 
-def _fingerprint(module: Any) -> str:
+def _fingerprint(module: Any, among: str = "") -> str:
     """A hash of a model's configuration and of a few numbers of each tensor: quick, and enough to tell models apart."""
     found = hashlib.blake2b(str(module.config).encode(), digest_size=16)
-    transformer = hasattr(module, "all_x_embedder")
     for name, tensor in module.state_dict().items():
         # The transformer's own numbers follow from the expression and change while a sweep runs.
-        values = tensor.flatten()[: 0 if transformer and ".lora_" not in name else 64]
+        values = tensor.flatten()[: 64 if among in name else 0]
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {values.float().cpu().tolist()}".encode())
     return found.hexdigest()

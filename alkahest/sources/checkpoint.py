@@ -25,10 +25,9 @@ from alkahest.errors import FileFormatError, NonFiniteError, UnknownNameError, n
 from alkahest.files.header import Entry
 from alkahest.files.locate import Located, locate
 from alkahest.files.reader import Reader, size_text
-from alkahest.model import layouts
-from alkahest.model.architecture import infer, require_z_image, unknown_tensors
 from alkahest.model.dtypes import decode
-from alkahest.model.keys import Pattern, in_model_order, part_of
+from alkahest.model.families import Family, recognise
+from alkahest.model.keys import Pattern
 from alkahest.model.stored import MARKER, Slice, Stored, resolve, whole_packed
 
 _UNPACKING = threading.Lock()  # one at a time: memory is scarce there
@@ -50,22 +49,21 @@ class Checkpoint(Leaf):
         self.metadata = located.metadata
         self.config = located.config
         self.file_names = {reader: reader.path.name for reader in self.files}  # as recipes record them
-        self.prefix = layouts.find_prefix(located.tensors, located.path)
+        self.family, self.prefix = recognise(located.tensors.keys(), located.path)
         self.name = identifier(name or located.path)
         mine = {n: place for n, place in located.tensors.items() if n.startswith(self.prefix)}
         self.companions: dict[str, tuple[Reader, Entry]] = {
             n: place for n, place in located.tensors.items() if self.prefix and n not in mine
         }
-        require_z_image((n.removeprefix(self.prefix) for n in mine), located.path)
         marker = mine.get(self.prefix + MARKER)
         self.full_precision = marker is not None and math.prod(marker[1].shape) == 2
-        slices = _slices(resolve(mine, located.metadata, self.prefix), located.path)
-        self.slices = {key: slices[key] for key in in_model_order(slices)}
-        self._shapes = {key: _shape(piece) for key, piece in self.slices.items()}
-        self.architecture = infer(self._shapes, located.path)
-        self.unknown = unknown_tensors(self._shapes, self.architecture)
+        slices = _slices(self.family, resolve(mine, located.metadata, self.prefix), located.path)
+        self.slices = {key: slices[key] for key in self.family.in_model_order(slices)}
+        self._shapes = {key: piece.shape for key, piece in self.slices.items()}
+        self.architecture = self.family.infer(self._shapes, located.path)
+        self.unknown = self.family.unknown_in(self._shapes, self.architecture)
         self._whole: dict[str, torch.Tensor] = {}
-        self.layout = layouts.layout_of(name.removeprefix(self.prefix) for name in mine)
+        self.layout = self.family.layout_of(name.removeprefix(self.prefix) for name in mine)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -107,7 +105,7 @@ class Checkpoint(Leaf):
 
     def _unpacked(self, piece: Slice) -> torch.Tensor:
         """The numbers of a packed tensor; the last two weights are kept whole, because blocks and rows are asked for one by one."""
-        stored, first = piece.stored, piece.number * piece.elements
+        stored, first = piece.stored, piece.start
         with _UNPACKING:
             if stored.name not in self._whole:
                 while len(self._whole) > 1:
@@ -120,7 +118,7 @@ class Checkpoint(Leaf):
 
     def part(self, pattern: str) -> Part:
         """The tensors that a pattern selects: ``base.part("refiner")``, ``base.part("layers.3")``."""
-        chosen = Pattern(pattern).require_match(self._shapes, "part")
+        chosen = Pattern(pattern, self.family).require_match(self._shapes, "part")
         return Part(self, pattern, [key for key in self._shapes if chosen.matches(key)])
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -165,7 +163,7 @@ class Checkpoint(Leaf):
 
     def summary(self) -> dict[str, Any]:
         """What `inspect --json` prints: layout, storage, sizes and parts, from the headers alone."""
-        whole = [piece.stored for piece in self.slices.values() if piece.number == 0]
+        whole = [piece.stored for piece in self.slices.values() if piece.start == 0]
         return {
             "path": str(self.path),
             "files": len(self.files),
@@ -186,9 +184,9 @@ class Checkpoint(Leaf):
     def _parts(self) -> dict[str, dict[str, Any]]:
         parts: dict[str, dict[str, Any]] = {}
         for key, piece in self.slices.items():
-            name = part_of(key).split(".")[0]
+            name = self.family.part_of(key).split(".")[0]
             row = parts.setdefault(name, {"tensors": 0, "parameters": 0, "bytes": 0, "storage": []})
-            row["tensors"] += piece.number == 0
+            row["tensors"] += piece.start == 0
             row["parameters"] += piece.elements
             row["bytes"] += piece.nbytes
             if piece.stored.storage not in row["storage"]:
@@ -266,29 +264,32 @@ def open(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoi
     return Checkpoint(locate(source), name)
 
 
-def _slices(stored: Mapping[str, Stored], file: Path) -> dict[str, Slice]:
+def _slices(family: Family, stored: Mapping[str, Stored], file: Path) -> dict[str, Slice]:
     slices: dict[str, Slice] = {}
     for name, weight in stored.items():
-        keys = layouts.canonical(name)
-        rows = weight.shape[0] if weight.shape else 0
-        if len(keys) > 1 and (rows % len(keys) or rows == 0):
-            raise FileFormatError(
-                "open", "a fused tensor cannot be cut into equal parts", file=file, key=name,
-                expected=f"a multiple of {len(keys)} rows", found=weight.shape,
-            )  # fmt: skip
-        for number, key in enumerate(keys):
+        keys, start = family.canonical(name), 0
+        for key, elements in zip(keys, _elements(family, name, weight, keys, file), strict=True):
             if key in slices:
                 raise FileFormatError(
                     "open", "the same tensor is there twice, under two names", file=file, key=key,
                     found=f"{slices[key].stored.name} and {name}", fix="the file mixes two layouts; get it again",
                 )  # fmt: skip
-            slices[key] = Slice(weight, number, len(keys))
+            slices[key] = Slice(weight, start, elements)
+            start += elements
     return slices
 
 
-def _shape(piece: Slice) -> tuple[int, ...]:
-    shape = piece.stored.shape
-    return shape if piece.of == 1 else (shape[0] // piece.of, *shape[1:])
+def _elements(family: Family, name: str, weight: Stored, keys: tuple[str, ...], file: Path) -> list[int]:
+    """How many elements each of the canonical tensors has that are rows of a stored one."""
+    if len(keys) == 1:
+        return [math.prod(weight.shape)]
+    rows = family.rows(keys, weight.shape[0]) if weight.shape else None
+    if rows is None:
+        raise FileFormatError(
+            "open", "a fused tensor cannot be cut into its parts", file=file, key=name,
+            expected=f"a multiple of {len(keys)} rows", found=weight.shape,
+        )  # fmt: skip
+    return [count * math.prod(weight.shape[1:]) for count in rows]
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -29,11 +29,11 @@ from alkahest.files.header import Entry
 from alkahest.files.locate import Located, locate
 from alkahest.files.reader import Reader, size_text
 from alkahest.model.dtypes import BY_TAG, decode
-from alkahest.model.keys import in_model_order, part_of
+from alkahest.model.families import Family, holds_model
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.sources.factors import NAMES, Update, scale_of, shape_of
-from alkahest.sources.lora_names import Name, is_lora, parsed
+from alkahest.sources.lora_names import Name, family_of, is_lora, parsed
 
 _ROWS = 32  # computed at a time, whatever is asked for, so that no bit depends on where a block ends
 _KEPT = 8  # factors kept in memory: those of the tensor at hand, for every worker
@@ -52,8 +52,9 @@ class Lora(DeltaLeaf):
         self.name = name or identifier(located.path)
         self.settings = _settings(located)
         self.flavours: Counter[str] = Counter()
-        found = dict(_updates(located, self.settings, self.flavours))
-        self.updates: dict[str, Update] = {key: found[key] for key in in_model_order(found)}
+        self.family = family_of(located.tensors)
+        found = dict(_updates(located, self.family, self.settings, self.flavours))
+        self.updates: dict[str, Update] = {key: found[key] for key in self.family.in_model_order(found)}
         self._places = {entry: reader for reader, entry in located.tensors.values()}
         self._kept: dict[Entry, torch.Tensor] = {}
         self._lock = threading.Lock()
@@ -144,7 +145,7 @@ class Lora(DeltaLeaf):
             "ranks": [min(ranks), max(ranks)] if ranks else None,
             "scales": sorted({round(update.scale, 6) for update in self.updates.values()}),
             "without_alpha": sum("alpha" not in u.entries and u.kind in ("lora", "hada") for u in self.updates.values()) if not self.settings["known"] else 0,
-            "parts": dict(Counter(part_of(key).split(".")[0] for key in self.updates)), "recipe": "alkahest" in self.metadata,
+            "parts": dict(Counter(self.family.part_of(key).split(".")[0] for key in self.updates)), "recipe": "alkahest" in self.metadata,
         }  # fmt: skip
 
     def __repr__(self) -> str:
@@ -169,7 +170,7 @@ def open_lora(source: str | os.PathLike[str], *, name: str | None = None) -> Lor
     """
     located = locate(source)
     if not any(map(is_lora, located.tensors)):
-        checkpoint = any(key.endswith("cap_embedder.1.weight") for key in located.tensors)
+        checkpoint = holds_model(located.tensors.keys())
         raise UnsupportedError(
             "open_lora", "this is a checkpoint, not a LoRA" if checkpoint else "this is not a LoRA", file=located.path,
             found=", ".join(list(located.tensors)[:3]) or "nothing",
@@ -187,10 +188,12 @@ def open_input(source: str | os.PathLike[str], name: str | None = None) -> Check
     )
 
 
-def _updates(located: Located, settings: Mapping[str, Any], flavours: Counter[str]) -> Iterator[tuple[str, Update]]:
+def _updates(
+    located: Located, family: Family, settings: Mapping[str, Any], flavours: Counter[str]
+) -> Iterator[tuple[str, Update]]:
     modules: dict[tuple[tuple[str, ...], str], dict[str, tuple[str, Entry, Name]]] = {}
     for stored, (_, entry) in located.tensors.items():
-        name = _parsed(stored, located.path)
+        name = _parsed(stored, family, located.path)
         # A bias's difference is a target of its own; everything else of a module belongs together.
         module = modules.setdefault((name.keys, "bias" if name.role == "bias" else ""), {})
         if name.role in module:
@@ -198,7 +201,7 @@ def _updates(located: Located, settings: Mapping[str, Any], flavours: Counter[st
         module[name.role] = (stored, entry, name)
     seen: dict[str, str] = {}
     for (keys, _), found in modules.items():
-        for key, update in _of_module(keys, found, located, settings):
+        for key, update in _of_module(keys, found, located, family, settings):
             stored = next(iter(update.names.values()))
             if key in seen:
                 raise _twice(key, seen[key], stored, located.path)
@@ -207,7 +210,7 @@ def _updates(located: Located, settings: Mapping[str, Any], flavours: Counter[st
         flavours.update({next(iter(found.values()))[2].flavour})
 
 
-def _of_module(keys: tuple[str, ...], found: dict[str, tuple[str, Entry, Name]], located: Located, settings: Mapping[str, Any]) -> Iterator[tuple[str, Update]]:  # fmt: skip
+def _of_module(keys: tuple[str, ...], found: dict[str, tuple[str, Entry, Name]], located: Located, family: Family, settings: Mapping[str, Any]) -> Iterator[tuple[str, Update]]:  # fmt: skip
     names = {role: stored for role, (stored, _, _) in found.items()}
     entries = {role: entry for role, (_, entry, _) in found.items()}
     kinds = sorted({name.kind for _, _, name in found.values()} - {""})
@@ -221,14 +224,16 @@ def _of_module(keys: tuple[str, ...], found: dict[str, tuple[str, Entry, Name]],
             raise UnsupportedError("open_lora", "this number format is not handled", file=located.path, key=names[role], expected=", ".join(BY_TAG), found=entry.dtype)  # fmt: skip
     (kind,) = kinds
     rows, *rest = shape_of(kind, entries, names, located.path)
-    if rows % len(keys):
-        raise FileFormatError("open_lora", "a fused qkv whose rows cannot be split in three", file=located.path, key=next(iter(names.values())), found=f"{rows} rows", fix="the file is damaged; get it again")  # fmt: skip
+    heights = family.rows(keys, rows)
+    if heights is None:
+        raise FileFormatError("open_lora", "a fused qkv whose rows cannot be split into its parts", file=located.path, key=next(iter(names.values())), found=f"{rows} rows", fix="the file is damaged; get it again")  # fmt: skip
     scale = scale_of(kind, entries, _alpha(located, entries, names, keys[0], settings))
     if settings["use_rslora"] and "alpha" not in entries and kind == "lora":
         scale *= math.sqrt(entries["down"].shape[0])
-    height = rows // len(keys)
-    for number, key in enumerate(keys):
-        yield key, Update(kind, entries, names, (height, *rest), scale, number * height, "magnitude" in entries)
+    first = 0
+    for key, height in zip(keys, heights, strict=True):
+        yield key, Update(kind, entries, names, (height, *rest), scale, first, "magnitude" in entries)
+        first += height
 
 
 def _alpha(located: Located, entries: Mapping[str, Entry], names: Mapping[str, str], key: str, settings: Mapping[str, Any]) -> float | None:  # fmt: skip
@@ -281,9 +286,9 @@ def _settings(located: Located) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _parsed(stored: str, file: Path) -> Name:
+def _parsed(stored: str, family: Family, file: Path) -> Name:
     try:
-        return parsed(stored)
+        return parsed(stored, family)
     except (UnknownNameError, UnsupportedError) as error:
         raise type(error)(
             error.operation, error.problem, file=file, key=error.key, found=error.found, fix=error.fix

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from alkahest.errors import UnknownNameError, UnsupportedError, nearest
-from alkahest.model.architecture import Architecture
-from alkahest.model.keys import PAD_TOKENS
-from alkahest.model.layouts import native
+from alkahest.model.families import Family, best_family
 
 DOTTED = {
     "base_model.model.": "PEFT", "model.diffusion_model.": "ComfyUI", "diffusion_model.": "ComfyUI",
@@ -41,7 +40,6 @@ REFUSED = {
     "scalar": "a learned scalar", "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA",
 }  # fmt: skip
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_encoders.", "te_", "lora_prior_te")
-_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner|siglip_refiner)[._](\d+)[._](.+)")
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,10 @@ class Name:
     role: str
 
 
-def parsed(stored: str) -> Name:
+def parsed(stored: str, family: Family) -> Name:
     """What a stored name means.
 
-    >>> parsed("lora_unet_layers_0_attention_qkv.alpha").keys[0], parsed("lora_unet_layers_0_attention_qkv.alpha").role
+    >>> name = parsed("lora_unet_layers_0_attention_qkv.alpha", zimage.FAMILY); name.keys[0], name.role
     ('layers.0.attention.to_q.weight', 'alpha')
 
     Raises UnknownNameError with the nearest name if it fits nothing, UnsupportedError for what is known but not handled.
@@ -68,11 +66,11 @@ def parsed(stored: str) -> Name:
     flavour, module = _without_prefix(rest)
     if module.startswith(_TEXT_ENCODER):
         raise UnsupportedError("open_lora", "this part is for a text encoder, and would be lost", key=stored, fix="remove the text encoder's tensors from the file")  # fmt: skip
-    keys = _keys(module, ROLES.get(suffix, ""))
+    keys = _keys(module, ROLES.get(suffix, ""), family)
     if suffix not in ROLES or not keys:
         raise UnknownNameError(
-            "open_lora", "this name fits no module of Z-Image" if suffix in ROLES else "this is no tensor of a LoRA", key=stored,
-            found=module, fix=nearest(_dotted(module), _known_near(module)) if suffix in ROLES else nearest(suffix, ROLES),
+            "open_lora", f"this name fits no module of {family.title}" if suffix in ROLES else "this is no tensor of a LoRA", key=stored,
+            found=module, fix=nearest(_dotted(module, family), _known_near(module, family)) if suffix in ROLES else nearest(suffix, ROLES),
         )  # fmt: skip
     kind = next((kind for kind in ("hada", "lokr", "lora") if suffix.startswith(kind)), "")
     return Name(flavour, keys, "diff" if ROLES[suffix] in ("diff", "bias") else kind, ROLES[suffix])
@@ -102,53 +100,58 @@ def _without_prefix(name: str) -> tuple[str, str]:
     return flavour or "bare", name
 
 
-def _keys(module: str, role: str) -> tuple[str, ...]:
-    name = _dotted(module)
+def family_of(names: Iterable[str]) -> Family:
+    """The family that a LoRA's names are of: the one that understands most of them."""
+
+    def understood(family: Family) -> int:
+        return sum(bool(_keys(_without_prefix(_without_suffix(name)[0])[1], "", family)) for name in names)
+
+    return best_family(understood)
+
+
+def _keys(module: str, role: str, family: Family) -> tuple[str, ...]:
+    name = _dotted(module, family)
     for end in (".bias",) if role == "bias" else (".weight", ""):
-        keys = native.canonical(name + end)
-        if all(_template(key) in _known() for key in keys):
-            return keys if end or name in PAD_TOKENS else ()
+        keys = family.canonical(name + end)
+        if all(family.template(key) in family.templates for key in keys):
+            return keys if end or name in family.pads else ()
     return ()
 
 
-def _dotted(module: str) -> str:
+def _dotted(module: str, family: Family) -> str:
     """A module's name with dots, from one with underscores, which alone do not say where the dots were."""
-    if block := _BLOCK.fullmatch(module):
-        return f"{block[1]}.{block[2]}.{_flat().get(block[3].replace('.', '_'), block[3])}"
-    return _flat().get(module.replace(".", "_"), module)
+    if block := _in_block(module, family):
+        stack, number, rest = block
+        return f"{stack}.{number}.{_flat(family).get(rest.replace('.', '_'), rest)}"
+    return _flat(family).get(module.replace(".", "_"), module)
 
 
-def _template(key: str) -> str:
-    """A key with the number of its block left out; SigLIP's refiner is built as the context's."""
-    return re.sub(r"^(layers|noise_refiner|context_refiner|siglip_refiner)\.\d+\.", lambda found: f"{found[1]}.N.".replace("siglip", "context"), key)  # fmt: skip
+def _in_block(module: str, family: Family) -> tuple[str, str, str] | None:
+    """Stack, number and the name within the block, of a module in one; between them are dots or underscores."""
+    for stack in family.stacks:
+        spelled = re.escape(stack).replace(r"\.", "[._]")
+        if found := re.fullmatch(rf"{spelled}[._](\d+)[._](.+)", module):
+            return stack, found[1], found[2]
+    return None
 
 
 @functools.cache
-def _known() -> frozenset[str]:
-    shapes = Architecture(layers=1, width=128, feed_forward=341, head=128, caption=85, time=128).shapes()
-    return frozenset(map(_template, shapes))
-
-
-@functools.cache
-def _flat() -> dict[str, str]:
-    """A module's name with underscores, within its block, in both layouts -> the name with dots."""
+def _flat(family: Family) -> dict[str, str]:
+    """A module's name with underscores, within its block, in every layout -> the name with dots."""
     found = {}
-    for key in _known():
-        for name in (key, native.stored(key)):
+    for key in family.templates:
+        for name in (key, *(layout.stored(key) for layout in family.layouts)):
             head, _, tail = _module(name).partition(".N.")
             found[(tail or head).replace(".", "_")] = tail or head
     return found
 
 
-def _known_near(module: str) -> list[str]:
+def _known_near(module: str, family: Family) -> list[str]:
     """Names to suggest: those of the block, or those outside of blocks."""
-    block = _BLOCK.fullmatch(module)
-    inside = sorted({_module(key).partition(".N.")[2] for key in _known() if ".N." in key})
-    return (
-        [f"{block[1]}.{block[2]}.{name}" for name in inside]
-        if block
-        else sorted({_module(key) for key in _known() if ".N." not in key})
-    )
+    block = _in_block(module, family)
+    inside = sorted({_module(key).partition(".N.")[2] for key in family.templates if ".N." in key})
+    outside = sorted({_module(key) for key in family.templates if ".N." not in key})
+    return [f"{block[0]}.{block[1]}.{name}" for name in inside] if block else outside
 
 
 def _module(key: str) -> str:

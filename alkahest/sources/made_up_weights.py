@@ -16,7 +16,7 @@ from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import number, text_of
 from alkahest.errors import AlgebraError
 from alkahest.model import seeded
-from alkahest.model.architecture import Architecture
+from alkahest.model.families.zimage import FAMILY, Architecture
 from alkahest.model.keys import Pattern
 
 _CHUNK = 1 << 16  # elements that share one generator, so that any block can be made by itself
@@ -24,6 +24,8 @@ _CHUNK = 1 << 16  # elements that share one generator, so that any block can be 
 
 class MadeUp(Leaf):
     """Weights that are computed from a seed; see `made_up`."""
+
+    family = FAMILY
 
     def __init__(self, layers: int, seed: int, delta: float, only: str, width: int, name: str = "made_up") -> None:
         delta = number(delta, "made_up")
@@ -43,7 +45,7 @@ class MadeUp(Leaf):
             time=min(width, 256),
         )
         self._shapes = self.architecture.shapes()
-        self.only = Pattern(only).require_match(self._shapes, "made_up").text
+        self.only = Pattern(only, FAMILY).require_match(self._shapes, "made_up").text
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -57,9 +59,9 @@ class MadeUp(Leaf):
         seed, delta = int(self.settings["seed"]), self.settings["delta"]
         values = _normal(seed, "weights", key, start, stop)
         values.mul_(0.02)
-        if delta and Pattern(self.only).matches(key):
+        if delta and Pattern(self.only, FAMILY).matches(key):
             values.add_(_normal(seed, "delta", key, start, stop).mul_(0.02 * delta))
-        if "norm" in key or key == "cap_embedder.0.weight":
+        if FAMILY.is_scale(key):
             values.mul_(5).add_(1)
         out.copy_(values)
 

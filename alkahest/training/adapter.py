@@ -13,20 +13,22 @@ from torch import Tensor, nn
 from alkahest.errors import UnknownNameError
 from alkahest.lora.write import Pair, save_lora
 from alkahest.model.dtypes import FORMATS
+from alkahest.model.families import Family
 from alkahest.model.keys import Pattern
 from alkahest.training.config import Config
 
-_TARGETS = "attention, feed_forward"  # what diffusers' and musubi-tuner's trainers adapt
 _NAME = "default"
 _DOWN, _UP = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
 
 
-def add_lora(model: Any, config: Config) -> None:
+def add_lora(model: Any, config: Config, family: Family) -> None:
     """Put a LoRA into every Linear that ``lora.targets`` selects and that is not frozen; starts as a change of zero."""
     from peft import LoraConfig
 
-    targets = Pattern(config.lora.get("targets", _TARGETS)).require_match(dict(model.named_parameters()), "finetune")
-    fixed = config.fixed
+    targets = Pattern(config.lora.get("targets", family.lora_targets), family).require_match(
+        dict(model.named_parameters()), "finetune"
+    )
+    fixed = config.fixed(family)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = [name for name in linears if targets.matches(f"{name}.weight") and not (fixed and fixed.matches(f"{name}.weight"))]  # fmt: skip
     if not chosen:
@@ -36,7 +38,7 @@ def add_lora(model: Any, config: Config) -> None:
         torch.manual_seed(config.seed)
         model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen), _NAME)
     for name, parameter in model.named_parameters():
-        if config.trains(name):
+        if config.trains(name, family):
             parameter.data = parameter.data.float()  # it is small; its steps would be lost in bf16
 
 
@@ -46,7 +48,7 @@ def _size(config: Config) -> tuple[int, float]:
     return rank, config.lora.get("alpha", rank)
 
 
-def save_adapter(path: Path, trained: Mapping[str, Tensor], config: Config, recipe: str) -> Path:
+def save_adapter(path: Path, trained: Mapping[str, Tensor], config: Config, recipe: str, family: Family) -> Path:
     """Write a trained LoRA under the names that ComfyUI and diffusers both load."""
     rank, alpha = _size(config)
     dtype = FORMATS[config.export].torch
@@ -56,4 +58,4 @@ def save_adapter(path: Path, trained: Mapping[str, Tensor], config: Config, reci
             module = name.removesuffix(_DOWN)
             up = trained[module + _UP]
             pairs[f"{module}.weight"] = Pair(up.cpu().to(dtype), down.cpu().to(dtype), alpha / rank)
-    return save_lora(path, pairs, {}, metadata={"alkahest": json.dumps({"trained": recipe})})
+    return save_lora(path, pairs, {}, metadata={"alkahest": json.dumps({"trained": recipe})}, family=family)

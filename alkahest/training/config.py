@@ -28,6 +28,7 @@ from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, UnsupportedError, nearest
 from alkahest.files.toml import made, read_toml
+from alkahest.model.families import Family
 from alkahest.model.keys import Pattern
 
 OPTIMISERS = ("adamw", "adamw8bit", "adafactor")
@@ -86,17 +87,17 @@ class Config:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `ak.sample` for them
     folder: Path = Path()
 
-    @property
-    def fixed(self) -> Pattern | None:
+    def fixed(self, family: Family) -> Pattern | None:
         """The tensors that do not move."""
         text = FROZEN.get(self.frozen, self.frozen)
-        return Pattern(text) if text else None
+        return Pattern(text, family) if text else None
 
-    def trains(self, name: str) -> bool:
+    def trains(self, name: str, family: Family) -> bool:
         """Whether a parameter of this name is trained: of a LoRA run the LoRA's, else all that do not stay fixed."""
         if self.lora:
             return ".lora_" in name
-        return self.fixed is None or not self.fixed.matches(name)
+        fixed = self.fixed(family)
+        return fixed is None or not fixed.matches(name)
 
     @property
     def steps(self) -> int:

@@ -21,13 +21,14 @@ from alkahest.engine.events import Event
 from alkahest.errors import FileFormatError, UnsupportedError
 from alkahest.files.cache import cache_folder
 from alkahest.files.whole import as_output_error
+from alkahest.model.families.zimage import FAMILY
 from alkahest.training.dataset import Dataset, Example
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MULTIPLE = 32  # tokens: captions are padded to this, so batches of one bucket need no mask
-MAX_TOKENS = 512  # as ZImagePipeline
+MAX_TOKENS = FAMILY.text_tokens
 _PIXELS = 1 << 21  # encoded at a time
 _CAPTIONS = 64  # embedded at a time
 _REMEMBERED = 1 << 30  # bytes of latents and embeddings kept in memory

@@ -17,6 +17,7 @@ from alkahest.engine.scalars import Rules
 from alkahest.errors import FileFormatError, RecipeError
 from alkahest.model import seeded
 from alkahest.model.dtypes import FORMATS
+from alkahest.model.families import Family
 from alkahest.model.keys import Pattern
 from alkahest.pictures.components import load_components
 from alkahest.pictures.pipelines import empty_transformer, pipeline
@@ -61,7 +62,7 @@ def start_of(config: Config) -> Weights:
     return start
 
 
-def reset(model: nn.Module, pattern: Pattern, seed: int) -> None:
+def reset_tensors(model: nn.Module, pattern: Pattern, seed: int) -> None:
     """Give matrices random numbers of the spread that they had, seeded; vectors stay."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -101,16 +102,21 @@ def prepared(config: Config, start: Weights, folder: Path, device: str) -> Gener
 def _transformer(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
     model = empty_transformer(start, form, device=device)
     load_into(start, model)
-    lighten(model, config)
+    lighten(model, config, start.family)
     return model
 
 
-def lighten(model: nn.Module, config: Config) -> None:
+def lighten(model: nn.Module, config: Config, family: Family) -> None:
     """Of a mixed run, keep in bf16 what is not trained."""
     if config.precision == "mixed":
         for name, parameter in model.named_parameters():
-            if not config.trains(name):
+            if not config.trains(name, family):
                 parameter.data = parameter.data.bfloat16()
+
+
+def blocks_of(model: Any, family: Family) -> list[nn.Module]:
+    """The blocks of all stacks of a live model."""
+    return [block for stack in family.stacks if hasattr(model, stack) for block in getattr(model, stack)]
 
 
 def _sharded(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
@@ -118,10 +124,10 @@ def _sharded(start: Weights, config: Config, form: torch.dtype, device: str) -> 
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = empty_transformer(start, form, device="meta")
-    lighten(model, config)
+    lighten(model, config, start.family)
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = mixed if config.precision == "mixed" else MixedPrecisionPolicy()
-    for module in (*model.noise_refiner, *model.context_refiner, *model.layers, model):
+    for module in (*blocks_of(model, start.family), model):
         fully_shard(module, mesh=parallel.mesh(torch.device(device).type), mp_policy=policy)
     model.to_empty(device=device)
     options = Options.checked({})

@@ -21,7 +21,7 @@ from alkahest.training.adapter import add_lora, save_adapter
 from alkahest.training.config import Config, Stage
 from alkahest.training.encoded import Encoded
 from alkahest.training.events import StepEvent
-from alkahest.training.inputs import prepared, reset, start_of
+from alkahest.training.inputs import prepared, reset_tensors, start_of
 from alkahest.training.memory import out_of_memory
 from alkahest.training.monitor import Monitor, read_history, split
 from alkahest.training.objective import Arithmetic, losses, noised
@@ -75,7 +75,8 @@ def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> 
     start = start_of(config)
     existing_device(device, "finetune")
     _check_processes(config)
-    for pattern in filter(None, (config.fixed, Pattern(config.reset) if config.reset else None)):
+    reset = Pattern(config.reset, start.family) if config.reset else None
+    for pattern in filter(None, (config.fixed(start.family), reset)):
         pattern.require_match(start.shapes, "finetune")
     try:
         data, pipe = yield from prepared(config, start, path, device)
@@ -105,11 +106,11 @@ class _Training:
         self.config, self.start, self.pipe, self.folder = config, start, pipe, folder
         self.model = pipe.transformer
         if config.reset:
-            reset(self.model, Pattern(config.reset), config.seed)
+            reset_tensors(self.model, Pattern(config.reset, start.family), config.seed)
         if config.lora:
-            add_lora(self.model, config)
+            add_lora(self.model, config, start.family)
         parameters = dict(self.model.named_parameters())
-        self.trained = {name: p for name, p in parameters.items() if config.trains(name)}
+        self.trained = {name: p for name, p in parameters.items() if config.trains(name, start.family)}
         if not self.trained:
             raise AlkahestError("finetune", "everything is frozen", found=config.frozen, fix="freeze less, such as 'refiner'")  # fmt: skip
         fixed = [name for name in parameters if name not in self.trained]
@@ -258,7 +259,7 @@ class _Training:
         if trained is not None:
             final, run = ema or trained, f"{self._run}{', ema' * (ema is not None)}"
             if self.config.lora:
-                save_adapter(self._target(number), final.tensors, self.config, run)
+                save_adapter(self._target(number), final.tensors, self.config, run, self.start.family)
             else:
                 Finetuned(self.start, run, final).save(self._target(number), dtype=self.config.export)
         parallel.wait()

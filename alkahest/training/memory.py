@@ -65,7 +65,7 @@ def memory_plan(
         raise AlkahestError("plan", "resolution, batch and processes must be positive", found=f"{resolution}, {batch}, {processes}")  # fmt: skip
     shapes = weights.shapes
     frozen = FROZEN.get(frozen, frozen)
-    pattern = Pattern(frozen).require_match(shapes, "plan") if frozen else None
+    pattern = Pattern(frozen, weights.family).require_match(shapes, "plan") if frozen else None
     trained = {key: shape for key, shape in shapes.items() if pattern is None or not pattern.matches(key)}
     active = _activations(weights, resolution, batch, checkpointing)
     rows = []
@@ -114,8 +114,8 @@ def _parts(mode: Mode, shapes: Mapping[str, tuple[int, ...]], trained: Mapping[s
 
 
 def _activations(weights: Weights, resolution: int, batch: int, checkpointing: bool) -> float:
-    width = weights.shapes["layers.0.attention.to_q.weight"][0]
-    blocks = len({key.split(".")[1] for key in weights.shapes if key.startswith("layers.")})
+    sizes = weights.leading.architecture
+    width, blocks = sizes.width, sizes.layers
     tokens = batch * ((resolution // 16) ** 2 + _CAPTION_TOKENS)
     kept = 2 * width * tokens * blocks + _SAVED * width * tokens if checkpointing else _SAVED * width * tokens * blocks
     return kept / GIB

@@ -18,8 +18,8 @@ from alkahest.errors import AlkahestError, FileFormatError, NonFiniteError, Outp
 from alkahest.files import whole
 from alkahest.files.header import BITS, read_header
 from alkahest.files.reader import Reader
-from alkahest.model import layouts, seeded
 from alkahest.model.dtypes import FORMATS
+from alkahest.model.families.zimage import FAMILY, seeded
 
 K = 171.1
 LAYER = "layers.1.feed_forward.w2.weight"
@@ -79,7 +79,7 @@ def test_plain_fp8_is_for_the_linears_of_the_stacks(kind: str, models: Models, t
     for name, value in stored.items():
         linear = name.removesuffix(".weight").endswith(tiny.LINEARS)
         assert value.dtype == (FORMATS[kind].torch if linear else torch.bfloat16), name
-        reference = torch.cat([models[0][key] for key in layouts.canonical(name)])
+        reference = torch.cat([models[0][key] for key in FAMILY.canonical(name)])
         assert torch.equal(value.float(), reference.float().to(value.dtype).float())
 
 
@@ -93,7 +93,7 @@ def test_scaled_fp8_is_amax_over_448(spelling: str, layout: str, models: Models,
     assert len(scales) == (30 if layout == "native" else 42)
     for name in scales:
         module = name.removesuffix(f".{suffix}")
-        weight = torch.cat([models[0][key].float() for key in layouts.canonical(f"{module}.weight")])
+        weight = torch.cat([models[0][key].float() for key in FAMILY.canonical(f"{module}.weight")])
         scale = weight.abs().max() / 448
         assert stored[name].shape == ()
         assert stored[name] == scale

@@ -10,6 +10,7 @@ from test_write import pairs, random
 import alkahest as ak
 from alkahest.errors import OutputError, UnsupportedError
 from alkahest.lora.write import save_lora
+from alkahest.model.families.zimage import FAMILY
 
 
 def values(lora: object, key: str, shape: tuple[int, int] = (96, 96)) -> torch.Tensor:
@@ -23,7 +24,7 @@ def values(lora: object, key: str, shape: tuple[int, int] = (96, 96)) -> torch.T
 def test_there_and_back_again(there: str, dtype: torch.dtype, tmp_path: Path) -> None:
     given = {key: type(p)(p.up.to(dtype), p.down.to(dtype), 1 / 3) for key, p in pairs().items()}
     full = {"layers.0.ffn_norm1.weight": random(96).to(dtype)}
-    one = ak.open_lora(save_lora(tmp_path / "one.safetensors", given, full, metadata={"trained": "by hand", "lora_adapter_metadata": '{"r": 3, "lora_alpha": 1}'}))  # fmt: skip
+    one = ak.open_lora(save_lora(tmp_path / "one.safetensors", given, full, metadata={"trained": "by hand", "lora_adapter_metadata": '{"r": 3, "lora_alpha": 1}'}, family=FAMILY))  # fmt: skip
     other = ak.convert_lora(one, tmp_path / "other.safetensors", there)
     back = ak.convert_lora(other, tmp_path / "back.safetensors")
     before, after = load_file(one.path), load_file(back.path)
@@ -54,7 +55,7 @@ def test_a_direction_of_zeros_stays_where_nothing_was_split(tmp_path: Path) -> N
     given = pairs()
     key = next(iter(given))
     given[key].up[:, 1] = 0
-    one = ak.open_lora(save_lora(tmp_path / "one.safetensors", given, {}))
+    one = ak.open_lora(save_lora(tmp_path / "one.safetensors", given, {}, family=FAMILY))
     back = ak.convert_lora(one, tmp_path / "back.safetensors")
     before, after = load_file(one.path), load_file(back.path)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -82,7 +83,7 @@ def test_refused(tmp_path: Path) -> None:
     save_file({f"{name}.lokr_w1": random(4, 3), f"{name}.lokr_w2": random(24, 32)}, tmp_path / "full.safetensors")
     with pytest.raises(UnsupportedError, match=r"(?s)LoKr would be larger.*extract_lora\(lora, energy"):
         ak.convert_lora(ak.open_lora(tmp_path / "full.safetensors"), tmp_path / "out.safetensors")
-    path = save_lora(tmp_path / "lora.safetensors", pairs(), {})
+    path = save_lora(tmp_path / "lora.safetensors", pairs(), {}, family=FAMILY)
     with pytest.raises(OutputError, match="the output is one of the inputs"):
         ak.convert_lora(ak.open_lora(path), path, "kohya")
     save_file({**load_file(path), "diffusion_model.layers.0.attention.to_q.dora_scale": random(96, 1)}, tmp_path / "dora.safetensors")  # fmt: skip

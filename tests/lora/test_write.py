@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import alkahest as ak
 from alkahest.errors import OutputError, UnsupportedError
 from alkahest.lora.write import FLAVOURS, Pair, save_lora
+from alkahest.model.families.zimage import FAMILY
 
 Q, K, V = (f"layers.0.attention.to_{part}.weight" for part in "qkv")
 OUT, EMBED, FINAL = "layers.0.attention.to_out.0.weight", "all_x_embedder.2-1.weight", "all_final_layer.2-1.linear.weight"  # fmt: skip
@@ -39,7 +40,7 @@ EXPECTED = {
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_flavours(flavour: str, scale: float, tmp_path: Path) -> None:
-    path = save_lora(tmp_path / "lora.safetensors", pairs(scale), {}, flavour)
+    path = save_lora(tmp_path / "lora.safetensors", pairs(scale), {}, flavour, family=FAMILY)
     stored = load_file(path)
     assert set(EXPECTED[flavour]) <= set(stored)
     with_alpha = scale != 1.0 and flavour not in ("diffusers", "peft")
@@ -55,7 +56,7 @@ def test_flavours(flavour: str, scale: float, tmp_path: Path) -> None:
 
 
 def test_a_fused_qkv_is_block_diagonal(tmp_path: Path) -> None:
-    stored = load_file(save_lora(tmp_path / "lora.safetensors", pairs(0.5), {}, "fused"))
+    stored = load_file(save_lora(tmp_path / "lora.safetensors", pairs(0.5), {}, "fused", family=FAMILY))
     name = "diffusion_model.layers.0.attention.qkv"
     up, down = stored[f"{name}.lora_B.weight"], stored[f"{name}.lora_A.weight"]
     assert up.shape == (288, 12)
@@ -67,7 +68,7 @@ def test_a_fused_qkv_is_block_diagonal(tmp_path: Path) -> None:
 def test_a_fused_qkv_without_one_of_them(tmp_path: Path) -> None:
     given = {key: pair for key, pair in pairs().items() if key != K}
     given[V] = Pair(given[V].up, given[V].down, 2.0)
-    lora = ak.open_lora(save_lora(tmp_path / "lora.safetensors", given, {}, "kohya"))
+    lora = ak.open_lora(save_lora(tmp_path / "lora.safetensors", given, {}, "kohya", family=FAMILY))
     for key, expected in ((Q, given[Q].up @ given[Q].down), (K, torch.zeros(96, 96)), (V, 2 * given[V].up @ given[V].down)):  # fmt: skip
         found = torch.empty(96, 96)
         lora.read(key, 0, found.numel(), found.view(-1), None)  # type: ignore[arg-type]
@@ -76,18 +77,18 @@ def test_a_fused_qkv_without_one_of_them(tmp_path: Path) -> None:
 
 def test_whole_differences(tmp_path: Path) -> None:
     full = {"layers.0.ffn_norm1.weight": random(96), "layers.0.adaLN_modulation.0.bias": random(384), "x_pad_token": random(1, 96)}  # fmt: skip
-    stored = load_file(save_lora(tmp_path / "lora.safetensors", {}, full))
+    stored = load_file(save_lora(tmp_path / "lora.safetensors", {}, full, family=FAMILY))
     assert set(stored) == {"diffusion_model.layers.0.ffn_norm1.diff", "diffusion_model.layers.0.adaLN_modulation.0.diff_b", "diffusion_model.x_pad_token.diff"}  # fmt: skip
     for flavour in ("kohya", "fused"):
-        lora = ak.open_lora(save_lora(tmp_path / f"{flavour}.safetensors", pairs(), full, flavour))
+        lora = ak.open_lora(save_lora(tmp_path / f"{flavour}.safetensors", pairs(), full, flavour, family=FAMILY))
         assert set(lora.targets) == {*pairs(), *full}
-    fused = load_file(save_lora(tmp_path / "k.safetensors", {}, {K: random(96, 97)}, "kohya"))
+    fused = load_file(save_lora(tmp_path / "k.safetensors", {}, {K: random(96, 97)}, "kohya", family=FAMILY))
     assert torch.equal(fused["lora_unet_layers_0_attention_qkv.diff"], torch.cat([torch.zeros(96, 97), random(96, 97), torch.zeros(96, 97)]))  # fmt: skip
     with pytest.raises(UnsupportedError, match="cannot be fused"):
-        save_lora(tmp_path / "no.safetensors", {Q: pairs()[Q]}, {K: random(96, 96)}, "kohya")
+        save_lora(tmp_path / "no.safetensors", {Q: pairs()[Q]}, {K: random(96, 96)}, "kohya", family=FAMILY)
     for flavour in ("diffusers", "peft"):
         with pytest.raises(UnsupportedError, match="full differences load in ComfyUI only"):
-            save_lora(tmp_path / "no.safetensors", {}, full, flavour)
+            save_lora(tmp_path / "no.safetensors", {}, full, flavour, family=FAMILY)
     assert not (tmp_path / "no.safetensors").exists()
 
 
@@ -95,7 +96,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"precious")
     with pytest.raises(OutputError, match="folder does not exist"):
-        save_lora(tmp_path / "nowhere" / "lora.safetensors", pairs(), {})
+        save_lora(tmp_path / "nowhere" / "lora.safetensors", pairs(), {}, family=FAMILY)
     with pytest.raises(UnsupportedError):
-        save_lora(path, {}, {"layers.0.ffn_norm1.weight": random(96)}, "peft")
+        save_lora(path, {}, {"layers.0.ffn_norm1.weight": random(96)}, "peft", family=FAMILY)
     assert path.read_bytes() == b"precious"

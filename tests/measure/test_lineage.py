@@ -10,6 +10,7 @@ import torch
 import alkahest as ak
 from alkahest.errors import AlgebraError, MismatchError
 from alkahest.measure.lineage import parts_moved
+from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
 
 
@@ -20,7 +21,7 @@ def norm(values: list[torch.Tensor]) -> float:
 def test_how_far_the_parts_moved_by_hand(trio: dict[str, Path]) -> None:
     v, b, w = (ak.open(trio[name]) for name in ("variant", "base", "bridge"))
     check = ak.refiner_check(v, b, w)
-    refiners = [key for key in b if Pattern("refiner").matches(key)]
+    refiners = [key for key in b if Pattern("refiner", FAMILY).matches(key)]
     raw = norm([v[k].double() - b[k].double() for k in refiners]) / norm([b[k] for k in refiners])
     # What the two bf16 files' own rounding explains is taken off: 2 % against 0.17 %.
     assert raw * 0.98 < check.refiner < raw
@@ -34,7 +35,7 @@ def test_how_far_the_parts_moved_by_hand(trio: dict[str, Path]) -> None:
 def test_verdicts(share: float, verdict: str, tmp_path: Path) -> None:
     base = tiny.state(seed=1)
     moved = tiny.near(base, share, seed=3)
-    variant = {key: moved[key] if Pattern("refiner").matches(key) else value for key, value in base.items()}
+    variant = {key: moved[key] if Pattern("refiner", FAMILY).matches(key) else value for key, value in base.items()}
     v, b = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state))) for name, state in (("v", variant), ("b", base)))  # fmt: skip
     found = ak.refiner_check(v, b)
     assert found.verdict == verdict

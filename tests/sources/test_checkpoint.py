@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import alkahest as ak
 from alkahest.errors import FileFormatError, UnknownNameError, UnsupportedError
 from alkahest.files.reader import Reader
-from alkahest.model import layouts
 from alkahest.model.dtypes import BY_TAG
+from alkahest.model.families.zimage import FAMILY
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_scaled_fp8_in_every_spelling(
     found = ak.open(tmp_path / "x.safetensors")
     assert set(found) == set(state)
     for name, value in tiny.meaning(stored).items():
-        keys = layouts.canonical(name)
+        keys = FAMILY.canonical(name)
         got = torch.cat([found[key].double() for key in keys])
         torch.testing.assert_close(got, value, rtol=1e-6, atol=0)
     expected = "scaled_fp8" if spelling == "scaled_fp8" else "comfy_quant"
@@ -265,7 +265,7 @@ def test_broken_models_and_indexes(state: tiny.State, tmp_path: Path) -> None:
     twice = {**native, "layers.0.attention.to_q.weight": torch.ones(96, 96)}
     refused("(?s)twice.*layers.0.attention.to_q", tiny.write(tmp_path / "b.safetensors", twice))
     uneven = {**native, "layers.0.attention.qkv.weight": torch.ones(289, 96)}
-    refused("equal parts", tiny.write(tmp_path / "c.safetensors", uneven))
+    refused("cut into its parts", tiny.write(tmp_path / "c.safetensors", uneven))
     refused("no such file", tmp_path / "nothing.safetensors")
     refused("cannot be a file's name", tmp_path / ("x" * 300))
     (tmp_path / "empty").mkdir()

@@ -9,7 +9,7 @@ import torch
 import alkahest as ak
 from alkahest.engine.readable import Workspace
 from alkahest.errors import AlkahestError
-from alkahest.model.architecture import Architecture
+from alkahest.model.families.zimage import Architecture
 
 
 def values(model: ak.Weights, key: str, start: int, stop: int) -> torch.Tensor:

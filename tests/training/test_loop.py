@@ -25,6 +25,7 @@ from alkahest.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
 from alkahest.training.config import Config, config_of
 from alkahest.training.dataset import from_scenes
@@ -73,7 +74,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert history["held_out things 64"].iloc[-1] < history["held_out things 64"].iloc[0]
     assert [path.name for path in existing(tmp_path / "run" / "checkpoints")] == ["step-0000006", "step-0000009"]
     start = start_of(config())
-    assert set(weights_of(result)) == {key for key in start.shapes if not Pattern("refiner").matches(key)}
+    assert set(weights_of(result)) == {key for key in start.shapes if not Pattern("refiner", FAMILY).matches(key)}
     assert "finetuned(lerp(deturbo, base, 0.5)" in repr(result)
     assert result.ema is not None
     assert not torch.equal(result.ema.tensors.tensors["layers.0.attention.to_q.weight"], weights_of(result)["layers.0.attention.to_q.weight"])  # type: ignore[attr-defined]  # fmt: skip
@@ -316,11 +317,11 @@ def test_each_stage_leaves_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_control_starts_from_random_layers(tmp_path: Path) -> None:
-    from alkahest.training.inputs import reset
+    from alkahest.training.inputs import reset_tensors
 
     pipe = ak.pipeline(start_of(config()))
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
-    reset(pipe.transformer, Pattern("layers"), seed=4)
+    reset_tensors(pipe.transformer, Pattern("layers", FAMILY), seed=4)
     after = pipe.transformer.state_dict()
     for name, value in after.items():
         if name.startswith("layers.") and value.ndim > 1:

@@ -35,7 +35,7 @@ from alkahest.files.reader import Reader
 from alkahest.files.whole import write_file
 from alkahest.mini.judge import Judge
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, STYLES, Scene, scenes
-from alkahest.model import layouts
+from alkahest.model.families.zimage import FAMILY
 from alkahest.pictures.components import quiet
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.training.config import read_config
@@ -113,7 +113,7 @@ class Workshop:
     def save(self, model: nn.Module, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
         """Native names in one file, as ComfyUI and everybody else writes them."""
         state = model.state_dict()
-        groups = layouts.get("native").grouped(state)
+        groups = FAMILY.layout("native").grouped(state)
         made = {stored: torch.cat([state[key] for key in keys]).to("cpu", dtype) for stored, keys in groups.items()}
         path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTran
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from alkahest.model.architecture import Architecture
+from alkahest.model.families.zimage import Architecture
 from alkahest.pictures.components import CHAT_TEMPLATE
 
 TEXT_WIDTH = 64

@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from alkahest.errors import FileFormatError, UnsupportedError
-from alkahest.model.architecture import Architecture, infer, is_quantisable, unknown_tensors
+from alkahest.model.families import recognise
+from alkahest.model.families.zimage import FAMILY, Architecture, infer
 
 
 def test_full_size_is_the_published_model() -> None:
@@ -26,7 +27,7 @@ def test_small_models_of_the_class_are_inferred() -> None:
     found = infer(shapes, "x")
     assert found.shapes() == shapes
     assert (found.layers, found.width, found.caption, found.head, found.patch) == (2, 96, 40, 32, 16)
-    assert unknown_tensors({**shapes, "extra.weight": (1,), "norm_final.weight": (96,)}, found) == ["extra.weight"]
+    assert FAMILY.unknown_in({**shapes, "extra.weight": (1,), "norm_final.weight": (96,)}, found) == ["extra.weight"]
 
 
 def test_the_config_we_write_builds_the_model() -> None:
@@ -62,7 +63,7 @@ def test_a_missing_or_misshapen_tensor_is_named() -> None:
 )
 def test_other_models_are_refused_by_name(names: list[str], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        infer(dict.fromkeys(names, (3, 4)), "x")
+        recognise(names, "x")
 
 
 def test_a_lying_layer_number_costs_nothing() -> None:
@@ -72,6 +73,6 @@ def test_a_lying_layer_number_costs_nothing() -> None:
 
 
 def test_the_quantisable_linears_are_the_170_of_the_native_layout() -> None:
-    chosen = [key for key in Architecture().shapes() if is_quantisable(key)]
+    chosen = [key for key in Architecture().shapes() if FAMILY.is_quantisable(key)]
     assert len(chosen) == 34 * 7  # q, k and v apart
     assert not any("adaLN" in key or "norm" in key or "embedder" in key or "final" in key for key in chosen)

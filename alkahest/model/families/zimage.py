@@ -1,29 +1,29 @@
-"""The tensors of a Z-Image transformer, as a function of a few sizes.
+"""Z-Image: its tensors as a function of a few sizes, and everything else that is true of this family alone.
 
-Numbers are those of the published model: width 3840, 30 layers, 2 + 2 refiners, 6,154,908,736
-parameters. Smaller models of the same class have the same names.
+Numbers are those of the published model: width 3840, 30 layers, 2 + 2 refiners, 6,154,908,736 parameters. Smaller
+models of the same class have the same names. The native layout is the original one, which ComfyUI reads and writes.
+Sources: Tongyi-MAI's files, ComfyUI's ``comfy/ldm/lumina/model.py`` (NextDiT), diffusers' ``ZImageTransformer2DModel``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alkahest.errors import FileFormatError, MismatchError, UnsupportedError
-from alkahest.model.keys import in_model_order, is_optional
+from alkahest.errors import FileFormatError
+from alkahest.model.families.family import Family, Part, Shape, Shapes, count_blocks
+from alkahest.model.layouts import Fused, Layout
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-
-# The Linears that ComfyUI's and musubi's fp8 files quantise: not adaLN, norms, embedders or final layer.
-LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
-STACKS = ("layers.", "noise_refiner.", "context_refiner.")
+_PADS = ("x_pad_token", "cap_pad_token")
+_REFINERS = ("noise_refiner", "context_refiner", "siglip_refiner")
+_EMBEDDERS = ("all_x_embedder", "t_embedder", "cap_embedder", *_PADS, "siglip_embedder", "siglip_pad_token")
+_FINAL = ("all_final_layer", "norm_final")
+_QKV = Fused(tuple(f".attention.to_{which}.weight" for which in "qkv"), (1, 1, 1))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of one model; every tensor's shape follows from them."""
+    """Sizes of one model; every tensor's shape follows from them. The defaults are the published model's."""
 
     layers: int = 30
     width: int = 3840
@@ -35,6 +35,20 @@ class Architecture:
     time_hidden: int = 1024
     noise_refiners: int = 2
     context_refiners: int = 2
+
+    @property
+    def text_width(self) -> int:
+        """Of what the text encoder gives for a token."""
+        return self.caption
+
+    @property
+    def latent_channels(self) -> int:
+        """Of a latent pixel; a patch is two by two of them."""
+        return self.patch // 4
+
+    def guesses(self) -> list[str]:
+        """What of the configuration does not follow from the weights."""
+        return [] if self.head == 128 else ["rotary axes are not in the weights; guessed from the head size"]
 
     def shapes(self) -> dict[str, Shape]:
         """Canonical name -> shape, in model order.
@@ -69,7 +83,7 @@ class Architecture:
             for number in range(count):
                 block = self._block(modulated=stack != "context_refiner")
                 shapes |= {f"{stack}.{number}.{name}": shape for name, shape in block.items()}
-        return {key: shapes[key] for key in in_model_order(shapes)}
+        return {key: shapes[key] for key in FAMILY.in_model_order(shapes)}
 
     def _block(self, modulated: bool) -> dict[str, Shape]:
         d, f = self.width, self.feed_forward
@@ -108,25 +122,15 @@ class Architecture:
         }
 
 
-def is_quantisable(key: str) -> bool:
-    """Whether fp8 output stores this tensor as fp8: the Linears of the three block stacks.
-
-    >>> is_quantisable("layers.0.feed_forward.w1.weight"), is_quantisable("layers.0.adaLN_modulation.0.weight")
-    (True, False)
-    """
-    return key.startswith(STACKS) and key.endswith(tuple(f".{name}.weight" for name in LINEARS))
-
-
 def infer(shapes: Shapes, file: object) -> Architecture:
     """The sizes of a model whose tensors have these shapes.
 
     Raises FileFormatError if a tensor of Z-Image is missing, or has a shape that does not fit the
-    others; UnsupportedError if this is some other model. Extra tensors are allowed.
+    others. Extra tensors are allowed.
     """
-    require_z_image(shapes, file)
     d, caption = _matrix(shapes, "cap_embedder.1.weight", file)
     found = Architecture(
-        layers=_count(shapes, "layers"),
+        layers=count_blocks(shapes, "layers"),
         width=d,
         caption=caption,
         feed_forward=_matrix(shapes, "layers.0.feed_forward.w1.weight", file)[0],
@@ -134,8 +138,8 @@ def infer(shapes: Shapes, file: object) -> Architecture:
         patch=_matrix(shapes, "all_x_embedder.2-1.weight", file)[1],
         time=_matrix(shapes, "t_embedder.mlp.2.weight", file)[0],
         time_hidden=_matrix(shapes, "t_embedder.mlp.2.weight", file)[1],
-        noise_refiners=_count(shapes, "noise_refiner"),
-        context_refiners=_count(shapes, "context_refiner"),
+        noise_refiners=count_blocks(shapes, "noise_refiner"),
+        context_refiners=count_blocks(shapes, "context_refiner"),
     )
     expected = found.shapes()
     missing = [key for key in expected if key not in shapes]
@@ -153,49 +157,6 @@ def infer(shapes: Shapes, file: object) -> Architecture:
                 fix="the file is damaged, or is another model",
             )
     return found
-
-
-def require_z_image(names: Iterable[str], file: object) -> None:
-    """Raise UnsupportedError, saying what it is instead, unless these are the names of a Z-Image transformer."""
-    names = list(names)
-    if "cap_embedder.1.weight" not in names or not any(name.startswith("layers.0.attention.") for name in names):
-        raise _other_model(names, file)
-
-
-def unknown_tensors(shapes: Shapes, architecture: Architecture) -> list[str]:
-    """Names that Z-Image does not have, not even optionally."""
-    expected = architecture.shapes()
-    return [key for key in shapes if key not in expected and not is_optional(key)]
-
-
-def require_same_tensors(
-    operation: str, left: Shapes, right: Shapes, left_name: Callable[[], str], right_name: Callable[[], str]
-) -> None:
-    """Raise MismatchError unless both have the same tensors; optional ones may be on one side only."""
-    if left is right or left == right:
-        return
-    fix = "subtract and merge checkpoints of the same architecture"
-    names = (left_name(), right_name())
-    depths = (_count(left, "layers"), _count(right, "layers"))
-    if depths[0] != depths[1]:
-        found = "; ".join(f"{name}: {depth} layers" for name, depth in zip(names, depths, strict=True))
-        alone = sorted(set(left) ^ set(right))
-        key = f"{alone[0]}, ... ({len(alone)} tensors on one side only)" if alone else None
-        raise MismatchError(operation, "the models have different depths", key=key, found=found, fix=fix)
-    for key in {**left, **right}:
-        if key in left and key in right and left[key] != right[key]:
-            found = f"{names[0]}: {left[key]}; {names[1]}: {right[key]}"
-            raise MismatchError(operation, "a tensor has different shapes", key=key, found=found, fix=fix)
-        if (key in left) != (key in right) and not is_optional(key):
-            has, lacks = names if key in left else names[::-1]
-            found = f"{has} has it, {lacks} does not"
-            raise MismatchError(operation, "a tensor is on one side only", key=key, found=found, fix=fix)
-
-
-def _count(shapes: Shapes, stack: str) -> int:
-    numbers = [key.split(".")[1] for key in shapes if key.startswith(f"{stack}.")]
-    # A gap in the numbers shows up as missing tensors; a name like layers.99999999 must not.
-    return min(1 + max((int(n) for n in numbers if n.isdigit() and len(n) < 5), default=-1), len(numbers))
 
 
 def _get(shapes: Shapes, key: str, file: object) -> Shape:
@@ -226,21 +187,72 @@ def _missing(keys: list[str], file: object) -> FileFormatError:
     )
 
 
-def _other_model(names: list[str], file: object) -> UnsupportedError:
-    if any(mark in key for key in names for mark in ("lora_A", "lora_down", "lora_up", "lokr_", "hada_")):
-        what, fix = "this is a LoRA, not a checkpoint", "ak.open_lora(path), and add it to the checkpoint it belongs to"
-    elif names and all(key.startswith(("decoder.", "encoder.", "vae.", "quant_conv", "post_quant")) for key in names):
-        what, fix = "this is a VAE, not a transformer", "open the diffusion model's file"
-    elif any(key.startswith(("model.layers.", "text_encoders.", "model.embed_tokens")) for key in names):
-        what, fix = "this is a text encoder, not a transformer", "open the diffusion model's file"
-    else:
-        what, fix = "this is not a Z-Image model", "Alkahest handles Z-Image transformers only"
-    found = ", ".join(names[:3]) + (f", ... ({len(names)} tensors)" if len(names) > 3 else "")
-    return UnsupportedError(
-        "open",
-        what,
-        file=file,
-        expected="cap_embedder.1.weight, layers.0.attention.*",
-        found=found or "nothing",
-        fix=fix,
-    )
+FAMILY = Family(
+    name="z-image",
+    title="Z-Image",
+    landmarks=("cap_embedder.1.weight", "layers.0.attention.*"),
+    parts=(
+        Part("embedders", _EMBEDDERS, "emb."),
+        Part("noise_refiner", ("noise_refiner",), "noise\nref.", is_stack=True),
+        Part("context_refiner", ("context_refiner",), "context\nref.", is_stack=True),
+        Part("siglip_refiner", ("siglip_refiner",), "siglip\nref.", is_stack=True, built_as="context_refiner"),
+        Part("layers", ("layers",), "layers", is_stack=True, is_main=True),
+        Part("final", _FINAL, "fin."),
+    ),
+    bridge="refiner",
+    aliases={
+        "all": ("*",),
+        "refiner": _REFINERS,
+        "refiners": _REFINERS,
+        "embedders": _EMBEDDERS,
+        "pad_tokens": (*_PADS, "siglip_pad_token"),
+        "input": (*_REFINERS, *_EMBEDDERS),
+        "final": _FINAL,
+        # The names that ComfyUI's layout gives to the same tensors.
+        "x_embedder": ("all_x_embedder",),
+        "final_layer": ("all_final_layer",),
+        "qkv": ("to_q", "to_k", "to_v"),
+        "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+        "attention.out": ("attention.to_out",),
+        "q_norm": ("norm_q",),
+        "k_norm": ("norm_k",),
+    },
+    optional=("norm_final.", "siglip_"),  # the SigLIP branch is that of the omni models
+    pads=_PADS,
+    scales=("cap_embedder.0.weight",),
+    layouts=(
+        Layout("diffusers"),
+        Layout(
+            "native",
+            renamed=(
+                ("x_embedder.", "all_x_embedder.2-1."),
+                ("final_layer.", "all_final_layer.2-1."),
+                (".attention.out.", ".attention.to_out.0."),
+                (".attention.q_norm.", ".attention.norm_q."),
+                (".attention.k_norm.", ".attention.norm_k."),
+            ),
+            fused={".attention.qkv.weight": _QKV},
+        ),
+    ),
+    default_layout="native",
+    # The Linears that ComfyUI's and musubi's fp8 files quantise: not adaLN, norms, embedders or final layer.
+    quantised=tuple(
+        f".{name}.weight"
+        for name in (
+            "attention.to_q",
+            "attention.to_k",
+            "attention.to_v",
+            "attention.to_out.0",
+            "feed_forward.w1",
+            "feed_forward.w2",
+            "feed_forward.w3",
+        )
+    ),
+    quantised_parts=("layers", "noise_refiner", "context_refiner"),
+    infer=infer,
+    smallest=Architecture(layers=1, width=128, feed_forward=341, head=128, caption=85, time=128),
+    shift=3.0,  # the article's; Z-Image's own configuration says 6, Turbo's 3
+    text_tokens=512,  # as ZImagePipeline
+    kinds=("attention", "feed_forward", "adaLN", "norm"),
+    lora_targets="attention, feed_forward",  # what diffusers' and musubi-tuner's trainers adapt
+)
