@@ -29,20 +29,19 @@ class ModelWeights(Leaf):
         self.name = name
         patches = key_patches(model)
         state = {key: value for key, value in model.model.state_dict().items() if key.startswith(PREFIX)}
-        pads = [key for key in state if key.endswith("_pad_token")]
+        self.family, _ = recognise([key.removeprefix(PREFIX) for key in (*patches, *state)], name)
+        pads = [PREFIX + pad for pad in self.family.pads if PREFIX + pad in state]  # which ComfyUI never patches
         self._patches = {**{key: [(state[key], None)] for key in pads}, **patches}
         self._rows: dict[str, tuple[str, int]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         storage: dict[str, str] = {}
-        self.family, _ = recognise([key.removeprefix(PREFIX) for key in self._patches], name)
         for key, [(weight, _), *_rest] in self._patches.items():
             names, shape = self.family.canonical(key.removeprefix(PREFIX)), tuple(weight.shape)
             start = 0
             for canonical, rows in zip(names, self.family.rows(names, shape[0]) or (), strict=True):
                 shapes[canonical] = (rows, *shape[1:])
-                storage[canonical] = _STORAGE.get(
-                    weight.dtype, "fp32"
-                )  # quantised weights give the dtype they stand for
+                # Quantised weights give the dtype that they stand for.
+                storage[canonical] = _STORAGE.get(weight.dtype, "fp32")
                 self._rows[canonical] = (key, start)
                 start += math.prod(shapes[canonical])
         self._shapes, self._storage = shapes, storage

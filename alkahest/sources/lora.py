@@ -135,6 +135,12 @@ class Lora(DeltaLeaf):
     def _identity(self) -> tuple[Any, ...]:
         return tuple((os.path.realpath(f.path), f.stamp) for f in self.files)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_lock": None}  # another process reads for itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def summary(self) -> dict[str, Any]:
         """What `lora inspect --json` prints, from the header alone."""
         kinds = Counter(NAMES[update.kind] for update in self.updates.values())
