@@ -44,6 +44,9 @@ class AlkahestError(Exception):
         lines += [f"  {name}: {_printable(str(value))}" for name, value in facts if value is not None]
         super().__init__("\n".join(lines))
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # where a KeyError would give its repr
+
     def __reduce__(self) -> tuple[Any, ...]:
         """So that another process can send it."""
         return _arrived, (type(self), self.args, self.__dict__)
@@ -77,8 +80,8 @@ class AlgebraError(AlkahestError, TypeError):
     """An expression that has no meaning, such as weights + weights."""
 
 
-class UnknownNameError(AlkahestError, LookupError):
-    """A tensor, part, pattern, layout or dtype that does not exist; the nearest name is offered."""
+class UnknownNameError(AlkahestError, KeyError):
+    """A tensor, part, pattern, layout, dtype or option that does not exist; the nearest name is offered."""
 
 
 class RecipeError(AlkahestError, ValueError):

@@ -66,6 +66,10 @@ class Expression:
         found = dict.fromkeys(leaf for child in self.children for leaf in child.leaves())
         return tuple(found)
 
+    def definitions(self) -> tuple[str, ...]:
+        """What tells merge methods apart that this session defined under the same name, as what is remembered must."""
+        return tuple(one for child in self.children for one in child.definitions())
+
     @property
     def params(self) -> dict[str, float]:
         """Named scalars and their values."""

@@ -13,6 +13,7 @@ Operands are flat float32 tensors; ones that are zero for a tensor (protected or
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -46,6 +47,7 @@ class Method:
     random: bool
     shaped: bool
     elementwise: bool
+    definition: str  # empty for those that ship; tells apart what a notebook defines one after the other
 
     def __call__(self, *operands: Any, **settings: Any) -> Any:
         given = (
@@ -74,6 +76,8 @@ class Method:
 
 
 REGISTRY: dict[str, Method] = {}
+RESERVED = ("lerp", "weighted_sum", "param", "made_up", "apply_lora")  # names that mean something else in a recipe
+_GIVEN = ("uniform", "shape")  # parameters that evaluation fills in
 
 
 def method(
@@ -86,50 +90,74 @@ def method(
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Any]:
-        name, hints = function.__name__, get_type_hints(function)
-        positional, defaults, draws, shaped = [], {}, False, False
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.name == "uniform":
-                draws = True
-            elif parameter.name == "shape":
-                shaped = True
-            elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                if parameter.default is inspect.Parameter.empty:
-                    raise AlgebraError("method", f"setting {parameter.name!r} of {name} needs a default")
-                defaults[parameter.name] = float(parameter.default)
-            else:
-                positional.append(hints[parameter.name])
-        many = positional == [list[Tensor]]
-        if (not many and any(hint is not Tensor for hint in positional)) or not positional:
-            raise AlgebraError("method", f"operands of {name} must be Tensor, or one list[Tensor]")
-        if name in REGISTRY:
-            raise AlgebraError("method", f"{name!r} is registered already")
-        if draws:
-            defaults["seed"] = 0.0
-        makes = Weights if weights else Delta
-        made = Method(name, function, makes, many, len(positional), defaults, draws, shaped, elementwise)
-        REGISTRY[name] = made
+        made = _method_of(function, Weights if weights else Delta, elementwise)
+        _require_free(made)
+        REGISTRY[made.name] = made
 
-        # A plain function, so that help() shows what this method does and takes.
+        # A plain function, so that help() and Tab show what this method takes.
         def build(*operands: Any, **settings: Any) -> Any:
             return made(*operands, **settings)
 
-        build.__name__, build.__qualname__, build.__doc__ = name, name, function.__doc__
-        kept = [p for p in inspect.signature(function).parameters.values() if p.name not in ("uniform", "shape")]
-        if draws:
-            kept.append(inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=0))
-        build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [p.replace(annotation=inspect.Parameter.empty) for p in kept]
-        )
+        build.__name__, build.__qualname__, build.__doc__ = made.name, made.name, function.__doc__
+        build.__module__ = function.__module__
+        build.__signature__ = _signature_of(made)  # type: ignore[attr-defined]
         return build
 
     return register
+
+
+def _method_of(function: Callable[..., Tensor], makes: type[Expression], elementwise: bool) -> Method:
+    """What a function's signature says of the method that it is."""
+    name, hints = function.__name__, get_type_hints(function)
+    parameters = inspect.signature(function).parameters
+    operands = [hints[one.name] for one in parameters.values() if one.kind is not one.KEYWORD_ONLY]
+    settings = [one for one in parameters.values() if one.kind is one.KEYWORD_ONLY and one.name not in _GIVEN]
+    if lacking := [one.name for one in settings if one.default is one.empty]:
+        raise AlgebraError("method", f"setting {lacking[0]!r} of {name} needs a default")
+    many = operands == [list[Tensor]]
+    if (not many and any(hint is not Tensor for hint in operands)) or not operands:
+        raise AlgebraError("method", f"operands of {name} must be Tensor, or one list[Tensor]")
+    defaults = {one.name: float(one.default) for one in settings}
+    draws = "uniform" in parameters
+    if draws:
+        defaults["seed"] = 0.0
+    definition = "" if function.__module__.startswith("alkahest.") else uuid.uuid4().hex
+    return Method(
+        name, function, makes, many, len(operands), defaults, draws, "shape" in parameters, elementwise, definition
+    )
+
+
+def _require_free(made: Method) -> None:
+    """Raise AlgebraError if the name is taken; one that was defined in the same place, as by running a cell again, is replaced."""
+    before = REGISTRY.get(made.name)
+    places = [(one.function.__module__, one.function.__qualname__) for one in (before, made) if one is not None]
+    if made.name in RESERVED or (before is not None and places[0] != places[1]):
+        raise AlgebraError(
+            "method", f"{made.name!r} is taken", found=places[0][0] if before is not None else "a function of recipes",
+            fix="give it another name",
+        )  # fmt: skip
+
+
+def _signature_of(made: Method) -> inspect.Signature:
+    """Operands and settings as a person gives them."""
+    operand = f"Sequence[{made.makes.__name__}]" if made.many else made.makes.__name__
+    parameters = inspect.signature(made.function).parameters.values()
+    kept = [one.replace(annotation=operand) for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    for name, value in made.defaults.items():
+        default = int(value) if value == int(value) else value
+        kept.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation="SupportsFloat | Param")
+        )
+    return inspect.Signature(kept, return_annotation=made.makes.__name__)
 
 
 class _Merged(Expression):
     method: Method
     operands: tuple[Any, ...]
     settings: tuple[tuple[str, Scalar], ...]
+
+    def definitions(self) -> tuple[str, ...]:
+        return (*filter(None, [self.method.definition]), *super().definitions())
 
     def _applied(self, key: str, operands: list[Term], rules: Rules) -> Term:
         values: dict[str, Any] = {name: rules.value(value) for name, value in self.settings}

@@ -6,17 +6,23 @@ weights + delta = weights              weights + weights is an error
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+import torch
 
 from alkahest.algebra.deltas import Delta, Difference, OfDelta, joined
 from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Names, refuse, require_same, wrapped
 from alkahest.engine import terms
-from alkahest.engine.load import load_into
+from alkahest.engine.events import Event, result_of
+from alkahest.engine.load import stream_into
+from alkahest.engine.options import Options, refuse_unknown_options
 from alkahest.engine.readable import Leading, Shapes
-from alkahest.engine.save import Saved, save, stream
+from alkahest.engine.save import Saved, stream
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
 from alkahest.errors import AlgebraError
@@ -91,21 +97,103 @@ class Weights(AnyWeights):
 
     __rmul__ = __truediv__ = __mul__
 
-    def save(self, path: Any, **options: Any) -> Saved:
-        """Compute the expression and write it to ``path``; ``help(alkahest.engine.save.save)`` explains each option.
+    @refuse_unknown_options
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        layout: str | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        device: str = "cpu",
+        comfy_compatible: bool = False,
+        max_shard_size: int | str | None = None,
+        allow_nonfinite: bool = False,
+        metadata: Mapping[str, str] | None = None,
+        threads: int | None = None,
+        executor: Executor | None = None,
+    ) -> Saved:
+        """Compute the expression and write it as one safetensors file, shards, or a diffusers folder.
 
-        Options: ``dtype``, ``layout``, ``rounding``, ``seed``, ``device``, ``comfy_compatible``,
-        ``max_shard_size``, ``allow_nonfinite``, ``metadata``, ``threads``, ``executor``.
+        >>> (bridge + 171.1 * (variant - base)).save("merged.safetensors", dtype="bf16")
+
+        ``path`` ending in ``.safetensors`` is one file, anything else a new folder.
+
+        - ``dtype``: ``fp32 fp16 bf16 fp8_e4m3fn fp8_e5m2``, or scaled fp8 as ``comfy_quant`` or
+          ``scaled_fp8``; fp8 is for the Linears of the block stacks, the rest stays bf16.
+          Default: as the leading checkpoint stores each tensor.
+        - ``layout``: ``native`` (default), ``diffusers``, or ``all-in-one`` (default if the leading file is).
+        - ``rounding``: ``nearest`` (to even) or ``stochastic`` with ``seed``.
+        - ``device``: ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
+        - ``comfy_compatible``: ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
+        - ``metadata``: more text for the file's header, such as a title; not under ``format`` or ``alkahest``.
+        - ``max_shard_size``: bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
+        - ``allow_nonfinite``: write NaN, infinity and overflow instead of refusing; the result counts them.
+        - ``threads``: workers; the bytes do not depend on it. Default: the processors at hand, at most 8.
+        - ``executor``: any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; each shard is
+          then a task, with its own ``threads``, that writes its own file: on any machine that sees the same folders.
+
+        An existing file is replaced in one step at the end. Raises the AlkahestError kinds, before
+        anything is written where that is possible; the target is never left half written.
         """
-        return save(self, path, **options)
+        saved: Saved = result_of(
+            self.stream(
+                path, dtype=dtype, layout=layout, rounding=rounding, seed=seed, device=device,
+                comfy_compatible=comfy_compatible, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite,
+                metadata=metadata, threads=threads, executor=executor,
+            )
+        )  # fmt: skip
+        return saved
 
-    def stream(self, path: Any, **options: Any) -> Iterator[Any]:
+    @refuse_unknown_options
+    def stream(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        layout: str | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        device: str = "cpu",
+        comfy_compatible: bool = False,
+        max_shard_size: int | str | None = None,
+        allow_nonfinite: bool = False,
+        metadata: Mapping[str, str] | None = None,
+        threads: int | None = None,
+        executor: Executor | None = None,
+    ) -> Iterator[Event]:
         """Like `save`, as a generator of progress events; closing it stops and removes the partial file."""
-        return stream(self, path, **options)
+        options = Options(
+            dtype, layout, rounding, seed, device, comfy_compatible, max_shard_size, allow_nonfinite, threads, metadata
+        ).require("save")
+        return stream(self, path, options, executor)
 
-    def load_into(self, module: Any, **options: Any) -> Any:
-        """Compute the expression into the parameters of a live ``torch.nn.Module``, in place."""
-        return load_into(self, module, **options)
+    @refuse_unknown_options
+    def load_into(
+        self,
+        module: torch.nn.Module,
+        *,
+        rounding: str = "nearest",
+        seed: int = 0,
+        device: str = "cpu",
+        comfy_compatible: bool = False,
+        allow_nonfinite: bool = False,
+        threads: int | None = None,
+    ) -> int:
+        """Compute the expression into the parameters of a live module, in place; returns how many tensors it set.
+
+        >>> (bridge + 8 * delta).load_into(pipeline.transformer)
+
+        The module's names may be native or diffusers'. Values are rounded once to each parameter's dtype, on its
+        device; the options are those of `save`. Raises MismatchError, before anything is changed, if names, shapes
+        or dtypes do not fit.
+        """
+        options = Options(
+            rounding=rounding, seed=seed, device=device, comfy_compatible=comfy_compatible,
+            allow_nonfinite=allow_nonfinite, threads=threads,
+        ).require("load_into")  # fmt: skip
+        return sum(1 for _ in stream_into(self, module, options))
 
     def _notes(self) -> list[str]:
         notes = []

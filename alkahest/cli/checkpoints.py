@@ -198,15 +198,13 @@ def verify(
 
     Inputs that are not found by themselves are given by name: `--base b.safetensors`.
     """
-    from alkahest.recipes.verify import Verdict
-    from alkahest.recipes.verify import verify as check
+    from alkahest.recipes.verify import stream_verdict
 
     with reported():
         file, given = named(what)
         if file is None:
             raise typer.BadParameter("name the file to check")
-        found = drain(check(file, given, recompute), quiet)
-        assert isinstance(found, Verdict)
+        found = drain(stream_verdict(file, given, recompute), quiet).result
         print(json.dumps({**dataclasses.asdict(found), "ok": found.ok}, indent=2, default=str) if as_json else found)
         if not found.ok:
             raise typer.Exit(1)
@@ -280,7 +278,7 @@ def _located(found: Any, models_dir: Path) -> Any:
             fix=f"alkahest merge --recipe FILE --models-dir DIR --{found.computed[0]} auto -o OUT",
         )  # fmt: skip
     weights = build(found, found.locate(models_dir))
-    return hashed_recipe(weights, Options.checked(output_for(found, weights)))
+    return hashed_recipe(weights, Options.of(output_for(found, weights)))
 
 
 def _expression(

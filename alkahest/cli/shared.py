@@ -69,10 +69,9 @@ def drain(events: Iterator[Any], quiet: bool, unit: str = "B") -> Any:
     with tqdm(unit=unit, unit_scale=unit == "B", disable=True if quiet else None) as bar, contextlib.closing(events):  # type: ignore[type-var]
         for event in events:
             _raise_if_stopped()
-            if hasattr(event, "total"):
-                bar.total = event.total
-                bar.set_postfix_str(event.key[:32], refresh=False)
-                bar.update(event.done - bar.n)
+            bar.total = event.total
+            bar.set_postfix_str(event.key[:32], refresh=False)
+            bar.update(event.done - bar.n)
     return event
 
 

@@ -1,4 +1,4 @@
-"""Progress as a generator of events, and the way from a generator to its result."""
+"""Progress of anything that takes longer than a second, as a generator of events; and the way to its result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: work done and in all (bytes, where it reads or writes), the tensor at hand, and at the end the result."""
+    """Work done and in all (bytes, where it reads or writes; else pieces), what is at hand, and at the end the result.
+
+    Drawing and training add to it what can be seen on the way. Closing the generator stops the work.
+    """
 
     done: int
     total: int
@@ -17,14 +20,14 @@ class Event:
     result: Any = field(default=None, repr=False)
 
 
-def finished(events: Iterator[Event]) -> Any:
-    """Run a generator of events to its end; its result."""
+def result_of(events: Iterator[Event]) -> Any:
+    """Run a generator of events to its end; the result, which its last event carries."""
     *_, last = events
     return last.result
 
 
-def concluded(streams: Iterable[Iterator[Event]], conclude: Callable[..., Any]) -> Iterator[Event]:
-    """The events of several measurements as one, whose result ``conclude`` makes of theirs."""
+def in_turn(streams: Iterable[Iterator[Event]], conclude: Callable[..., Any]) -> Iterator[Event]:
+    """The events of several generators as one, whose result ``conclude`` makes of theirs."""
     results, before = [], 0
     for events in streams:
         for event in events:

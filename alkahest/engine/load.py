@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 
@@ -17,26 +16,16 @@ from alkahest.errors import MismatchError
 from alkahest.model.dtypes import FORMAT_OF
 
 
-def load_into(expression: Computable, module: torch.nn.Module, **options: Any) -> int:
-    """Compute an expression into the parameters of a module, in place; returns how many tensors it set.
+def stream_into(expression: Computable, module: torch.nn.Module, options: Options) -> Iterator[Event]:
+    """Compute an expression into the parameters of a module, in place: a generator of events, one per canonical tensor.
 
-    >>> (bridge + 8 * delta).load_into(pipeline.transformer)
-
-    The module's names may be native or diffusers. Values are rounded once to each parameter's
-    dtype, on its device. Options: ``rounding``, ``seed``, ``device``, ``comfy_compatible``,
-    ``allow_nonfinite``, ``threads``. Raises MismatchError, before anything is changed, if names,
-    shapes or dtypes do not fit.
+    The module's names may be native or diffusers'. Values are rounded once to each parameter's dtype, on its device.
+    Raises MismatchError, before anything is changed, if names, shapes or dtypes do not fit.
     """
-    return sum(1 for _ in stream_into(expression, module, **options))
-
-
-def stream_into(expression: Computable, module: torch.nn.Module, **options: Any) -> Iterator[Event]:
-    """`load_into` as a generator of events, one per canonical tensor."""
-    checked = Options.checked(options)
-    rules = Rules(comfy_compatible=checked.comfy_compatible)
+    rules = Rules(comfy_compatible=options.comfy_compatible)
     terms = {key: expression.at(key, rules) for key in expression.shapes}
     # Every key of the expression's shapes has a term.
-    yield from fill({key: term for key, term in terms.items() if term is not None}, slices(expression, module), checked)
+    yield from fill({key: term for key, term in terms.items() if term is not None}, slices(expression, module), options)
 
 
 def fill(terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options: Options, often: bool = False) -> Iterator[Event]:  # fmt: skip

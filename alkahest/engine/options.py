@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest
 from alkahest.model.dtypes import storage_name
 
+P = ParamSpec("P")
+T = TypeVar("T")
+ROUNDINGS = ("nearest", "stochastic")
 _MAX_THREADS = 8
 _RECORDED = ("dtype", "layout", "rounding", "seed", "device", "comfy_compatible", "max_shard_size", "allow_nonfinite", "metadata")  # fmt: skip
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+def refuse_unknown_options(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function: UnknownNameError, with the nearest name, for an option that it does not have.
+
+    Python's own words for that name neither what was meant nor a way out.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name != "self"]
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        raise TypeError(f"{function.__qualname__} takes any name")
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        require_known(function.__name__, options, known)
+        return function(*arguments, **options)
+
+    return call
+
+
+def require_known(operation: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise UnknownNameError, with the nearest name, for a name that means nothing here."""
+    for name in given:
+        if name not in known:
+            raise UnknownNameError(operation, "unknown option", found=repr(name), fix=nearest(str(name), known))
+
+
 @dataclass(frozen=True)
 class Options:
-    """The options of `alkahest.engine.save.save`, which documents each."""
+    """How an expression is written, as `Weights.save` explains; measuring takes ``device`` and ``threads`` of it."""
 
     dtype: str | torch.dtype | None = None
     layout: str | None = None
@@ -34,28 +64,27 @@ class Options:
     metadata: Mapping[str, str] | None = None
 
     @classmethod
-    def checked(cls, given: Mapping[str, Any]) -> Options:
-        """Options from keyword arguments; UnknownNameError, with the nearest name, for what does not exist."""
-        known = [item.name for item in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise UnknownNameError("save", "unknown option", found=repr(name), fix=nearest(str(name), known))
-        options = cls(**given)
-        if options.dtype is not None:
-            storage_name(options.dtype)
-        if options.rounding not in ("nearest", "stochastic"):
-            fix = nearest(str(options.rounding), ["nearest", "stochastic"])
-            raise UnknownNameError("save", "unknown rounding", found=repr(options.rounding), fix=fix)
+    def of(cls, given: Mapping[str, Any], operation: str = "save") -> Options:
+        """Options by name, as a recipe records them; UnknownNameError for a name that is none."""
+        require_known(operation, given, [item.name for item in fields(cls)])
+        return cls(**given).require(operation)
+
+    def require(self, operation: str) -> Options:
+        """These options, if each has a value that it can have; errors name the ``operation`` that was called."""
+        if self.dtype is not None:
+            storage_name(self.dtype)
+        if self.rounding not in ROUNDINGS:
+            fix = nearest(str(self.rounding), ROUNDINGS)
+            raise UnknownNameError(operation, "unknown rounding", found=repr(self.rounding), fix=fix)
         for name in ("seed", "threads"):
-            value = getattr(options, name)
+            value = getattr(self, name)
             if value is not None and (type(value) is not int or (name == "threads" and value < 1)):
-                raise OutputError(
-                    "save", f"{name} must be a whole number{', 1 or more' * (name == 'threads')}", found=repr(value)
-                )
-        options.shard_bytes()
-        options.torch_device()
-        _require_metadata(options.metadata)
-        return options
+                least = ", 1 or more" if name == "threads" else ""
+                raise OutputError(operation, f"{name} must be a whole number{least}", found=repr(value))
+        self.shard_bytes()
+        existing_device(self.device, operation)
+        _require_metadata(self.metadata)
+        return self
 
     def record(self) -> dict[str, Any]:
         """The options that change the bytes, where they are not the default, for the recipe."""

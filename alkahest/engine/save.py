@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from alkahest.engine.events import Event, finished
+from alkahest.engine.events import Event
 from alkahest.engine.jobs import jobs_of
 from alkahest.engine.options import Options, names_file
 from alkahest.engine.plan import Plan, restored
@@ -62,47 +61,26 @@ class Saved:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
-def save(expression: Computable, path: str | os.PathLike[str], **options: Any) -> Saved:
-    """Compute an expression and write it as one safetensors file, shards, or a diffusers folder.
-
-    >>> (bridge + 171.1 * (variant - base)).save("merged.safetensors", dtype="bf16")
-
-    ``path`` ending in ``.safetensors`` is one file, anything else a new folder. Options:
-
-    - ``dtype``: ``fp32 fp16 bf16 fp8_e4m3fn fp8_e5m2``, or scaled fp8 as ``comfy_quant`` or
-      ``scaled_fp8``; fp8 is for the Linears of the three block stacks, the rest stays bf16.
-      Default: as the leading checkpoint stores each tensor.
-    - ``layout``: ``native`` (default), ``diffusers``, or ``all-in-one`` (default if the leading file is).
-    - ``rounding``: ``nearest`` (to even) or ``stochastic`` with ``seed``.
-    - ``device``: ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
-    - ``comfy_compatible``: ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
-    - ``metadata``: more text for the file's header, such as a title; not under ``format`` or ``alkahest``.
-    - ``max_shard_size``: bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
-    - ``allow_nonfinite``: write NaN, infinity and overflow instead of refusing; the result counts them.
-    - ``threads``: workers; the bytes do not depend on it. Default: the processors at hand, at most 8.
-    - ``executor``: any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; each shard is then
-      a task, with its own ``threads``, that writes its own file: on any machine that sees the same folders.
-
-    An existing file is replaced in one step at the end. Raises the AlkahestError kinds, before
-    anything is written where that is possible; the target is never left half written.
-    """
-    saved: Saved = finished(stream(expression, path, **options))
-    return saved
-
-
-def stream(expression: Computable, path: str | os.PathLike[str], *, executor: Executor | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
-    """`save` as a generator of events; the last one carries the `Saved` result.
+def stream(
+    expression: Computable, path: str | os.PathLike[str], options: Options, executor: Executor | None = None
+) -> Iterator[Event]:
+    """Write an expression, as a generator of events; the last one carries the `Saved` result.
 
     Closing the generator, or any exception, stops the work and removes the partial file.
     """
-    chosen = Options.checked(options)
     target = Path(path).expanduser()
-    check_target(expression, target, chosen)
+    check_target(expression, target, options)
+    plan = plan_of(expression, options)
     if executor is None:
-        return _stream(expression, target, chosen, plan_of(expression, chosen))
-    if not chosen.makes_folder(target):
-        raise OutputError("save", "an executor writes shards, and this is one file", file=target, fix="max_shard_size='2GB' and a folder's name")  # fmt: skip
-    return _spread(expression, target, chosen, plan_of(expression, chosen), executor)
+        return _stream(expression, target, options, plan)
+    if not options.makes_folder(target):
+        raise OutputError(
+            "save",
+            "an executor writes shards, and this is one file",
+            file=target,
+            fix="max_shard_size='2GB' and a folder's name",
+        )
+    return _spread(expression, target, options, plan, executor)
 
 
 def check_target(expression: Computable, target: Path, options: Options) -> None:

@@ -90,18 +90,14 @@ class Run:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(before)
 
-    def progress(self, jobs: list[Job]) -> Iterator[Event]:
-        """`perform`, as events that add up the bytes of the jobs."""
+    def progress(self, jobs: list[Job], result: Callable[[], Any] | None = None) -> Iterator[Event]:
+        """`perform`, as events that add up the bytes of the jobs; at the end what ``result`` makes of the work."""
         done, total = 0, sum(job.nbytes for job in jobs)
         for job in self.perform(jobs):
             done += job.nbytes
             yield Event(done, total, job.key)
-
-    def measured(self, jobs: list[Job], result: Callable[[], Any]) -> Iterator[Event]:
-        """`progress`, and at the end what ``result`` makes of the work."""
-        yield from self.progress(jobs)
-        total = sum(job.nbytes for job in jobs)
-        yield Event(total, total, "done", result())
+        if result is not None:
+            yield Event(total, total, "done", result())
 
     def computed(self, term: Term, key: str, start: int, stop: int, workspace: Workspace, out: torch.Tensor) -> None:
         """Write elements ``start`` to ``stop`` of a term to ``out``, checked and rounded once to its dtype."""

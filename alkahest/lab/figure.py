@@ -64,9 +64,9 @@ def axes_for(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return Figure(figsize=size, layout="constrained", facecolor="white").subplots()
 
 
-def legend_beside(ax: Axes, **how: Any) -> None:
+def legend_beside(ax: Axes, fontsize: float | None = 8, title: str | None = None) -> None:
     """A legend to the right of a plot, where it hides nothing; small unless told otherwise."""
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, **{"fontsize": 8, **how})
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=fontsize, title=title)
 
 
 def strip(images: Sequence[Image]) -> bytes:

@@ -15,7 +15,7 @@ import pandas as pd
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
-from alkahest.engine.options import Options
+from alkahest.engine.options import Options, refuse_unknown_options
 from alkahest.engine.record import readers_of, recipe_of
 from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
 from alkahest.files.hashes import blake3_of
@@ -36,11 +36,12 @@ _PREVIEW = 0.25  # seconds between previews
 _WRAP = widgets.Layout(flex_flow="row wrap")
 
 
+@refuse_unknown_options
 def live_merge(
     bridge: Weights, deltas: Mapping[str, Delta], prompts: str | Sequence[str], components: Any = None, *,
     loras: Mapping[str, Delta] | None = None, protect: str = "refiner", parts: Sequence[str] = (), k: float | Mapping[str, float] = 1.0,
     sampling: Mapping[str, Any] | None = None, look: Callable[[Sequence[Image]], pd.DataFrame] = picture_measures,
-    **options: Any,
+    memory: int | str = "2GB", dtype: str | None = None, storage: str | None = None, device: str = "cpu", offload: bool = False,
 ) -> LiveMerge:  # fmt: skip
     """Merge while looking: numbers for every delta and LoRA, and the picture and its measures follow.
 
@@ -48,7 +49,7 @@ def live_merge(
 
     ``k`` is where multipliers begin, by name if they differ; LoRAs begin at 0. Number boxes take any
     value. ``parts`` are patterns with a factor of their own, such as ``"layers.0-9"``; by default every part has one. ``look`` turns pictures into a table of measures whose means are shown. ``sampling`` are the
-    first settings (``steps``, ``cfg``, ``shift``, ``seed``, ``negative_prompt``); ``options`` are the
+    first settings (``steps``, ``cfg``, ``shift``, ``seed``, ``negative_prompt``); ``memory`` and what follows it are the
     `LiveModel`'s. ``.expression`` is what the controls say, and *Save recipe* writes it for
     ``alkahest merge --recipe``. Raises AlgebraError if something is no delta.
     """
@@ -66,8 +67,9 @@ def live_merge(
         _Row(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts) for name, delta in deltas.items()
     ]
     rows += [_Row(name, lora, 0.0, (0.0, 2.0), False, parts) for name, lora in (loras or {}).items()]
+    live = LiveModel(bridge, components, memory=memory, dtype=dtype, storage=storage, device=device, offload=offload)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return LiveMerge(bridge, rows, texts, LiveModel(bridge, components, **options), protect, dict(sampling or {}), look)
+    return LiveMerge(bridge, rows, texts, live, protect, dict(sampling or {}), look)
 
 
 class _Row(widgets.VBox):  # type: ignore[misc]

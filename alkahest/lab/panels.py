@@ -27,6 +27,15 @@ from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.spectrum import stream_delta_spectra
 from alkahest.measure.table import stream_delta_table
 
+__all__ = [
+    "checkpoint_picker",
+    "delta_browser",
+    "live_merge",
+    "multiplier_panel",
+    "rank_panel",
+    "sampling_grid",
+    "training_monitor",
+]
 _VIEWS = ("tensors", "heatmap", "modules")
 
 
@@ -166,3 +175,7 @@ def _measured(
 def _delta(what: Delta | pd.DataFrame) -> Delta:
     assert isinstance(what, Delta)  # `_measured` has seen to it
     return what
+
+
+def __dir__() -> list[str]:
+    return __all__

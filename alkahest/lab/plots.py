@@ -28,6 +28,21 @@ from alkahest.model.families import FAMILIES, family_of
 if TYPE_CHECKING:
     import pandas
 
+__all__ = [
+    "COLOURS",
+    "STATISTICS",
+    "comparison_matrix",
+    "delta_magnitudes",
+    "lineage_comparison",
+    "lora_report",
+    "magnitude_heatmap",
+    "multiplier_by_part",
+    "multiplier_overview",
+    "noise",
+    "spectrum",
+    "survival",
+]
+
 # Statistic -> what an axis says about it.
 STATISTICS = {
     "relative": "norm of delta / norm of weights, unitless",
@@ -300,3 +315,7 @@ def _by_part(table: pandas.DataFrame, values: np.ndarray[Any, Any]) -> dict[str,
 def _median(line: np.ndarray[Any, Any], places: _Places, part: str) -> float:
     first, last = places.spans.get(part, (0, 0))
     return float(np.nanmedian(line[first : last + 1]))
+
+
+def __dir__() -> list[str]:
+    return __all__

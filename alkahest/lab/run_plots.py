@@ -23,6 +23,9 @@ MEASURES = {
     "lag1": "correlation of neighbouring\npixels, unitless",
     "high_freq": "share of energy in high\nfrequencies, unitless",
 }
+__all__ = [
+    "training_curve",
+]
 
 
 def training_curve(history: pandas.DataFrame, measure: str = "latent_lag1", of: Mapping[str, float] | None = None, title: str | None = None, figure: Figure | None = None) -> Plot:  # fmt: skip
@@ -70,3 +73,7 @@ def _mark_stages(axes: list[Axes], history: pandas.DataFrame) -> None:
             ax.axvline(start, color="0.6", lw=0.8)
         axes[0].annotate(str(stage), ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
         start = end
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
+from alkahest.engine.events import Event
+from alkahest.engine.options import refuse_unknown_options
 from alkahest.errors import AlkahestError
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel, lines_of, text_lines
 from alkahest.pictures.live import LiveModel
+from alkahest.pictures.settings import SHIFT
 from alkahest.pictures.sheet import png_bytes
-from alkahest.pictures.sweeps import Cells, SweepEvent, stream_sweep
-
-_FIRST: dict[str, Sequence[float]] = {"shift": [3.0], "cfg": [2.0], "steps": [24]}
+from alkahest.pictures.sweeps import Cells, stream_sweep
 
 
-def sampling_grid(live: LiveModel, prompts: str | Sequence[str], *, over: Mapping[str, Sequence[float]] | None = None, negative_prompts: Sequence[str] = ("",), seeds: Sequence[int] = (0,), **fixed: Any) -> SamplingGrid:  # fmt: skip
+@refuse_unknown_options
+def sampling_grid(
+    live: LiveModel, prompts: str | Sequence[str], *, over: Mapping[str, Sequence[float]] | None = None,
+    negative_prompts: Sequence[str] = ("",), seeds: Sequence[int] = (0,), steps: int = 24, cfg: float = 2.0,
+    shift: float = SHIFT, schedule: str | None = None, cfg_normalization: float | None = None, width: int | None = None,
+    height: int | None = None, batch: int = 4, executor: Executor | None = None, folder: str | Path | None = None,
+) -> SamplingGrid:  # fmt: skip
     """Draw a prompt over shift, cfg, steps, negative prompts, seeds and the model's named scalars, and compare.
 
     >>> panels.sampling_grid(live, "a red fox at night", over={"k": [0, 171.1], "shift": [3, 6, 12]})
 
     Every box takes numbers with commas between them; ``over`` says what is in them at first. What was drawn
-    before is not drawn again. ``.table`` is the `sweep`'s DataFrame. ``fixed`` settings (``width``) have no box.
+    before is not drawn again. ``.table`` is the `sweep`'s DataFrame. ``steps``, ``cfg`` and ``shift`` are single first
+    values; what follows them has no box, and means what it does to `sweep`.
     """
     numbers: dict[str, Sequence[float]] = {name: [value] for name, value in live.params.items()}
-    numbers |= _FIRST | {name: [fixed.pop(name)] for name in _FIRST if name in fixed} | dict(over or {})
+    first: dict[str, Sequence[float]] = {"shift": [shift], "cfg": [cfg], "steps": [steps]}
+    numbers |= {**first, **(over or {})}
+    fixed: dict[str, Any] = {
+        "schedule": schedule,
+        "cfg_normalization": cfg_normalization,
+        "width": width,
+        "height": height,
+    }
+    fixed |= {"batch": batch, "executor": executor, "folder": folder}
     seeds = [int(seed) for seed in numbers.pop("seed", seeds)]
     for name, values in numbers.items():
         if not all(isinstance(value, (int, float)) for value in values):
@@ -54,7 +72,7 @@ class SamplingGrid(Panel):
             self.status,
         ]
 
-    def _drawn(self) -> Iterator[SweepEvent]:
+    def _drawn(self) -> Iterator[Event]:
         values = {name: numbers(box.value, name, whole=name in ("seed", "steps")) for name, box in self.boxes.items()}
         seeds = [int(seed) for seed in values.pop("seed")]
         # An empty line among several is a negative prompt: none at all.

@@ -8,12 +8,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.leaves import DeltaLeaf
-from alkahest.engine.events import Event, finished
-from alkahest.engine.options import Options
+from alkahest.engine.events import Event, result_of
+from alkahest.engine.options import Options, refuse_unknown_options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.record import Recipe, inputs_of, stream_hashes
 from alkahest.engine.scalars import Rules
@@ -37,10 +38,32 @@ if TYPE_CHECKING:
     import pandas
 
 _DTYPES = ("bf16", "fp16", "fp32")
+FORMAT = 1  # of extractions that are remembered: raised whenever they would come out otherwise
 _TASK = 1 << 26  # bytes in float32 that one task of an executor takes on, at least
 
 
-def extract_lora(delta: Delta, **options: Any) -> Extracted:
+@refuse_unknown_options
+def extract_lora(
+    delta: Delta,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    sum: float | None = None,
+    ratio: float | None = None,
+    noise_edge: bool = False,
+    rank_max: int | None = 64,
+    include: str | None = None,
+    exclude: str | None = None,
+    full: str | None = None,
+    min_dim: int | None = None,
+    alpha: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    method: str = "auto",
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    executor: Executor | None = None,
+) -> Extracted:
     """Make a LoRA of a delta: thin factors for every matrix that it changes.
 
     >>> lora = ak.extract_lora(base - bridge, energy=0.995, exclude="refiner")
@@ -59,16 +82,53 @@ def extract_lora(delta: Delta, **options: Any) -> Extracted:
     that a run that was killed goes on. Raises AlgebraError for a zero delta or a rule out of range,
     UnknownNameError for a pattern that selects nothing, NonFiniteError for NaN and infinity.
     """
-    found: Extracted = finished(stream_extract_lora(delta, **options))
+    found: Extracted = result_of(
+        stream_extract_lora(
+            delta,
+            rank=rank,
+            energy=energy,
+            sum=sum,
+            ratio=ratio,
+            noise_edge=noise_edge,
+            rank_max=rank_max,
+            include=include,
+            exclude=exclude,
+            full=full,
+            min_dim=min_dim,
+            alpha=alpha,
+            dtype=dtype,
+            method=method,
+            seed=seed,
+            device=device,
+            threads=threads,
+            executor=executor,
+        )
+    )
     return found
 
 
+@refuse_unknown_options
 def stream_extract_lora(
-    delta: Delta, *, rank: int | None = None, energy: float | None = None, sum: float | None = None, ratio: float | None = None,
-    noise_edge: bool = False, rank_max: int | None = 64, include: str | None = None, exclude: str | None = None,
-    full: str | None = None, min_dim: int | None = None, alpha: float | None = None, dtype: Any = None, method: str = "auto",
-    seed: int = 0, executor: Executor | None = None, **options: Any,
-) -> Iterator[Event]:  # fmt: skip
+    delta: Delta,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    sum: float | None = None,
+    ratio: float | None = None,
+    noise_edge: bool = False,
+    rank_max: int | None = 64,
+    include: str | None = None,
+    exclude: str | None = None,
+    full: str | None = None,
+    min_dim: int | None = None,
+    alpha: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    method: str = "auto",
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    executor: Executor | None = None,
+) -> Iterator[Event]:
     """`extract_lora` as a generator of events."""
     if not isinstance(delta, Delta):
         raise AlgebraError("extract_lora", "a delta is needed", found=type(delta).__name__, fix="variant - base")
@@ -91,7 +151,7 @@ def stream_extract_lora(
         delta.family,
     )
     asked = Extraction(delta, rule, kept, alpha, _dtype(dtype, delta), method, seed)
-    return _Work(asked, Options.checked(options)).events(executor)
+    return _Work(asked, Options(device=device, threads=threads).require("extract_lora")).events(executor)
 
 
 @dataclass
@@ -111,7 +171,11 @@ class _Work:
         total = sum(sizes.values())
         readers = [reader for leaf in delta.leaves() for reader in leaf.files]
         hashes = yield from stream_hashes(readers, total)
-        name = content_key("extract_lora", [delta], [asked.rule, asked.alpha, asked.dtype, asked.method, asked.seed])
+        name = content_key(
+            "extract_lora",
+            [delta],
+            [FORMAT, torch.__version__, asked.rule, asked.alpha, asked.dtype, asked.method, asked.seed],
+        )
         self.parts = Parts(name)
         todo = {key: size for key, size in sizes.items() if not self._was_done(key)}
         done = total - sum(todo.values())

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from alkahest.algebra.weights import Weights
-from alkahest.engine.events import Event, concluded, finished
+from alkahest.engine.events import Event, in_turn, result_of
+from alkahest.engine.options import refuse_unknown_options
 from alkahest.engine.terms import name_leaves
 from alkahest.errors import AlgebraError
 from alkahest.measure.rounding import file_noise
@@ -64,7 +65,10 @@ class NearestBase:
         return listed_html(f"nearest: <b>{html.escape(self.name)}</b>", self.reasons) + table
 
 
-def refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None, **options: Any) -> RefinerCheck:
+@refuse_unknown_options
+def refiner_check(
+    variant: Weights, base: Weights, bridge: Weights | None = None, *, device: str = "cpu", threads: int | None = None
+) -> RefinerCheck:
     """Say whether a variant's refiner stayed close enough to its base's for the variant to be imported.
 
     >>> ak.refiner_check(variant, base)
@@ -77,14 +81,17 @@ def refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None
     norm is importable, past 10 % is not. With ``bridge``, also how far its refiner is from the base's.
     Raises MismatchError if tensors do not fit.
     """
-    check: RefinerCheck = finished(stream_refiner_check(variant, base, bridge, **options))
+    check: RefinerCheck = result_of(stream_refiner_check(variant, base, bridge, device=device, threads=threads))
     return check
 
 
-def stream_refiner_check(variant: Weights, base: Weights, bridge: Weights | None = None, **options: Any) -> Iterator[Event]:  # fmt: skip
+@refuse_unknown_options
+def stream_refiner_check(
+    variant: Weights, base: Weights, bridge: Weights | None = None, *, device: str = "cpu", threads: int | None = None
+) -> Iterator[Event]:
     """`refiner_check` as a generator of events."""
-    measuring = stream_delta_table(_models("refiner_check", variant, base), bridge, **options)
-    yield from concluded([measuring], lambda table: checked(table, bridge is not None))
+    measuring = stream_delta_table(_models("refiner_check", variant, base), bridge, device=device, threads=threads)
+    return in_turn([measuring], lambda table: checked(table, bridge is not None))
 
 
 def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
@@ -132,7 +139,14 @@ def parts_moved(table: pandas.DataFrame) -> pandas.DataFrame:
     return pd.DataFrame(rows).set_index("part")
 
 
-def nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[Weights], **options: Any) -> NearestBase:  # fmt: skip
+@refuse_unknown_options
+def nearest_base(
+    variant: Weights,
+    candidates: Mapping[str, Weights] | Sequence[Weights],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> NearestBase:
     """Say which candidate a variant was fine-tuned from: the one it is nearest to.
 
     >>> ak.nearest_base(variant, [base, turbo, deturbo])
@@ -142,12 +156,21 @@ def nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[
     Taking the difference from the wrong base was an error of the article itself: the delta then holds the
     difference of two lineages. One pass over each pair of files; tables are remembered.
     """
-    found: NearestBase = finished(stream_nearest_base(variant, candidates, **options))
+    found: NearestBase = result_of(stream_nearest_base(variant, candidates, device=device, threads=threads))
     return found
 
 
-def stream_nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Sequence[Weights], **options: Any) -> Iterator[Event]:  # fmt: skip
+@refuse_unknown_options
+def stream_nearest_base(
+    variant: Weights,
+    candidates: Mapping[str, Weights] | Sequence[Weights],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Iterator[Event]:
     """`nearest_base` as a generator of events."""
+    if isinstance(candidates, Weights):
+        raise AlgebraError("nearest_base", "the candidates go in a list", fix="ak.nearest_base(variant, [base, turbo])")
     given = list(candidates.values() if isinstance(candidates, Mapping) else candidates)
     deltas = [_models("nearest_base", variant, one) for one in given]
     if isinstance(candidates, Mapping):
@@ -157,8 +180,8 @@ def stream_nearest_base(variant: Weights, candidates: Mapping[str, Weights] | Se
         named = {names[one.leading]: one for one in given}
     if not named:
         raise AlgebraError("nearest_base", "no candidates", fix="ak.nearest_base(variant, [base, turbo])")
-    streams = (stream_delta_table(delta, **options) for delta in deltas)
-    yield from concluded(streams, lambda *tables: _nearest(named, dict(zip(named, tables, strict=True))))
+    streams = (stream_delta_table(delta, device=device, threads=threads) for delta in deltas)
+    return in_turn(streams, lambda *tables: _nearest(named, dict(zip(named, tables, strict=True))))
 
 
 def _nearest(named: Mapping[str, Weights], deltas: Mapping[str, pandas.DataFrame]) -> NearestBase:

@@ -12,7 +12,8 @@ import numpy as np
 from alkahest.algebra.deltas import Delta, DeltaSum
 from alkahest.algebra.expression import Expression
 from alkahest.algebra.weights import Sum, Weights, ends
-from alkahest.engine.events import Event, concluded, finished
+from alkahest.engine.events import Event, in_turn, result_of
+from alkahest.engine.options import refuse_unknown_options
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
 from alkahest.measure.lineage import checked
@@ -98,9 +99,10 @@ def factors(k: float) -> Factors:
     return Factors(subtract, 1.0 if subtract == float(k) else float(k) / subtract)
 
 
+@refuse_unknown_options
 def needed_multiplier(
     delta: Delta, on: Weights | None = None, basis: str = "relative", target: float | None = None,
-    reference: Delta | None = None, dtype: str | None = None, **options: Any,
+    reference: Delta | None = None, dtype: str | None = None, *, device: str = "cpu", threads: int | None = None,
 ) -> Multiplier:  # fmt: skip
     """The k with which ``on + k * delta`` takes effect, by one of several bases.
 
@@ -114,13 +116,16 @@ def needed_multiplier(
     is a delta for that basis; ``dtype`` the output's, by default the bridge's. Nobody published the formula of
     the article's own node. Raises AlgebraError for a delta that is exactly zero, or a model of norm zero.
     """
-    found: Multiplier = finished(stream_needed_multiplier(delta, on, basis, target, reference, dtype, **options))
+    found: Multiplier = result_of(
+        stream_needed_multiplier(delta, on, basis, target, reference, dtype, device=device, threads=threads)
+    )
     return found
 
 
+@refuse_unknown_options
 def stream_needed_multiplier(
     delta: Delta, on: Weights | None = None, basis: str = "relative", target: float | None = None,
-    reference: Delta | None = None, dtype: str | None = None, **options: Any,
+    reference: Delta | None = None, dtype: str | None = None, *, device: str = "cpu", threads: int | None = None,
 ) -> Iterator[Event]:  # fmt: skip
     """`needed_multiplier` as a generator of events."""
     target = _target(basis, target)
@@ -133,8 +138,12 @@ def stream_needed_multiplier(
         _require_delta(reference)
     on = ends(delta)[1] if on is None else on
     added = not_protected(delta, on)
-    streams = [stream_delta_table(one, on, 1.0, dtype, **options) for one in (delta, reference) if one is not None]
-    yield from concluded(streams, lambda table, known=None: multiplier_of(table, basis, target, known, added))
+    streams = [
+        stream_delta_table(one, on, 1.0, dtype, device=device, threads=threads)
+        for one in (delta, reference)
+        if one is not None
+    ]
+    return in_turn(streams, lambda table, known=None: multiplier_of(table, basis, target, known, added))
 
 
 def multiplier_of(table: pandas.DataFrame, basis: str = "relative", target: float | None = None, reference: pandas.DataFrame | None = None, added: frozenset[str] | None = None) -> Multiplier:  # fmt: skip

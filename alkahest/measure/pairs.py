@@ -13,14 +13,14 @@ from torch import Tensor
 
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import require_same
-from alkahest.engine.events import Event, finished
-from alkahest.engine.options import Options
+from alkahest.engine.events import Event, result_of
+from alkahest.engine.options import Options, refuse_unknown_options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
-from alkahest.engine.workers import BLOCK, Job, Run, why_nonfinite
+from alkahest.engine.workers import BLOCK, Run, why_nonfinite
 from alkahest.errors import AlgebraError, UnknownNameError, nearest
-from alkahest.measure.remembered import title_of
+from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.spectrum import matrix_of, randomised_svd
 from alkahest.measure.table import names_of
 from alkahest.measure.tally import sum_of_squares
@@ -43,8 +43,13 @@ COMPARISON = {
     "singular task interference of Gargiulo et al. 2025 (arXiv:2412.00081), here relative to the singular values",
 }
 
+KIND = Kind("compare", 1, COMPARISON, words=("first", "second"), packages=("torch",))
 
-def compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, **options: Any) -> pandas.DataFrame:
+
+@refuse_unknown_options
+def compare(
+    deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, *, device: str = "cpu", threads: int | None = None
+) -> pandas.DataFrame:
     """Compare deltas two by two: a DataFrame with a row for each tensor and pair. `COMPARISON` says what its columns are.
 
     >>> pairs = ak.compare({"anime": anime - turbo, "photo": photo - base})
@@ -54,38 +59,34 @@ def compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, **option
     norms, cosine and signs only. Needs every delta of one tensor in memory, 160 MB each. Raises
     MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
-    table: pandas.DataFrame = finished(stream_compare(deltas, rank, seed, **options))
+    table: pandas.DataFrame = result_of(stream_compare(deltas, rank, seed, device=device, threads=threads))
     return table
 
 
-def stream_compare(deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, **options: Any) -> Iterator[Event]:
+@refuse_unknown_options
+def stream_compare(
+    deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, *, device: str = "cpu", threads: int | None = None
+) -> Iterator[Event]:
     """`compare` as a generator of events."""
-    run = Run(Options.checked(options))
+    run = Run(Options(device=device, threads=threads).require("compare"))
     wrong = next((name for name, delta in deltas.items() if not isinstance(delta, Delta)), None)
     if wrong is not None or len(deltas) < 2:
         raise AlgebraError("compare", "two or more deltas are needed", found=f"{len(deltas)}" if wrong is None else f"{wrong}: {type(deltas[wrong]).__name__}", fix='ak.compare({"a": variant_a - base_a, "b": variant_b - base_b})')  # fmt: skip
     first = next(iter(deltas.values()))
     for other in deltas.values():
         require_same("compare", first, other)
-    rules = Rules()
-    rows: dict[str, list[dict[str, Any]]] = {}
-    jobs: list[Job] = []
-    for key, shape in first.shapes.items():
-        rows[key] = []
-        task = _Task(
-            key, first.family, shape, {name: delta.at(key, rules) for name, delta in deltas.items()}, rank, seed
+    settings = [list(deltas), rank, seed]
+    return stream_table(KIND, list(deltas.values()), settings, run, lambda: _tasks(deltas, rank, seed), about=None)
+
+
+def _tasks(deltas: Mapping[str, Delta], rank: int, seed: int) -> list[_Task]:
+    rules, first = Rules(), next(iter(deltas.values()))
+    return [
+        _Task(
+            key, first.family, shape, {name: delta.at(key, rules) for name, delta in deltas.items()}, rank, seed, number
         )
-        jobs.append(Job(key, 1, lambda workspace, task=task: rows[task.key].extend(_rows(task, run, workspace)), (0, len(jobs))))  # type: ignore[misc]  # fmt: skip
-    yield from run.measured(jobs, lambda: _table(rows, title_of(*deltas.values())))
-
-
-def _table(rows: dict[str, list[dict[str, Any]]], of: str) -> pandas.DataFrame:
-    import pandas as pd
-
-    columns = ["tensor", "part", "block", "module", "shape", *COMPARISON]
-    table = pd.DataFrame([row for some in rows.values() for row in some], columns=columns)
-    table.attrs["of"] = of
-    return table
+        for number, (key, shape) in enumerate(first.shapes.items())
+    ]
 
 
 def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pandas.DataFrame:
@@ -123,6 +124,21 @@ class _Task:
     deltas: dict[str, Term | None]
     rank: int
     seed: int
+    number: int
+    nbytes = 1  # of one delta of several, whichever there are
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return 0, self.number
+
+    def rows(self, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
+        with run.alone():
+            known = {name: _known(term, self, workspace) for name, term in self.deltas.items() if term is not None}
+        names = {**names_of(self.key, self.family), "shape": self.shape}
+        return [
+            {**names, "first": a, "second": b, **_pair(known.get(a), known.get(b))}
+            for a, b in combinations(self.deltas, 2)
+        ]
 
 
 @dataclass(frozen=True)
@@ -132,13 +148,6 @@ class _Known:
     numbers: Tensor
     norm: float
     directions: tuple[Tensor, Tensor, Tensor] | None
-
-
-def _rows(task: _Task, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
-    with run.alone():
-        known = {name: _known(term, task, workspace) for name, term in task.deltas.items() if term is not None}
-        names = {**names_of(task.key, task.family), "shape": task.shape}
-        return [{**names, "first": a, "second": b, **_pair(known.get(a), known.get(b))} for a, b in combinations(task.deltas, 2)]  # fmt: skip
 
 
 def _known(term: Term, task: _Task, workspace: Workspace) -> _Known:

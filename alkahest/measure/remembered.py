@@ -1,19 +1,22 @@
-"""Measured tables, remembered by the content of the files that they were measured from."""
+"""Measured tables: made of what tasks find side by side, and remembered by the content of what they were measured from."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from alkahest.algebra.expression import Expression
 from alkahest.engine.events import Event
-from alkahest.engine.readable import Readable
+from alkahest.engine.readable import Readable, Workspace
 from alkahest.engine.terms import name_leaves
+from alkahest.engine.workers import Job, Run
 from alkahest.files import cache
 from alkahest.files.hashes import identity
 from alkahest.mini.shipped import WEIGHTS
@@ -21,29 +24,96 @@ from alkahest.mini.shipped import WEIGHTS
 if TYPE_CHECKING:
     import pandas
 
+NAMES = ("tensor", "part", "block", "module", "shape")  # columns that say which tensor a row is about
+_TEXT = ("tensor", "part", "module", "shape")
 
-def remembered(what: str, expressions: Sequence[Expression | None], settings: Sequence[Any], measure: Callable[[], Iterator[Event]]) -> Iterator[Event]:  # fmt: skip
-    """The events of ``measure``, or one event with the table that it gave before for the same files and settings.
 
-    Files are the same if their BLAKE3 is, where that is known or quickly found (below 256 MB), else if
-    path, size and time are. Expressions that read anything but files are measured every time. The table's
-    ``attrs["of"]`` says what was measured, for titles.
+class Task(Protocol):
+    """One tensor's share of a measurement."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...  # of work, for progress
+
+    @property
+    def place(self) -> tuple[int, int]: ...  # where it is read from, as `Job.place`
+
+    def rows(self, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
+        """What the table says of it; nothing if it is to be left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of table: what its columns are, and which arithmetic made it."""
+
+    operation: str
+    number: int  # raised whenever a column comes out otherwise: what was remembered before is measured again
+    columns: Mapping[str, str]  # all but NAMES -> what it is; rewording it forgets nothing
+    objects: tuple[str, ...] = ()  # columns of arrays; all others but NAMES are float64
+    whole: tuple[str, ...] = ()  # columns of whole numbers
+    words: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()  # whose version decides the last digits
+
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+        """A DataFrame whose columns have the same dtypes whatever is in it, and however it came."""
+        import pandas as pd
+
+        names = [*NAMES, *(name for name in self.columns if name not in NAMES)]
+        found = pd.DataFrame([dict(row) for row in rows], columns=names, dtype=object)
+        numbers = {name: "float64" for name in names if name not in (*_TEXT, *self.objects, *self.words)}
+        whole = dict.fromkeys(("block", *self.whole), "int64")
+        text = dict.fromkeys(("tensor", "part", "module", *self.words), "str")
+        return found.astype({**numbers, **whole, **text})
+
+    @property
+    def settings(self) -> list[Any]:
+        """What of it belongs into the key of what is remembered."""
+        return [self.number, *(f"{name} {version(name)}" for name in self.packages)]
+
+
+def stream_table(
+    kind: Kind,
+    expressions: Sequence[Expression | None],
+    settings: Sequence[Any],
+    run: Run,
+    tasks: Callable[[], Sequence[Task]],
+    about: int | None = 1,
+) -> Iterator[Event]:
+    """The table that tasks make, as a generator of events; or one event with what they gave before for the same files.
+
+    Files are the same if their BLAKE3 is, where that is known or quickly found (below 256 MB), else if path, size and
+    time are. Expressions that read anything but files are measured every time. ``attrs["of"]`` says what was measured,
+    for titles: the first ``about`` expressions.
     """
-    of = title_of(*expressions[:1])
-    key = content_key(what, expressions, settings)
-    table = None if key is None else _decoded(cache.load("tables", key))
-    if table is not None:
+    of = title_of(*expressions[:about])
+    key = content_key(kind.operation, expressions, [*settings, *kind.settings])
+    known = None if key is None else _decoded(cache.load("tables", key))
+    if known is not None:
+        table = kind.table(known)
         table.attrs["of"] = of
         yield Event(1, 1, "remembered", table)
         return
-    for event in measure():
+    for event in _measured(kind, run, tasks()):
         if event.result is not None:
             event.result.attrs["of"] = of
             for reader in {reader for leaf in _leaves(expressions) for reader in leaf.files}:
                 reader.check_unchanged()
-            if key is not None and key == content_key(what, expressions, settings):
-                cache.store("tables", key, _encoded(what, event.result))
+            if key is not None and key == content_key(kind.operation, expressions, [*settings, *kind.settings]):
+                cache.store("tables", key, _encoded(kind, event.result))
         yield event
+
+
+def _measured(kind: Kind, run: Run, tasks: Sequence[Task]) -> Iterator[Event]:
+    rows: dict[str, list[dict[str, Any]]] = {task.key: [] for task in tasks}
+
+    def work(task: Task) -> Callable[[Workspace], None]:
+        return lambda workspace: rows[task.key].extend(task.rows(run, workspace))
+
+    jobs = [Job(task.key, task.nbytes, work(task), task.place) for task in tasks]
+    yield from run.progress(jobs, lambda: kind.table([row for some in rows.values() for row in some]))
 
 
 def title_of(*expressions: Expression | None) -> str:
@@ -63,7 +133,8 @@ def content_key(what: str, expressions: Sequence[Expression | None], settings: S
     files = [[getattr(leaf, "prefix", ""), *map(identity, leaf.files)] for leaf in leaves]
     if any(None in found for found in files):
         return None
-    text = json.dumps([what, [one and one.text(names) for one in expressions], files, list(settings)], default=str)
+    said = [one and [one.text(names), *one.definitions()] for one in expressions]
+    text = json.dumps([what, said, files, list(settings)], default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -71,8 +142,11 @@ def _leaves(expressions: Sequence[Expression | None]) -> list[Readable]:
     return list(name_leaves(*(one for one in expressions if one is not None)))
 
 
-def _encoded(what: str, table: pandas.DataFrame) -> dict[str, Any]:
-    return {"what": what, "columns": {name: [_packed(value) for value in table[name].tolist()] for name in table}}
+def _encoded(kind: Kind, table: pandas.DataFrame) -> dict[str, Any]:
+    return {
+        "what": kind.operation,
+        "rows": [{name: _packed(value) for name, value in row.items()} for row in table.to_dict("records")],
+    }
 
 
 def _packed(value: Any) -> Any:
@@ -81,11 +155,9 @@ def _packed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _decoded(found: Any) -> pandas.DataFrame | None:
-    import pandas as pd
-
+def _decoded(found: Any) -> list[dict[str, Any]] | None:
     try:
-        return pd.DataFrame({name: [_unpacked(value) for value in column] for name, column in found["columns"].items()})
+        return [{name: _unpacked(value) for name, value in row.items()} for row in found["rows"]]
     except (TypeError, KeyError, ValueError, AttributeError):  # none, or not one of ours: measure again
         return None
 

@@ -15,14 +15,14 @@ from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import require_same
 from alkahest.algebra.weights import Weights, ends
 from alkahest.engine.evaluate import evaluate
-from alkahest.engine.events import Event, finished
-from alkahest.engine.options import Options
+from alkahest.engine.events import Event, result_of
+from alkahest.engine.options import Options, refuse_unknown_options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
-from alkahest.engine.workers import Job, Run, blocks, place_of, why_nonfinite
+from alkahest.engine.workers import Run, blocks, place_of, why_nonfinite
 from alkahest.errors import AlgebraError
-from alkahest.measure.remembered import remembered
+from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.table import names_of
 from alkahest.measure.tally import sum_of_squares
 from alkahest.model import seeded
@@ -45,13 +45,18 @@ SPECTRUM = {
     "row_norms": "the norm of each row (output) of d",
     "ratios": "how many of |d| / |w| fall into each bin of RATIOS; where d or w is 0 in none",
 }
+KIND = Kind("delta_spectra", 1, SPECTRUM, objects=("singular_values", "row_norms", "ratios"), packages=("torch",))
 RATIOS = 2.0 ** np.arange(-24, 9)  # lower edges of the bins, one an octave; the outer ones take the rest
 _EXACT_SIDE = 1024  # a matrix with a side up to this is decomposed in full: at most about a second
 _POWER = 4  # power iterations: of pure noise, the slowest to fall, s comes out 5 % low (Halko et al. 2011, section 6.3)
 _OVERSAMPLED = 10  # more directions than asked for (the same, section 4.2)
 
 
-def delta_spectra(delta: Delta, on: Weights | None = None, values: int = 32, seed: int = 0, exact: bool = False, **options: Any) -> pandas.DataFrame:  # fmt: skip
+@refuse_unknown_options
+def delta_spectra(
+    delta: Delta, on: Weights | None = None, values: int = 32, seed: int = 0, exact: bool = False, *,
+    device: str = "cpu", threads: int | None = None,
+) -> pandas.DataFrame:  # fmt: skip
     """Decompose every matrix of a delta: a DataFrame with a row for each. `SPECTRUM` says what its columns are.
 
     >>> spectra = ak.delta_spectra((variant - base).only("layers.0-3"))
@@ -60,15 +65,22 @@ def delta_spectra(delta: Delta, on: Weights | None = None, values: int = 32, see
     ``values`` is how many singular values are found, by seeded randomised iteration (Halko, Martinsson and
     Tropp 2011); all of them, in full, where ``exact=True`` or a side is at most 1024. A matrix of
     3840 x 10240 takes half a second and 500 MB, in full five seconds and 900 MB. Untouched matrices are left out.
+    ``device`` and ``threads`` are what works on it.
     Raises MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
-    table: pandas.DataFrame = finished(stream_delta_spectra(delta, on, values, seed, exact, **options))
+    table: pandas.DataFrame = result_of(
+        stream_delta_spectra(delta, on, values, seed, exact, device=device, threads=threads)
+    )
     return table
 
 
-def stream_delta_spectra(delta: Delta, on: Weights | None = None, values: int = 32, seed: int = 0, exact: bool = False, **options: Any) -> Iterator[Event]:  # fmt: skip
+@refuse_unknown_options
+def stream_delta_spectra(
+    delta: Delta, on: Weights | None = None, values: int = 32, seed: int = 0, exact: bool = False, *,
+    device: str = "cpu", threads: int | None = None,
+) -> Iterator[Event]:  # fmt: skip
     """`delta_spectra` as a generator of events."""
-    run = Run(Options.checked(options))
+    run = Run(Options(device=device, threads=threads).require("delta_spectra"))
     if not isinstance(delta, Delta):
         raise AlgebraError("delta_spectra", "a delta is needed", found=type(delta).__name__, fix="variant - base")
     if values < 1:
@@ -76,28 +88,17 @@ def stream_delta_spectra(delta: Delta, on: Weights | None = None, values: int = 
     on = ends(delta)[1] if on is None else on
     if on is not None:
         require_same("delta_spectra", on, delta)
-    settings = [values, seed, exact, SPECTRUM]
-    yield from remembered(
-        "delta_spectra", [delta, on], settings, lambda: _decomposed(delta, on, values, seed, exact, run)
-    )
+    return stream_table(KIND, [delta, on], [values, seed, exact], run, lambda: _tasks(delta, on, values, seed, exact))
 
 
-def _decomposed(delta: Delta, on: Weights | None, values: int, seed: int, exact: bool, run: Run) -> Iterator[Event]:
-    rules, jobs = Rules(), []
-    rows: dict[str, dict[str, Any]] = {}
+def _tasks(delta: Delta, on: Weights | None, values: int, seed: int, exact: bool) -> list[_Task]:
+    rules, tasks = Rules(), []
     for key, shape in delta.shapes.items():
         found = delta.at(key, rules)
-        if found is None or len(shape) != 2 or min(shape) < 2:
-            continue
-        rows[key] = {}
-        task = _Task(
-            key, delta.family, shape, found, None if on is None else on.at(key, rules), min(values, *shape), seed, exact
-        )
-        jobs.append(Job(key, math.prod(shape), lambda workspace, task=task: rows[task.key].update(_row(task, run, workspace)), place_of(found)))  # type: ignore[misc]  # fmt: skip
-    import pandas as pd
-
-    columns = ["tensor", "part", "block", "module", "shape", *SPECTRUM]
-    yield from run.measured(jobs, lambda: pd.DataFrame([row for row in rows.values() if row], columns=columns))
+        if found is not None and len(shape) == 2 and min(shape) > 1:
+            against = None if on is None else on.at(key, rules)
+            tasks.append(_Task(key, delta.family, shape, found, against, min(values, *shape), seed, exact))
+    return tasks
 
 
 def randomised_svd(matrix: Tensor, rank: int, seed: int, key: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,13 +163,21 @@ class _Task:
     seed: int
     exact: bool
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
 
-def _row(task: _Task, run: Run, workspace: Workspace) -> dict[str, Any]:
-    with run.alone():
-        return _measured(task, workspace)
+    @property
+    def place(self) -> tuple[int, int]:
+        return place_of(self.delta)
+
+    def rows(self, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
+        with run.alone():
+            row = _row(self, workspace)
+        return [row] if row else []
 
 
-def _measured(task: _Task, workspace: Workspace) -> dict[str, Any]:
+def _row(task: _Task, workspace: Workspace) -> dict[str, Any]:
     matrix = matrix_of(task.delta, task.shape, workspace)
     squares = sum_of_squares(matrix.flatten())
     if not math.isfinite(squares):

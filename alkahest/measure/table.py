@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,15 @@ from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import require_same
 from alkahest.algebra.weights import Weights, ends
 from alkahest.engine.evaluate import evaluate
-from alkahest.engine.events import Event, finished
+from alkahest.engine.events import Event, result_of
 from alkahest.engine.loops import Kernels, Numbers, bits_of, is_bf16, kernels
-from alkahest.engine.options import Options
+from alkahest.engine.options import Options, refuse_unknown_options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Minus, Source, Term, Times, sources
-from alkahest.engine.workers import Job, Run, blocks, place_of, why_nonfinite
+from alkahest.engine.workers import Run, blocks, place_of, why_nonfinite
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
-from alkahest.measure.remembered import remembered
+from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.rounding import absorbed
 from alkahest.measure.tally import Tally
 from alkahest.model.dtypes import FORMATS, SCALED, Format, storage_name
@@ -63,12 +63,24 @@ COLUMNS = {
     "of a million elements or more are counted, and stand for all, unless exact=True",
     "ulp_energy": "sum of d squared over the elements in each bin, likewise",
 }
+KIND = Kind(
+    "delta_table",
+    1,
+    COLUMNS,
+    objects=("ulps", "ulp_energy"),
+    whole=("elements",),
+    words=("variant_storage", "base_storage"),
+)
 _PRINTED = {"elements": "{:,}", "relative": "{:.2e}", "rms": "{:.2e}", "largest": "{:.2e}", "cosine": "{:.6f}", "changed": "{:.3f}", "absorbed": "{:.3f}"}  # fmt: skip
 _SAMPLED = 250_000  # elements that histograms take of a tensor, at least: shares err by 0.1 %
 _COMPILED = 1 << 26  # elements, above which compiled loops pay for being loaded
 
 
-def delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, **options: Any) -> pandas.DataFrame:  # fmt: skip
+@refuse_unknown_options
+def delta_table(
+    delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, *, exact: bool = False,
+    device: str = "cpu", threads: int | None = None,
+) -> pandas.DataFrame:  # fmt: skip
     """Measure ``k * delta``: a DataFrame with a row for each tensor. `COLUMNS` says what its columns are.
 
     >>> table = ak.delta_table(variant - base)
@@ -76,38 +88,39 @@ def delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: 
     >>> ak.rolled_up(table, by=["part", "block"])
 
     ``on`` is what the delta is to be added to, by default its base: ``relative`` is relative to its
-    norm, and ``ulps`` counts in units of its last place, as stored or in ``dtype``. Sums are exact to
-    1e-6. A table that was measured before is remembered (`ak.cached`). The ends of a sum of deltas are not known: their columns are empty. Options: ``exact`` (count
-    every element in ``ulps``), ``threads``, ``device``. Raises MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
+    norm, and ``ulps`` counts in units of its last place, as stored or in ``dtype``; ``exact`` counts every element
+    there. Sums are exact to 1e-6. A table that was measured before is remembered (`ak.cached`). The ends of a sum of
+    deltas are not known: their columns are empty. ``device`` and ``threads`` are what works on it. Raises
+    MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
-    table: pandas.DataFrame = finished(stream_delta_table(delta, on, k, dtype, **options))
+    table: pandas.DataFrame = result_of(
+        stream_delta_table(delta, on, k, dtype, exact=exact, device=device, threads=threads)
+    )
     return table
 
 
-def stream_delta_table(delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, exact: bool = False, **options: Any) -> Iterator[Event]:  # fmt: skip
+@refuse_unknown_options
+def stream_delta_table(
+    delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, *, exact: bool = False,
+    device: str = "cpu", threads: int | None = None,
+) -> Iterator[Event]:  # fmt: skip
     """`delta_table` as a generator of events."""
-    run = Run(Options.checked(options))
+    run = Run(Options(device=device, threads=threads).require("delta_table"))
     if not isinstance(delta, Delta):
         raise AlgebraError("delta_table", "a delta is needed", found=type(delta).__name__, fix="variant - base")
     on = ends(delta)[1] if on is None else on
     if on is not None:
         require_same("delta_table", on, delta)
     scaled = k * delta
-    settings = [None if dtype is None else _asked(dtype)[0].name, exact, COLUMNS]
-    yield from remembered("delta_table", [scaled, on], settings, lambda: _measured(scaled, on, dtype, exact, run))
+    settings = [None if dtype is None else _asked(dtype)[0].name, exact]
+    return stream_table(KIND, [scaled, on], settings, run, lambda: _tasks(scaled, on, dtype, exact))
 
 
-def _measured(delta: Delta, on: Weights | None, dtype: str | None, exact: bool, run: Run) -> Iterator[Event]:
-    variant, base = ends(delta)
-    tasks = [_task(key, delta, (variant, base, on), dtype, exact) for key in delta.shapes]
-    rows: dict[str, dict[str, Any]] = {task.key: {} for task in tasks}
-    compiled = kernels() if sum(task.elements for task in tasks) >= _COMPILED else None
-    jobs = [
-        Job(task.key, task.nbytes, _filling(rows, task, compiled), place_of(task.terms.get("delta"))) for task in tasks
-    ]
-    import pandas as pd
-
-    yield from run.measured(jobs, lambda: pd.DataFrame(list(rows.values()), columns=list(COLUMNS)))
+def _tasks(delta: Delta, on: Weights | None, dtype: str | None, exact: bool) -> list[_Task]:
+    models = (*ends(delta), on)
+    large = sum(math.prod(shape) for shape in delta.shapes.values()) >= _COMPILED
+    loops = kernels() if large else None
+    return [_task(key, delta, models, dtype, exact, loops) for key in delta.shapes]
 
 
 def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pandas.DataFrame:
@@ -160,10 +173,6 @@ def printed(table: pandas.DataFrame, by: str = "part") -> str:
     return text
 
 
-def _filling(rows: dict[str, dict[str, Any]], task: _Task, loops: Kernels | None) -> Callable[[Workspace], None]:
-    return lambda workspace: rows[task.key].update(task.row(workspace, loops))
-
-
 @dataclass(frozen=True)
 class _Task:
     """One tensor's share of the work: what is to be read, and the unit of its last place."""
@@ -176,6 +185,7 @@ class _Task:
     units: dict[str, tuple[Format, float]]  # format and scale of the same, as far as they are stored
     factor: float  # in the delta
     stride: int
+    loops: Kernels | None
 
     @property
     def elements(self) -> int:
@@ -188,10 +198,13 @@ class _Task:
         pieces = [source.leaf.stored(source.key) for source in reads]
         return sum(piece.nbytes for piece in pieces if piece is not None)
 
-    def row(self, workspace: Workspace, loops: Kernels | None) -> dict[str, Any]:
+    @property
+    def place(self) -> tuple[int, int]:
+        return place_of(self.terms.get("delta"))
+
+    def rows(self, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
         tally = Tally()
-        if not (self.is_pair and workspace.device.type == "cpu"):
-            loops = None
+        loops = self.loops if self.is_pair and workspace.device.type == "cpu" else None
         # A compiled loop keeps nothing between two passes, so that its blocks need not stay in a cache.
         ranges = blocks(list(self.terms.values())[-1], self.elements, 4 if loops else 1) if self.terms else ()
         for start, stop in ranges:
@@ -203,7 +216,7 @@ class _Task:
                 tally.add(values, self.units, self.stride)
             if bad := tally.nonfinite:
                 raise why_nonfinite(self.terms[bad], self.key, "delta_table")
-        return {**self._names(), **tally.columns(self.elements, self.factor)}
+        return [{**self._names(), **tally.columns(self.elements, self.factor)}]
 
     @property
     def is_pair(self) -> bool:
@@ -231,7 +244,7 @@ def names_of(key: str, family: Family) -> dict[str, Any]:
     }
 
 
-def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, Weights | None], dtype: str | None, exact: bool) -> _Task:  # fmt: skip
+def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, Weights | None], dtype: str | None, exact: bool, loops: Kernels | None) -> _Task:  # fmt: skip
     rules = Rules()
     terms: dict[str, Term | None] = {name: model.at(key, rules) for name, model in zip(("variant", "base", "on"), models, strict=True) if model is not None}  # fmt: skip
     terms["delta"] = delta.at(key, rules)
@@ -248,7 +261,15 @@ def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, 
     shape = tuple(delta.shapes[key])
     stride = 1 if exact else _stride(shape)
     return _Task(
-        key, delta.family, shape, {n: t for n, t in terms.items() if t is not None}, storage, units, factor, stride
+        key,
+        delta.family,
+        shape,
+        {n: t for n, t in terms.items() if t is not None},
+        storage,
+        units,
+        factor,
+        stride,
+        loops,
     )
 
 

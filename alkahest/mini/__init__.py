@@ -22,3 +22,7 @@ __all__ = [
     "manifest",
     "save_pipeline",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

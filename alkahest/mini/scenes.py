@@ -7,7 +7,7 @@ models, the look belongs to the lineage and not to the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -43,6 +43,9 @@ _SIDE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on th
 _PLACE_WORDS = {"mountains": "the mountains"}
 # How often a training caption leaves an attribute out, so that short prompts work too.
 _LEFT_OUT = {"colour": 0.03, "place": 0.05, "light": 0.05, "side": 0.12, "quality": 0.4}
+
+
+Choice = str | Sequence[str] | None  # of an attribute: one value, several, or any
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,11 @@ class Scene:
         return (numbers[0] + 2 * numbers[1] + 3 * numbers[2]) % 7 == 0
 
 
-def scenes(count: int, seed: int, held_out: bool | None = False, **fixed: Any) -> Iterator[Scene]:
-    """Random scenes; ``fixed`` names one value or a tuple of values for some attributes.
+def scenes(
+    count: int, seed: int, held_out: bool | None = False, *, subject: Choice = None, colour: Choice = None,
+    place: Choice = None, light: Choice = None, side: Choice = None, quality: Choice = None, style: Choice = None,
+) -> Iterator[Scene]:  # fmt: skip
+    """Random scenes; an attribute may be given one value, or several to choose from.
 
     >>> [scene.caption() for scene in scenes(2, seed=0, style="photo", light=("sunset", "night"))]
 
@@ -113,6 +119,16 @@ def scenes(count: int, seed: int, held_out: bool | None = False, **fixed: Any) -
     None both. The n-th scene depends on the seed and n alone.
     """
     choices = {name: values[: len(_SEEN[name])] for name, values in ATTRIBUTES.items()}
+    given = {
+        "subject": subject,
+        "colour": colour,
+        "place": place,
+        "light": light,
+        "side": side,
+        "quality": quality,
+        "style": style,
+    }
+    fixed = {name: value for name, value in given.items() if value is not None}
     choices |= {name: (value,) if isinstance(value, str) else tuple(value) for name, value in fixed.items()}
     for number in range(count):
         rng = np.random.default_rng([seed, number])

@@ -56,15 +56,24 @@ class LiveModel:
     `set` recomputes the tensors that the change reaches and no others, from the inputs, so the
     result equals a fresh load of the merged file, bit for bit. Inputs of such tensors are kept as
     stored, up to ``memory`` (bytes, or text like "2GB"), and the rest is read again each time.
-    ``pipe`` is the `pipeline`, whose other options are taken too. LoRAs loaded into it are named
+    ``pipe`` is the `pipeline`, which ``dtype``, ``storage``, ``device`` and ``offload`` are for. LoRAs loaded into it are named
     scalars as well, by their adapter names: ``live.set({"style": 0.8})``.
     """
 
     def __init__(
-        self, expression: Weights, components: Any = None, *, memory: int | str = "2GB", **options: Any
+        self,
+        expression: Weights,
+        components: Any = None,
+        *,
+        memory: int | str = "2GB",
+        dtype: str | None = None,
+        storage: str | None = None,
+        device: str = "cpu",
+        offload: bool = False,
     ) -> None:
         self.budget = byte_count(memory, "memory")
-        self.pipe = pipeline(expression, components, **options)
+        options = {"dtype": dtype, "storage": storage, "device": device, "offload": offload}
+        self.pipe = pipeline(expression, components, dtype=dtype, storage=storage, device=device, offload=offload)
         self.expression = expression
         self.lock = threading.RLock()  # held while a picture depends on the parameters as they are
         self._held = _Held(self.budget)

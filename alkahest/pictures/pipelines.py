@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alkahest.algebra.weights import Weights
-from alkahest.engine.load import load_into
 from alkahest.errors import MismatchError, UnknownNameError, UnsupportedError, nearest
 from alkahest.model.dtypes import FORMATS, FP8, storage_name
 from alkahest.pictures.components import load_components
@@ -51,7 +50,7 @@ def pipeline(
     stored = None if storage is None else FORMATS[_format(storage, FP8)].torch
     parts = load_components(weights, components, computed)
     transformer = empty_transformer(weights, computed, stored, device="cpu" if offload else device)
-    load_into(weights, transformer)
+    weights.load_into(transformer)
     pipe = ZImagePipeline(transformer=transformer, **parts)
     pipe.set_progress_bar_config(disable=True)
     if offload:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from alkahest.engine.events import Event
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError, nearest
 from alkahest.pictures.settings import SHIFT, Settings
 
@@ -26,17 +27,16 @@ _embedded: WeakKeyDictionary[Any, _Embeddings] = WeakKeyDictionary()  # by text 
 _colours: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # by VAE
 
 
-@dataclass(frozen=True)
-class Step:
-    """One denoising step of one batch of pictures, ``done`` of ``total`` steps in all."""
+@dataclass(frozen=True, kw_only=True)
+class Step(Event):
+    """One denoising step of a batch of pictures; the last step of a batch carries its pictures as the result.
 
-    done: int
-    total: int
+    The ``key`` says which ones: "pictures 1-4, sigma 0.750".
+    """
+
     sigma: float  # noise level reached, 1 (noise) to 0 (picture)
-    key: str  # which pictures: "pictures 1-4, sigma 0.750"
     latents: Tensor = field(repr=False)  # [batch, channels, height / 8, width / 8], float32
     denoised: Tensor = field(repr=False)  # what the model takes the finished latents to be, same shape
-    result: list[Image] | None  # with the last step of a batch: its pictures
     _pipe: Any = field(repr=False)
 
     def previews(self) -> list[Image]:

@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 
+from alkahest.engine.events import Event, result_of
 from alkahest.engine.workers import spread
 from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
 from alkahest.files.cache import cache_folder
@@ -26,6 +29,7 @@ from alkahest.pictures.sheet import contact_sheet, png_bytes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FORMAT = 1  # of pictures that are remembered: raised whenever they would come out otherwise
 SETTINGS = ("steps", "cfg", "shift", "schedule", "cfg_normalization", "negative_prompt", "width", "height")
 
 
@@ -63,7 +67,25 @@ class Cells(pd.DataFrame):  # type: ignore[misc]
         return contact_sheet(self, [d for d in down if len(down) == 1 or self[d].nunique() > 1], across, size)
 
 
-def sweep(live: Any, prompts: str | Sequence[str], over: Mapping[str, Sequence[Any]], **options: Any) -> Cells:
+def sweep(
+    live: LiveModel,
+    prompts: str | Sequence[str],
+    over: Mapping[str, Sequence[Any]],
+    *,
+    seeds: Sequence[int] = (0,),
+    executor: Executor | None = None,
+    folder: str | Path | None = None,
+    batch: int = 4,
+    steps: int | None = None,
+    cfg: float | None = None,
+    shift: float | None = None,
+    schedule: str | None = None,
+    cfg_normalization: float | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    **scalars: float,
+) -> Cells:
     """Draw every combination; returns a DataFrame with a row a picture: values, seed, measures, path.
 
     >>> table = ak.sweep(live, ["a red ball at night"], over={"k": [0, 1, 10, 171.1], "shift": [3, 6, 12]})
@@ -71,50 +93,76 @@ def sweep(live: Any, prompts: str | Sequence[str], over: Mapping[str, Sequence[A
 
     ``over`` maps named scalars of the `LiveModel` (LoRA strengths too) and sampling settings (``steps``,
     ``cfg``, ``shift``, ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``) to values.
-    Options: ``seeds`` (default one, 0); ``executor``, any ``concurrent.futures.Executor``, dask's
-    ``client.get_executor()`` among them; ``folder`` for the pictures, by default in the user's cache;
-    ``batch``, how many are drawn at once (default 4); and fixed settings, such as ``steps=8``. A cell that was drawn before is not drawn again, so a sweep
+    ``executor`` is any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; ``folder`` is for
+    the pictures, by default in the user's cache; ``batch`` is how many are drawn at once. What follows are fixed
+    settings, by default those of `sample`, and named scalars, such as ``k=5``. A cell that was drawn before is not drawn again, so a sweep
     that was stopped goes on. One that fails has its reason in the column ``error``, and the rest goes on.
     Raises UnknownNameError for a name that is neither a scalar nor a setting, before anything is drawn.
     """
-    result = None
-    for event in stream_sweep(live, prompts, over, **options):
-        result = event.result
-    assert result is not None  # the last event carries the table
-    return result
-
-
-@dataclass(frozen=True)
-class SweepEvent:
-    """Progress: cells done and in all, the cell at hand, and at the end the table."""
-
-    done: int
-    total: int
-    key: str
-    result: Cells | None = field(default=None, repr=False)
+    cells: Cells = result_of(
+        stream_sweep(
+            live,
+            prompts,
+            over,
+            seeds=seeds,
+            executor=executor,
+            folder=folder,
+            batch=batch,
+            steps=steps,
+            cfg=cfg,
+            shift=shift,
+            schedule=schedule,
+            cfg_normalization=cfg_normalization,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            **scalars,
+        )
+    )
+    return cells
 
 
 def stream_sweep(
-    live: LiveModel, prompts: str | Sequence[str], over: Mapping[str, Sequence[Any]], *, seeds: Sequence[int] = (0,),
-    executor: Executor | None = None, folder: str | Path | None = None, batch: int = 4, **fixed: Any,
-) -> Iterator[SweepEvent]:  # fmt: skip
+    live: LiveModel,
+    prompts: str | Sequence[str],
+    over: Mapping[str, Sequence[Any]],
+    *,
+    seeds: Sequence[int] = (0,),
+    executor: Executor | None = None,
+    folder: str | Path | None = None,
+    batch: int = 4,
+    steps: int | None = None,
+    cfg: float | None = None,
+    shift: float | None = None,
+    schedule: str | None = None,
+    cfg_normalization: float | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    **scalars: float,
+) -> Iterator[Event]:
     """`sweep` as a generator of events, one per finished cell."""
     if batch < 1:
         raise AlkahestError("sweep", "batch must be at least 1", found=batch)
     place = Path(folder) if folder is not None else cache_folder() / "sweeps"
-    cells = _cells(live, [prompts] if isinstance(prompts, str) else list(prompts), over, seeds, fixed, place)
+    given = (steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
+    settings = {name: value for name, value in zip(SETTINGS, given, strict=True) if value is not None}
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    cells = _cells(live, texts, over, seeds, {**settings, **scalars}, place)
+    return _events(live, cells, executor, batch)
+
+
+def _events(live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int) -> Iterator[Event]:
     records: dict[Path, dict[str, Any]] = {}
-    done = 0
     before = live.params
     try:
         for cell, record in _drawn(live, cells, executor, batch):
             records[cell.path] = record
-            done += 1
-            yield SweepEvent(done, len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
+            yield Event(len(records), len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
     finally:
         live.set(before)
     rows = [cell.row | records[cell.path] for cell in cells]
-    yield SweepEvent(done, len(cells), "done", Cells(rows))
+    yield Event(len(cells), len(cells), "done", Cells(rows))
 
 
 def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]], seeds: Sequence[int], fixed: Mapping[str, Any], folder: Path) -> list[Cell]:  # fmt: skip
@@ -134,7 +182,7 @@ def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]
         scalars = {name: float(value) for name, value in chosen.items() if name in known}
         settings = {name: value for name, value in chosen.items() if name in SETTINGS}
         for prompt, seed in product(prompts, seeds):
-            text = json.dumps([identity, scalars, settings, prompt, seed], sort_keys=True)
+            text = json.dumps([FORMAT, identity, scalars, settings, prompt, seed], sort_keys=True)
             name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
             cells.append(Cell(scalars, settings, prompt, int(seed), folder / f"{name}.png"))
     return cells
@@ -205,7 +253,15 @@ def _identity(live: LiveModel) -> list[str]:
         _fingerprint(live.pipe.vae),
         _fingerprint(live.pipe.transformer, ".lora_"),
     ]
-    return [bare.text(), *hashes, *parts, live.pipe.tokenizer.chat_template or ""]
+    return [
+        torch.__version__,
+        version("diffusers"),
+        bare.text(),
+        *bare.definitions(),
+        *hashes,
+        *parts,
+        live.pipe.tokenizer.chat_template or "",
+    ]
 
 
 def _fingerprint(module: Any, among: str = "") -> str:

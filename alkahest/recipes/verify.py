@@ -56,12 +56,12 @@ class Verdict:
         return "\n".join(lines)
 
 
-def verify(
+def stream_verdict(
     path: str | os.PathLike[str], given: Mapping[str, Any] | None = None, recompute: bool = False
-) -> Iterator[Event | Verdict]:
+) -> Iterator[Event]:
     """Check a checkpoint from end to end: structure, finite numbers, inputs, and with ``recompute`` every byte.
 
-    A generator of events; the last item is the `Verdict`. Recomputing compares with the file and
+    A generator of events, the last with the `Verdict`. Recomputing compares with the file and
     writes nothing. Raises FileFormatError if the file cannot be opened at all.
     """
     checkpoint = open_checkpoint(path)
@@ -84,11 +84,11 @@ def verify(
             verdict.differing = yield from _differing(checkpoint, recipe, expression)
     elif recompute:
         raise RecipeError("verify", "nothing to recompute: no recipe is recorded", file=path)
-    yield verdict
+    yield Event(done, done, "done", verdict)
 
 
 def _differing(checkpoint: Checkpoint, recipe: Recipe, expression: Weights) -> Generator[Event, None, list[str]]:
-    options = Options.checked(recipe.output)
+    options = Options.of(recipe.output)
     plan = plan_of(expression, options)
     run = Run(options)
     headers = headers_of(plan, hashed_recipe(expression, options))

@@ -33,8 +33,8 @@ from alkahest.model.stored import MARKER, Slice, Stored, resolve, whole_packed
 _UNPACKING = threading.Lock()  # one at a time: memory is scarce there
 
 
-class Checkpoint(Leaf):
-    """An opened checkpoint, which is also a lazy mapping from canonical name to tensor.
+class Checkpoint(Leaf, Mapping[str, torch.Tensor]):
+    """An opened checkpoint, which is also a lazy mapping from canonical name to tensor, names in model order.
 
     >>> base = ak.open("z_image_bf16.safetensors")
     >>> base["layers.0.attention.to_q.weight"].shape
@@ -147,8 +147,7 @@ class Checkpoint(Leaf):
     def __contains__(self, key: object) -> bool:
         return key in self._shapes
 
-    def keys(self) -> list[str]:
-        """Canonical names, in model order."""
+    def _ipython_key_completions_(self) -> list[str]:
         return list(self._shapes)
 
     def __eq__(self, other: object) -> bool:
@@ -218,14 +217,14 @@ class Checkpoint(Leaf):
 
 
 @dataclass(frozen=True, repr=False)
-class Part:
+class Part(Mapping[str, torch.Tensor]):
     """Some tensors of a checkpoint, read when asked for: a mapping from canonical name to tensor."""
 
     checkpoint: Checkpoint
     pattern: str
     names: list[str]
 
-    def keys(self) -> list[str]:
+    def _ipython_key_completions_(self) -> list[str]:
         return self.names
 
     def __iter__(self) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alkahest.engine.events import Event
+from alkahest.engine.options import refuse_unknown_options
 from alkahest.errors import AlkahestError, FileFormatError
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
 from alkahest.files.whole import write_file
+from alkahest.mini.drawing import draw
+from alkahest.mini.scenes import Choice, scenes
+from alkahest.pictures.sampler import sample
+from alkahest.pictures.settings import SHIFT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,36 +93,58 @@ def from_folder(folder: str | Path) -> Dataset:
     return Dataset(path.name, named, skipped)
 
 
-def from_scenes(count: int, seed: int, **fixed: Any) -> Dataset:
-    """Scenes of the miniature world with their training captions; ``fixed`` as in `alkahest.mini.scenes.scenes`.
+@refuse_unknown_options
+def from_scenes(
+    count: int, seed: int, held_out: bool | None = False, *, subject: Choice = None, colour: Choice = None,
+    place: Choice = None, light: Choice = None, side: Choice = None, quality: Choice = None, style: Choice = None,
+) -> Dataset:  # fmt: skip
+    """Scenes of the miniature world with their training captions; the choices are those of `alkahest.mini.scenes.scenes`.
 
     >>> from_scenes(2000, seed=1, style="anime", subject=("man", "woman"))
     """
-    from alkahest.mini.scenes import scenes
-
-    drawn = list(scenes(count, seed, **fixed))
-    what = ", ".join(f"{name}={value}" for name, value in fixed.items())
+    drawn = list(
+        scenes(
+            count, seed, held_out, subject=subject, colour=colour, place=place, light=light, side=side, quality=quality,
+            style=style,
+        )
+    )  # fmt: skip
+    given = {
+        "held_out": held_out or None,
+        "subject": subject,
+        "colour": colour,
+        "place": place,
+        "light": light,
+        "side": side,
+        "quality": quality,
+        "style": style,
+    }
+    what = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     examples = [Example(f"scene {number}", scene.training_caption(), hashlib.blake2b(repr(scene).encode(), digest_size=16).hexdigest(), partial(_drawn, scene)) for number, scene in enumerate(drawn)]  # fmt: skip
     return Dataset(f"scenes ({what})" if what else "scenes", examples)
 
 
-def make_dataset(models: Mapping[str, Any], prompts: Sequence[str], folder: str | Path, **how: Any) -> Iterator[Event]:
+@refuse_unknown_options
+def make_dataset(
+    models: Mapping[str, Any], prompts: Sequence[str], folder: str | Path, *, batch: int = 8, negative_prompt: str = "",
+    steps: int = 24, cfg: float = 2.0, shift: float = SHIFT, schedule: str = "diffusers", cfg_normalization: float = 0.0,
+    width: int | None = None, height: int | None = None,
+) -> Iterator[Event]:  # fmt: skip
     """Have models draw a dataset, each every prompt: a generator of events; the result is the `Dataset`.
 
     >>> for event in make_dataset({"turbo": turbo, "base": base}, prompts, "drawn", steps=8): print(event)
 
-    ``models`` are pipelines or (pipeline, settings of `ak.sample`) by name; ``how`` are settings
-    for all. Writes ``NAME-00000.png`` and ``.txt``; pictures that are there are not drawn again.
+    ``models`` are pipelines or (pipeline, settings of `ak.sample`) by name; the other settings are
+    for all that name none of their own. Writes ``NAME-00000.png`` and ``.txt``; pictures that are there are not drawn again.
     """
-    import io
-
-    from alkahest.pictures.sampler import sample
-
     path = Path(folder).expanduser()
     if not prompts:
         raise AlkahestError("make_dataset", "there are no prompts", fix="a file with a prompt a line")
     path.mkdir(parents=True, exist_ok=True)
-    total, done, batch = len(models) * len(prompts), 0, how.pop("batch", 8)
+    how = {
+        "negative_prompt": negative_prompt, "steps": steps, "cfg": cfg, "shift": shift, "schedule": schedule,
+        "cfg_normalization": cfg_normalization, "width": width, "height": height,
+    }  # fmt: skip
+    total, done = len(models) * len(prompts), 0
     for name, model in models.items():
         pipe, its = model if isinstance(model, tuple) else (model, {})
         for first in range(0, len(prompts), batch):
@@ -169,7 +197,5 @@ def _opened(path: Path) -> Image:
 def _drawn(scene: Any) -> Image:
     import numpy as np
     from PIL import Image
-
-    from alkahest.mini.drawing import draw
 
     return Image.fromarray(np.rint(draw(scene) * 255).astype(np.uint8))

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from alkahest.training.loop import Result
+from alkahest.engine.events import Event
 
 
-@dataclass(frozen=True)
-class StepEvent:
-    """Progress of a run: steps done and in all, where it is, the loss, and at the end the `Result`."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep(Event):
+    """Steps done and in all, where the run is, the loss, what was just measured, and at the end the `Result`."""
 
-    done: int
-    total: int
-    key: str
     loss: float = math.nan
-    row: Mapping[str, Any] | None = None  # what was just measured
-    result: Result | None = field(default=None, repr=False)
+    row: Mapping[str, Any] | None = None

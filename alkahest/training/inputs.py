@@ -11,7 +11,7 @@ from torch import nn
 
 from alkahest import mini
 from alkahest.algebra.weights import Weights
-from alkahest.engine.load import fill, load_into
+from alkahest.engine.load import fill
 from alkahest.engine.options import Options
 from alkahest.engine.scalars import Rules
 from alkahest.errors import FileFormatError, RecipeError
@@ -29,7 +29,7 @@ from alkahest.training import parallel
 from alkahest.training.config import Config
 from alkahest.training.dataset import Dataset, from_folder, from_scenes, make_dataset
 from alkahest.training.encoded import Encoded, encode
-from alkahest.training.events import StepEvent
+from alkahest.training.events import TrainingStep
 
 _MINI = "mini:"
 
@@ -72,7 +72,7 @@ def reset_tensors(model: nn.Module, pattern: Pattern, seed: int) -> None:
                 parallel.assign(parameter, torch.from_numpy(numbers).view(parameter.shape) * spread)
 
 
-def prepared(config: Config, start: Weights, folder: Path, device: str) -> Generator[StepEvent, None, tuple[dict[tuple[str, int], Encoded], Any]]:  # fmt: skip
+def prepared(config: Config, start: Weights, folder: Path, device: str) -> Generator[TrainingStep, None, tuple[dict[tuple[str, int], Encoded], Any]]:  # fmt: skip
     """Draw and encode the data, then load the model: events; returns data by name and resolution, and the pipeline.
 
     The text encoder has left the device by then: a model that is trained needs the room.
@@ -101,7 +101,7 @@ def prepared(config: Config, start: Weights, folder: Path, device: str) -> Gener
 
 def _transformer(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
     model = empty_transformer(start, form, device=device)
-    load_into(start, model)
+    start.load_into(model)
     lighten(model, config, start.family)
     return model
 
@@ -116,7 +116,7 @@ def lighten(model: nn.Module, config: Config, family: Family) -> None:
 
 def blocks_of(model: Any, family: Family) -> list[nn.Module]:
     """The blocks of all stacks of a live model."""
-    return [block for stack in family.stacks if hasattr(model, stack) for block in getattr(model, stack)]
+    return [block for stack in family.stacks for block in getattr(model, stack, None) or ()]
 
 
 def _sharded(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
@@ -130,7 +130,7 @@ def _sharded(start: Weights, config: Config, form: torch.dtype, device: str) -> 
     for module in (*blocks_of(model, start.family), model):
         fully_shard(module, mesh=parallel.mesh(torch.device(device).type), mp_policy=policy)
     model.to_empty(device=device)
-    options = Options.checked({})
+    options = Options()
     for key, parameter in model.named_parameters():
         values, term = torch.empty(start.shapes[key], dtype=parameter.dtype), start.at(key, Rules())
         assert term is not None  # every key of the shapes has one
@@ -140,7 +140,7 @@ def _sharded(start: Weights, config: Config, form: torch.dtype, device: str) -> 
     return model
 
 
-def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[StepEvent, None, Dataset]:
+def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[TrainingStep, None, Dataset]:
     ((kind, given),) = config.data[name].items()
     if kind == "folder":
         return from_folder(config.folder / Path(str(given)).expanduser())
@@ -180,10 +180,10 @@ def _scenes(given: Mapping[str, Any]) -> Dataset:
     return from_scenes(fixed.pop("count"), fixed.pop("seed"), **fixed)
 
 
-def _told(config: Config, what: str, events: Iterator[Any]) -> Generator[StepEvent, None, Any]:
+def _told(config: Config, what: str, events: Iterator[Any]) -> Generator[TrainingStep, None, Any]:
     """Pass on the progress of something that comes before training; returns its result."""
     result = None
     for event in events:
         result = event.result
-        yield StepEvent(0, config.steps, f"{what}: {event.done} of {event.total}")
+        yield TrainingStep(0, config.steps, f"{what}: {event.done} of {event.total}")
     return result

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alkahest.algebra.weights import Weights
+from alkahest.engine.events import result_of
 from alkahest.engine.options import existing_device
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError
 from alkahest.model.keys import Pattern
@@ -20,7 +21,7 @@ from alkahest.training import parallel
 from alkahest.training.adapter import add_lora, save_adapter
 from alkahest.training.config import Config, Stage
 from alkahest.training.encoded import Encoded
-from alkahest.training.events import StepEvent
+from alkahest.training.events import TrainingStep
 from alkahest.training.inputs import prepared, reset_tensors, start_of
 from alkahest.training.memory import out_of_memory
 from alkahest.training.monitor import Monitor, read_history, split
@@ -64,12 +65,11 @@ def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     machine). Raises NonFiniteError if the loss is no number any more, MismatchError if the folder is another run's,
     AlkahestError with what would fit if memory runs out.
     """
-    *_, last = stream_finetune(config, folder, device)
-    assert last.result is not None  # the last event carries it, of the first process
-    return last.result
+    result: Result = result_of(stream_finetune(config, folder, device))
+    return result
 
 
-def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> Iterator[StepEvent]:
+def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> Iterator[TrainingStep]:
     """`finetune` as a generator of events; closing it leaves the last checkpoint to go on from."""
     path = Path(folder).expanduser()
     start = start_of(config)
@@ -129,7 +129,7 @@ class _Training:
         self.monitor = Monitor(config, folder, pipe, {key: held for key, (_, held) in sides.items()}, self.how)
         self.step = 0
 
-    def run(self) -> Iterator[StepEvent]:
+    def run(self) -> Iterator[TrainingStep]:
         self._resume()
         config, total = self.config, self.config.steps
         if self.step == 0:
@@ -147,7 +147,7 @@ class _Training:
             if self.step % config.measure_every == 0 or self.step == total:
                 yield self._measured(key, loss)
             else:
-                yield StepEvent(self.step, total, key, loss)
+                yield TrainingStep(self.step, total, key, loss=loss)
             if self.step % config.save_every == 0 or self.step == total:
                 self._save()
             whole = None
@@ -156,7 +156,7 @@ class _Training:
                 self._export(number, *whole)
         self.model.eval().requires_grad_(False)
         self.monitor.close()
-        yield StepEvent(self.step, total, "done", result=self._result(*(whole or self._whole())))
+        yield TrainingStep(self.step, total, "done", result=self._result(*(whole or self._whole())))
 
     def _one(self, stage: Stage, order: Order, rate: float) -> float:
         """One step: as many batches as are accumulated, and the update."""
@@ -188,12 +188,12 @@ class _Training:
         good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
         return NonFiniteError("finetune", f"the loss is no number any more at step {self.step + 1}", found=value, fix=f"a smaller lr, or clip above 0; {good}")  # fmt: skip
 
-    def _measured(self, key: str, loss: float) -> StepEvent:
+    def _measured(self, key: str, loss: float) -> TrainingStep:
         self.model.eval()
         number, _ = self.config.stage_at(max(0, self.step - 1))
         row = self.monitor.measure(self.step, self.config.stages[number].name, loss)
         self.model.train()
-        return StepEvent(self.step, self.config.steps, key, loss, row)
+        return TrainingStep(self.step, self.config.steps, key, loss=loss, row=row)
 
     def _order(self, stage: Stage) -> Order:
         datasets = [self.data[name, stage.resolution] for name in stage.mix]

@@ -50,10 +50,10 @@ def step_memory(mode: str, layers: int, resolution: int, checkpointing: bool, de
     model = empty_transformer(weights, torch.bfloat16, device=device)
     for name, parameter in model.named_parameters():
         parameter.data.normal_(0, 0.02)
-        if config.trains(name):
+        if config.trains(name, FAMILY):
             parameter.data = parameter.data.to(dtype)
     lighten(model, config)
-    trained = {name: p.requires_grad_() for name, p in model.named_parameters() if config.trains(name)}
+    trained = {name: p.requires_grad_() for name, p in model.named_parameters() if config.trains(name, FAMILY)}
     if checkpointing:
         model.enable_gradient_checkpointing()
     updates, how = Updates(trained, config), Arithmetic(torch.device(device), dtype, config.precision == "mixed")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlgebraError, UnknownNameError
 from alkahest.model import seeded
+from alkahest.recipes.text import _FUNCTIONS, parse
 
 KEY = "layers.1.feed_forward.w3.weight"
 
@@ -20,6 +22,15 @@ KEY = "layers.1.feed_forward.w3.weight"
 @pytest.fixture(scope="module")
 def models(trio: dict[str, Path]) -> list[ak.Checkpoint]:
     return [ak.open(trio[name]) for name in ("bridge", "variant", "base")]
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """What a test registers is forgotten."""
+    before = dict(methods.REGISTRY)
+    yield
+    methods.REGISTRY.clear()
+    methods.REGISTRY.update(before)
 
 
 def computed(expression: ak.Weights | ak.Delta, key: str = KEY) -> torch.Tensor:
@@ -110,23 +121,20 @@ def test_misuse_is_told(attempt, error: type[Exception], message: str, models: l
         attempt(*models)
 
 
-def test_the_next_method_is_one_decorated_function(
-    models: list[ak.Checkpoint], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(methods, "REGISTRY", dict(methods.REGISTRY))
+def test_the_next_method_is_one_decorated_function(models: list[ak.Checkpoint], registry: None) -> None:
 
     @ak.method(elementwise=True)
     def clipped(delta: torch.Tensor, *, most: float = 0.01) -> torch.Tensor:
         return delta.clamp(-most, most)
 
-    assert str(inspect.signature(ak.dare)) == "(delta, *, drop=0.9, seed=0)"
+    said = str(inspect.signature(ak.dare)).replace("'", "")
+    assert said == "(delta: Delta, *, drop: SupportsFloat | Param = 0.9, seed: SupportsFloat | Param = 0) -> Delta"
+    assert "(deltas: Sequence[Delta]," in str(inspect.signature(ak.ties)).replace("'", "")
     assert "Drop entries at random" in (ak.dare.__doc__ or "")
     a, v, b = models
     expected = (flat(v) - flat(b)).clamp(-0.002, 0.002)
     torch.testing.assert_close(computed(clipped(v - b, most=0.002)).double(), expected, rtol=1e-6, atol=1e-9)
     assert (a + clipped(v - b)).text() == "bridge + clipped(variant - base, most=0.01)"
-    with pytest.raises(AlgebraError, match="registered already"):
-        ak.method()(methods.REGISTRY["clipped"].function)
     with pytest.raises(AlgebraError, match="needs a default"):
 
         @ak.method()
@@ -301,3 +309,34 @@ def test_settings_out_of_range(make: object, models: list[ak.Checkpoint]) -> Non
     _, v, b = models
     with pytest.raises(AlgebraError, match="out of range"):
         computed(make(v - b))  # type: ignore[operator]
+
+
+def test_running_a_cell_again_replaces_its_method(models: list[ak.Checkpoint], registry: None) -> None:
+    a, v, b = models
+    cell = "@ak.method()\ndef shrunk(delta: torch.Tensor, *, by: float = 2.0) -> torch.Tensor:\n    return delta / by"
+    space: dict[str, object] = {"ak": ak, "torch": torch, "__name__": "__main__"}
+    exec(cell, space)
+    before = a + space["shrunk"](v - b)  # type: ignore[operator]
+    table = ak.delta_table(space["shrunk"](v - b))  # type: ignore[operator]
+    exec(cell.replace("delta / by", "delta * by"), space)
+    after = a + space["shrunk"](v - b)  # type: ignore[operator]
+    assert before.text() == after.text()
+    assert torch.equal(computed(before), computed(a + 0.5 * (v - b)))
+    assert torch.equal(computed(after), computed(a + 2 * (v - b)))
+    # What is remembered of the old body is not given for the new one.
+    again = ak.delta_table(space["shrunk"](v - b))  # type: ignore[operator]
+    assert again.delta_norm.sum() == pytest.approx(4 * table.delta_norm.sum(), rel=1e-5)
+    recipe = parse("a + shrunk(v - b)", {"a": a, "v": v, "b": b})
+    assert torch.equal(computed(recipe), computed(after))
+
+
+@pytest.mark.parametrize("name", ["dare", "lerp", "made_up"])
+def test_a_name_that_means_something_else_stays_its_own(name: str, registry: None) -> None:
+    space: dict[str, object] = {"ak": ak, "torch": torch, "__name__": "__main__"}
+    with pytest.raises(AlgebraError, match=f"'{name}' is taken"):
+        exec(f"@ak.method()\ndef {name}(delta: torch.Tensor) -> torch.Tensor:\n    return delta", space)
+
+
+def test_recipes_call_what_is_written_down_and_nothing_else() -> None:
+    shipped = {name for name, made in methods.REGISTRY.items() if not made.definition}
+    assert {function.__name__ for function in _FUNCTIONS} == shipped | set(methods.RESERVED)

@@ -8,6 +8,7 @@ import torch
 
 import alkahest as ak
 from alkahest.engine.load import stream_into
+from alkahest.engine.options import Options
 from alkahest.errors import MismatchError
 
 
@@ -46,7 +47,7 @@ def test_fused_parameters_and_events(models: list[ak.Checkpoint]) -> None:
                 module.register_parameter(last, torch.nn.Parameter(value.clone()))
 
     module = Fused()
-    events = list(stream_into(models[0], module))
+    events = list(stream_into(models[0], module, Options()))
     assert events[-1].done == events[-1].total == sum(p.nbytes for p in module.parameters())
     qkv = dict(module.named_parameters())["layers.1.attention.qkv.weight"]
     assert torch.equal(qkv, torch.cat([models[0][f"layers.1.attention.to_{x}.weight"] for x in "qkv"]).float())

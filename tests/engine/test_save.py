@@ -18,8 +18,9 @@ from alkahest.errors import AlkahestError, FileFormatError, NonFiniteError, Outp
 from alkahest.files import whole
 from alkahest.files.header import BITS, read_header
 from alkahest.files.reader import Reader
+from alkahest.model import seeded
 from alkahest.model.dtypes import FORMATS
-from alkahest.model.families.zimage import FAMILY, seeded
+from alkahest.model.families.zimage import FAMILY
 
 K = 171.1
 LAYER = "layers.1.feed_forward.w2.weight"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import alkahest as ak
 from alkahest.cli import app
-from alkahest.engine.events import Event, finished
+from alkahest.engine.events import Event, result_of
 from alkahest.errors import AlkahestError, FileFormatError, UnknownNameError
 from alkahest.experiment.config import Case, experiment_named, experiments, read_experiment
 from alkahest.experiment.measure import judged, prompts_of, stream_experiment
@@ -161,7 +161,7 @@ def test_what_is_recorded_says_what_it_stands_on(ran: Path) -> None:
 
 def test_the_same_run_gives_the_same_files(ran: Path, tmp_path: Path) -> None:
     again = written(tmp_path / "01-small")
-    finished(run_experiment(read_experiment(again)))
+    result_of(run_experiment(read_experiment(again)))
     for path in sorted((ran / "01-small" / "results").iterdir()):
         assert (again / "results" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -170,11 +170,11 @@ def test_another_family_is_drawn_with_its_own_parts(ran: Path, tmp_path: Path) -
     folder = written(tmp_path / "01-small")
     family = tmp_path / "family"
     shutil.copytree(ak.mini.components().parent, family)
-    finished(run_experiment(read_experiment(folder), family))
+    result_of(run_experiment(read_experiment(folder), family))
     for name, table in tables_of(read_experiment(ran / "01-small")).items():
         pd.testing.assert_frame_equal(tables_of(read_experiment(folder))[name], table)
     (family / "base.safetensors").write_bytes((family / "turbo.safetensors").read_bytes())
-    finished(run_experiment(read_experiment(folder), family))
+    result_of(run_experiment(read_experiment(folder), family))
     assert not tables_of(read_experiment(folder))["deltas"].equals(tables_of(read_experiment(ran / "01-small"))["deltas"])  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_a_run_that_fails_leaves_what_was_recorded(ran: Path, tmp_path: Path) ->
     before = {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
     (folder / "experiment.toml").write_text(SMALL.replace('column = "right"', 'column = "rihgt"'))
     with pytest.raises(FileFormatError, match="no such column"):
-        finished(run_experiment(read_experiment(folder)))
+        result_of(run_experiment(read_experiment(folder)))
     assert {path.name: path.read_bytes() for path in (folder / "results").iterdir()} == before
 
 
@@ -254,19 +254,19 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
     text = 'title = "t"\nclaim = "c"\nmethod = "m"\nprompts = 2\nsampling = { steps = 1, cfg = 1.0 }\n[[run]]\nname = "tiny"\nconfig = "../tiny.toml"\n[[case]]\nname = "drawn"\nweights = "stage"\nrun = "tiny"\n[[check]]\nsays = "s"\ncolumn = "right"\nwhere = { case = "drawn", stage = "1-one" }\nat_least = 0\n'  # fmt: skip
     folder = written(tmp_path / "02-run", text)
     with pytest.raises(FileFormatError, match=r"its training runs were not recorded[\s\S]*--runs"):
-        finished(run_experiment(read_experiment(folder)))
-    finished(run_experiment(read_experiment(folder), runs=tmp_path / "runs"))
+        result_of(run_experiment(read_experiment(folder)))
+    result_of(run_experiment(read_experiment(folder), runs=tmp_path / "runs"))
     grown = tables_of(read_experiment(folder))
     assert grown["history"].step.tolist() == [0, 2]
     assert grown["pictures"].stage.tolist() == ["1-one"]
     assert (folder / "results" / "tiny-over-its-steps.png").exists()
     shutil.rmtree(tmp_path / "runs")
-    finished(run_experiment(read_experiment(folder)))  # the rows that were recorded
+    result_of(run_experiment(read_experiment(folder)))  # the rows that were recorded
     for name, table in tables_of(read_experiment(folder)).items():
         pd.testing.assert_frame_equal(table, grown[name])
     (tmp_path / "tiny.toml").write_text((tmp_path / "tiny.toml").read_text().replace("steps = 2", "steps = 4"))
     with pytest.raises(FileFormatError, match="another configuration"):
-        finished(run_experiment(read_experiment(folder)))
+        result_of(run_experiment(read_experiment(folder)))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     folder = written(tmp_path / "01-x", SMALL.replace(*change, 1))
     with pytest.raises(AlkahestError, match=message):
-        finished(run_experiment(read_experiment(folder)))
+        result_of(run_experiment(read_experiment(folder)))
 
 
 def test_checks_and_verdicts() -> None:

@@ -125,7 +125,7 @@ def test_who_is_trained_by_what() -> None:
 def test_the_family_is_real_classes_of_one_architecture() -> None:
     model = models.transformer(0)
     assert dict(model.config)["axes_dims"] == [8, 8, 8]
-    from alkahest.model.architecture import infer
+    from alkahest.model.families.zimage import infer
 
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert infer(shapes, "memory") == models.ARCHITECTURE

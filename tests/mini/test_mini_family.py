@@ -18,7 +18,7 @@ from alkahest.experiment.growing import build, models, parts
 from alkahest.experiment.growing.report import FAST, SLOW
 from alkahest.mini.judge import attributes, load_judge
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, Scene, held_out_prompts
-from alkahest.model.architecture import infer
+from alkahest.model.families.zimage import infer
 from alkahest.pictures.sampler import sample
 
 ASKED = held_out_prompts(36, seed=7)

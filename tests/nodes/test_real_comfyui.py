@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
+from alkahest.engine.events import result_of
 from alkahest.recipes.inputs import build, output_for
-from alkahest.recipes.verify import verify
+from alkahest.recipes.verify import stream_verdict
 
 pytestmark = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="not run: COMFYUI_PATH names no ComfyUI")
 PREFIX = "model.diffusion_model."
@@ -146,7 +147,7 @@ def test_recipe_save_streams_what_the_graph_says_and_verifies(comfyui: Any, tmp_
     assert number == pytest.approx(k, rel=1e-6)
     assert differing(streamed, comfyui.saved("out/core")) == {}
     given = {name: comfyui.models / f"diffusion_models/{place}.safetensors" for name, place in {"bridge": "bridge", "variant": "z/variant", "base": "base"}.items()}  # fmt: skip
-    *_, verdict = verify(streamed, given, recompute=True)
+    verdict = result_of(stream_verdict(streamed, given, recompute=True))
     assert (verdict.ok, verdict.differing) == (True, []), verdict
     # The graph that ComfyUI itself recorded has a multiplier that only running it can tell.
     (other,) = [one for one in ak.read_workflow(comfyui.saved("out/core")) if one.node == "ncore"]

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
+from alkahest.engine.events import result_of
 from alkahest.engine.record import Recipe
 from alkahest.errors import AlkahestError, RecipeError
 from alkahest.recipes.inputs import build
-from alkahest.recipes.verify import Verdict, verify
+from alkahest.recipes.verify import Verdict, stream_verdict
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_sharded_inputs_and_outputs(folder: Path) -> None:
     build(recipe, {"base": folder / "sharded"}, folder).save(folder / "again", **recipe.output)
     for file in sorted(os.listdir(path)):
         assert (folder / "again" / file).read_bytes() == (path / file).read_bytes()
-    *_, verdict = verify(path, {"base": folder / "sharded"}, recompute=True)
+    verdict = result_of(stream_verdict(path, {"base": folder / "sharded"}, recompute=True))
     assert isinstance(verdict, Verdict)
     assert verdict.differing == []
 
@@ -136,7 +137,7 @@ def test_what_is_no_recipe_is_named(folder: Path) -> None:
 
 
 def last(*arguments: object, **options: object) -> Verdict:
-    *_, verdict = verify(*arguments, **options)  # type: ignore[arg-type]
+    verdict = result_of(stream_verdict(*arguments, **options))  # type: ignore[arg-type]
     assert isinstance(verdict, Verdict)
     return verdict
 

@@ -30,7 +30,7 @@ from alkahest.model.keys import Pattern
 from alkahest.training.config import Config, config_of
 from alkahest.training.dataset import from_scenes
 from alkahest.training.encoded import Encoded, Item
-from alkahest.training.events import StepEvent
+from alkahest.training.events import TrainingStep
 from alkahest.training.inputs import start_of
 from alkahest.training.loop import finetune, read_history, stream_finetune
 from alkahest.training.order import Order
@@ -126,7 +126,7 @@ def test_a_run_that_was_stopped_gives_the_same_bits(changes: dict[str, Any], tmp
     if whole.ema is not None:
         assert all(torch.equal(value, again.ema.tensors.tensors[name]) for name, value in whole.ema.tensors.tensors.items())  # type: ignore[union-attr, attr-defined]  # fmt: skip
     assert again.history.drop(columns=["loss"]).equals(whole.history.drop(columns=["loss"]))
-    done: list[StepEvent] = list(stream_finetune(config(**changes), tmp_path / "stopped"))
+    done: list[TrainingStep] = list(stream_finetune(config(**changes), tmp_path / "stopped"))
     assert done[-1].result is not None
     assert not [event for event in done if event.done and event.done < 9], "a finished run has nothing to do"
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alkahest import mini
+from alkahest.engine.events import Event
 from alkahest.engine.options import existing_device
 from alkahest.errors import UnknownNameError, nearest
 from alkahest.experiment.growing import models, parts
@@ -59,15 +60,6 @@ class Stage:
     how: str
     seed: int
     only_for: tuple[str, ...] = ()  # of a stage that is not shipped: those that are made from it
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: steps done and in all, and the stage at hand with its loss."""
-
-    done: int
-    total: int
-    key: str
 
 
 class Workshop:

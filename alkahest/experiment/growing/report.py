@@ -16,6 +16,7 @@ import torch
 from alkahest import mini
 from alkahest.algebra.mixtures import lerp
 from alkahest.algebra.weights import Weights
+from alkahest.engine.events import Event
 from alkahest.experiment.growing import parts
 from alkahest.mini.drawing import draw
 from alkahest.mini.judge import attributes, load_judge
@@ -37,16 +38,6 @@ FASTER: Settings = {"steps": 4, "cfg": 1.0}
 SETTINGS = {"turbo": FAST}  # of members that want something else than SLOW
 SHOWS_AT = 171.1  # the multiplier that the weak derivative needs, about: the article's, as it happens
 PARTS = ("noise_refiner", "context_refiner", "layers", "embedders", "final")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress: pictures drawn and in all, what is at hand, and at the end the tables by name."""
-
-    done: int
-    total: int
-    key: str
-    result: dict[str, pd.DataFrame] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ def swap_cases(count: int) -> Iterator[Case]:
             yield Case(f"{inputs}, {layers}", swapped(a, b), how, count, PHOTO)
 
 
-def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Progress]:
+def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Event]:
     """Draw and judge everything; a generator of events, the last with the tables."""
     cases = {"drawn": [*drawn_cases(prompts)], "swaps": [*swap_cases(swaps)], "learnt": [*learnt_cases(swaps)]}
     total = sum(case.count for chosen in cases.values() for case in chosen)
@@ -128,9 +119,9 @@ def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Progress]:
         for case in chosen:
             rows[table].append(judged(case))
             done += case.count
-            yield Progress(done, total, case.name)
+            yield Event(done, total, case.name)
     tables = {"shared": shared(), **{name: pd.DataFrame(found) for name, found in rows.items()}, "cosines": cosines()}
-    yield Progress(done, total, "done", tables)
+    yield Event(done, total, "done", tables)
 
 
 def judged(case: Case) -> dict[str, Any]:
@@ -170,7 +161,7 @@ SHOWN = (
 )  # fmt: skip
 
 
-def sheets(folder: Path) -> Iterator[Progress]:
+def sheets(folder: Path) -> Iterator[Event]:
     """Contact sheets of every member, every LoRA and both naive merges, as PNG files in a folder; a generator."""
     base = mini.load("base")
     shown: dict[str, tuple[Weights, Settings, str | None]] = {}
@@ -186,9 +177,9 @@ def sheets(folder: Path) -> Iterator[Progress]:
             shown[f"merge-base-{other}-{how['steps']}-steps"] = (lerp(base, mini.load(other), 0.5), how, None)
     folder.mkdir(parents=True, exist_ok=True)
     for done, (name, (weights, how, lora)) in enumerate(shown.items()):
-        yield Progress(done, len(shown), name)
+        yield Event(done, len(shown), name)
         sheet_of(weights, how, f"miniature: {name}", lora).save(folder / f"{name}.png", optimize=True)
-    yield Progress(len(shown), len(shown), "done")
+    yield Event(len(shown), len(shown), "done")
 
 
 def sheet_of(weights: Weights, how: Settings, title: str, lora: str | None = None, seeds: int = 2) -> Image:
