@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PORT   ?= 8888
 # Jupyter refuses to run as root (as in a container) unless told to.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
+# What is published is computed, not remembered from other code.
+EMPTY_CACHE := cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && ALKAHEST_CACHE="$$cache"
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: lab test check format notebooks reproduce bench clean
@@ -37,11 +39,11 @@ format: $(VENV)/.dev
 
 # Execute every notebook and store its outputs.
 notebooks: $(VENV)/.dev
-	$(BIN)/python tests/notebook_runs.py
+	$(EMPTY_CACHE) $(BIN)/python tests/notebook_runs.py
 
 # Every experiment on the shipped miniatures, and one HTML report; `make reproduce RETRAIN=folder` grows the weights afresh.
 reproduce: $(VENV)/.lab
-	$(BIN)/alkahest experiment run $(if $(RETRAIN),--retrain $(RETRAIN))
+	$(EMPTY_CACHE) $(BIN)/alkahest experiment run $(if $(RETRAIN),--retrain $(RETRAIN))
 	$(BIN)/alkahest experiment report -o reproduction.html
 
 # Beside the other tools and the floor; BENCH="--full" also on full-size files.

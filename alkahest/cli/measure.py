@@ -163,7 +163,7 @@ def cache(
             return
         print(cache_folder())
         for name, one in sizes.items():
-            print(f"  {name:11} {len(one):6,} entries  {size_text(int(one.sum())):>10}  {KINDS[name]}")
+            print(f"  {name:11} {len(one):6,} entries  {size_text(int(one.sum())):>10}  {KINDS[name].what}")
 
 
 def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import uuid
+from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +18,27 @@ from alkahest.errors import UnknownNameError, nearest
 if TYPE_CHECKING:
     import pandas
 
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that is remembered, and the number of the code that makes it: raised whenever it would come out otherwise."""
+
+    what: str
+    number: int
+    packages: tuple[str, ...] = ()  # whose versions decide some of the bits
+
+    def format(self) -> str:
+        """What belongs into the name of everything of this kind, so that other code's results are not taken for its own."""
+        return ", ".join([str(self.number), *(f"{name} {_version(name)}" for name in self.packages)])
+
+
 KINDS = {
-    "blake3": "hashes of files that were read from end to end",
-    "tables": "measured deltas",
-    "sweeps": "pictures of sweeps",
-    "latents": "encoded training pictures",
-    "embeddings": "encoded training captions",
-    "extractions": "LoRAs that are extracted but not saved yet, tensor by tensor",
+    "blake3": Kind("hashes of files that were read from end to end", 1),
+    "tables": Kind("measured deltas", 1),  # as they are written; each table's own arithmetic has a number beside it
+    "sweeps": Kind("pictures of sweeps", 1, ("torch", "diffusers")),
+    "latents": Kind("encoded training pictures", 1, ("torch", "diffusers")),
+    "embeddings": Kind("encoded training captions", 1, ("torch", "transformers")),
+    "extractions": Kind("LoRAs that are extracted but not saved yet, tensor by tensor", 1, ("torch",)),
 }
 
 
@@ -84,3 +100,10 @@ def store(kind: str, name: str, value: Any) -> None:
         scratch = entry.with_suffix(f".{uuid.uuid4().hex[:8]}")
         scratch.write_text(json.dumps(value))
         os.replace(scratch, entry)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # it may come with another program
+        return "unknown"

@@ -53,7 +53,8 @@ def known_paths(digest: str) -> list[Path]:
     for entry in (cache.cache_folder() / "blake3").glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AlkahestError):
             known = json.loads(entry.read_text())
-            if known["blake3"] == digest and list(Reader(known["path"]).stamp) == known["stamp"]:
+            ours = known["format"] == cache.KINDS["blake3"].format()
+            if ours and known["blake3"] == digest and list(Reader(known["path"]).stamp) == known["stamp"]:
                 found.append(Path(known["path"]))
     return sorted(found)
 
@@ -75,7 +76,7 @@ def _entry(reader: Reader) -> str:
 def _remembered(reader: Reader) -> str:
     with contextlib.suppress(KeyError, TypeError):
         known = cache.load("blake3", _entry(reader))
-        if known["stamp"] == list(reader.stamp):
+        if known["stamp"] == list(reader.stamp) and known["format"] == cache.KINDS["blake3"].format():
             return str(known["blake3"])
     return ""
 
@@ -83,7 +84,12 @@ def _remembered(reader: Reader) -> str:
 def _remember(reader: Reader, digest: str) -> None:
     reader.check_unchanged()
     if not _is_young(reader):
-        value = {"path": str(reader.path.resolve()), "stamp": list(reader.stamp), "blake3": digest}
+        value = {
+            "path": str(reader.path.resolve()),
+            "stamp": list(reader.stamp),
+            "blake3": digest,
+            "format": cache.KINDS["blake3"].format(),
+        }
         cache.store("blake3", _entry(reader), value)
 
 

@@ -142,6 +142,10 @@ def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = 
 
 def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | None = None, most: int = 6) -> Plot:
     """Singular values of the ``most`` largest matrices of `alkahest.delta_spectra`, each over its noise edge."""
+    if not len(spectra):
+        raise AlkahestError(
+            "spectrum", "there is nothing to plot", found="no matrix that differs", fix="a delta that is not zero"
+        )
     ax = axes_for(ax, (8, 4.2))
     chosen = spectra.nlargest(most, "delta_norm")
     for number, row in enumerate(chosen.itertuples()):

@@ -21,6 +21,7 @@ from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import name_leaves
 from alkahest.engine.workers import Job, Run, place_of, spread
 from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
+from alkahest.files.cache import KINDS
 from alkahest.files.reader import Reader
 from alkahest.lora.decompose import METHODS
 from alkahest.lora.parts import Parts
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import pandas
 
 _DTYPES = ("bf16", "fp16", "fp32")
-FORMAT = 1  # of extractions that are remembered: raised whenever they would come out otherwise
 _TASK = 1 << 26  # bytes in float32 that one task of an executor takes on, at least
 
 
@@ -174,7 +174,7 @@ class _Work:
         name = content_key(
             "extract_lora",
             [delta],
-            [FORMAT, torch.__version__, asked.rule, asked.alpha, asked.dtype, asked.method, asked.seed],
+            [KINDS["extractions"].format(), asked.rule, asked.alpha, asked.dtype, asked.method, asked.seed],
         )
         self.parts = Parts(name)
         todo = {key: size for key, size in sizes.items() if not self._was_done(key)}

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -71,7 +70,7 @@ class Kind:
     @property
     def settings(self) -> list[Any]:
         """What of it belongs into the key of what is remembered."""
-        return [self.number, *(f"{name} {version(name)}" for name in self.packages)]
+        return [cache.KINDS["tables"].format(), cache.Kind(self.operation, self.number, self.packages).format()]
 
 
 def stream_table(

@@ -7,18 +7,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.workers import spread
 from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
-from alkahest.files.cache import cache_folder
+from alkahest.files.cache import KINDS, cache_folder
 from alkahest.files.hashes import blake3_of
 from alkahest.files.whole import write_file
 from alkahest.pictures.live import LiveModel
@@ -29,7 +27,6 @@ from alkahest.pictures.sheet import contact_sheet, png_bytes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMAT = 1  # of pictures that are remembered: raised whenever they would come out otherwise
 SETTINGS = ("steps", "cfg", "shift", "schedule", "cfg_normalization", "negative_prompt", "width", "height")
 
 
@@ -182,7 +179,7 @@ def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]
         scalars = {name: float(value) for name, value in chosen.items() if name in known}
         settings = {name: value for name, value in chosen.items() if name in SETTINGS}
         for prompt, seed in product(prompts, seeds):
-            text = json.dumps([FORMAT, identity, scalars, settings, prompt, seed], sort_keys=True)
+            text = json.dumps([KINDS["sweeps"].format(), identity, scalars, settings, prompt, seed], sort_keys=True)
             name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
             cells.append(Cell(scalars, settings, prompt, int(seed), folder / f"{name}.png"))
     return cells
@@ -254,8 +251,6 @@ def _identity(live: LiveModel) -> list[str]:
         _fingerprint(live.pipe.transformer, ".lora_"),
     ]
     return [
-        torch.__version__,
-        version("diffusers"),
         bare.text(),
         *bare.definitions(),
         *hashes,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from alkahest.engine.events import Event
 from alkahest.errors import FileFormatError, UnsupportedError
-from alkahest.files.cache import cache_folder
+from alkahest.files.cache import KINDS, cache_folder
 from alkahest.files.whole import as_output_error
 from alkahest.model.families.zimage import FAMILY
 from alkahest.training.dataset import Dataset, Example
@@ -222,7 +222,7 @@ def _rounded(tokens: int) -> int:
 
 
 def _place(kind: str, of: str, what: str) -> Path:
-    name = hashlib.blake2b(f"{of} {what}".encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(f"{KINDS[kind].format()} {of} {what}".encode(), digest_size=16).hexdigest()
     return cache_folder() / kind / name[:2] / f"{name}.safetensors"
 
 

@@ -34,6 +34,7 @@ def step_memory(mode: str, layers: int, resolution: int, checkpointing: bool, de
     import torch
 
     import alkahest as ak
+    from alkahest.model.families.zimage import FAMILY
     from alkahest.pictures.pipelines import empty_transformer
     from alkahest.training.config import Stage, config_of
     from alkahest.training.inputs import lighten
@@ -52,7 +53,7 @@ def step_memory(mode: str, layers: int, resolution: int, checkpointing: bool, de
         parameter.data.normal_(0, 0.02)
         if config.trains(name, FAMILY):
             parameter.data = parameter.data.to(dtype)
-    lighten(model, config)
+    lighten(model, config, FAMILY)
     trained = {name: p.requires_grad_() for name, p in model.named_parameters() if config.trains(name, FAMILY)}
     if checkpointing:
         model.enable_gradient_checkpointing()

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
 
 import alkahest as ak
-from alkahest.files import hashes
+from alkahest.errors import AlkahestError
+from alkahest.files import cache, hashes
+from alkahest.measure import table as module
 from alkahest.measure.table import stream_delta_table
 
 
@@ -106,3 +110,70 @@ def test_a_measurement_that_is_stopped_leaves_nothing(pair: dict[str, Path]) -> 
     next(events)
     events.close()  # type: ignore[attr-defined]
     assert len(ak.cached().query("kind == 'tables'")) == 0
+
+
+def test_what_other_code_measured_is_not_given(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def table() -> pd.DataFrame:
+        return ak.delta_table(ak.open(pair["variant"]) - ak.open(pair["base"]))
+
+    table()
+    monkeypatch.setattr(module, "KIND", dataclasses.replace(module.KIND, number=module.KIND.number + 1))
+    assert measured(monkeypatch, table)[1], "the arithmetic was changed"
+    words = {**module.KIND.columns, "rms": "said otherwise"}
+    monkeypatch.setattr(module, "KIND", dataclasses.replace(module.KIND, columns=words))
+    assert not measured(monkeypatch, table)[1], "only words were changed"
+    monkeypatch.setitem(cache.KINDS, "tables", dataclasses.replace(cache.KINDS["tables"], number=99))
+    assert measured(monkeypatch, table)[1], "tables are written otherwise"
+
+
+def test_hashes_of_other_code_are_taken_again(pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(pair["base"], (time.time() - 100,) * 2)
+    (reader,) = ak.open(pair["base"]).files
+    (digest,) = hashes.blake3_of([reader])
+    (entry,) = (cache.cache_folder() / "blake3").glob("*.json")
+    entry.write_text(entry.read_text().replace(digest, "0" * 64))
+    assert hashes.blake3_of([reader]) == ["0" * 64], "it is remembered"
+    assert hashes.known_paths("0" * 64) == [pair["base"]]
+    monkeypatch.setitem(cache.KINDS, "blake3", dataclasses.replace(cache.KINDS["blake3"], number=99))
+    assert hashes.known_paths("0" * 64) == []
+    assert hashes.blake3_of([reader]) == [digest]
+
+
+@pytest.mark.parametrize("kind", cache.KINDS)
+def test_every_kind_is_named_by_its_number_and_what_computed_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache.KINDS[kind].format()
+    assert before.startswith(str(cache.KINDS[kind].number))
+    monkeypatch.setattr(cache, "version", lambda package: f"{package}'s next")
+    assert (cache.KINDS[kind].format() != before) == bool(cache.KINDS[kind].packages)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [ak.delta_table, ak.delta_spectra, lambda d: ak.compare({"a": d, "b": d})],
+    ids=["table", "spectra", "compare"],
+)
+@pytest.mark.parametrize("nothing", [True, False])
+def test_fresh_and_remembered_tables_have_the_same_dtypes(
+    measure: Any, nothing: bool, pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def table() -> pd.DataFrame:
+        base = ak.open(pair["base"])
+        return measure((base if nothing else ak.open(pair["variant"])) - base)
+
+    fresh, was_read = measured(monkeypatch, table)
+    again, was_read_again = measured(monkeypatch, table)
+    assert (was_read, was_read_again) == (True, False) or nothing
+    pd.testing.assert_frame_equal(fresh, again)
+    assert fresh["delta_norm" if "delta_norm" in fresh else "first_norm"].dtype == "float64"
+    assert fresh.block.dtype == "int64"
+    for name in fresh.columns:
+        kinds = {type(value) for value in fresh[name]} | {type(value) for value in again[name]}
+        assert fresh[name].dtype != object or kinds <= {tuple, np.ndarray}, name
+
+
+def test_a_spectrum_of_nothing_is_told_not_plotted(pair: dict[str, Path]) -> None:
+    from alkahest.lab import plots
+
+    base = ak.open(pair["base"])
+    with pytest.raises(AlkahestError, match="nothing"):
+        plots.spectrum(ak.delta_spectra(base - base))
