@@ -44,25 +44,27 @@ def parse(text: str, names: Mapping[str, Any]) -> Any:
     """
     if not isinstance(text, str) or len(text) > MAX_TEXT:
         raise RecipeError("recipe", "not a recipe text", expected=f"at most {MAX_TEXT:,} characters")
+    tree = _tree(text)
     try:
-        tree = ast.parse(text.strip(), mode="eval")
         return _Reader(text.strip(), names).read(tree.body)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        if isinstance(error, AlkahestError):
-            raise
+    except RecursionError as error:
         raise _unreadable(error, text) from None
 
 
 def names_in(text: str) -> list[str]:
     """The checkpoint and number names that a recipe text needs, in order of appearance."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise _unreadable(error, text) from None
+    tree = _tree(text)
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     called |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_package(node)}
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called]
     return list(dict.fromkeys(node.id for node in sorted(names, key=lambda n: (n.lineno, n.col_offset))))
+
+
+def _tree(text: str) -> ast.Expression:
+    try:
+        return ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the parser's own, for hostile text
+        raise _unreadable(error, text) from None
 
 
 def _is_package(node: ast.AST) -> bool:

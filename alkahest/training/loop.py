@@ -233,6 +233,7 @@ class _Training:
                 what = "of another configuration" if name == "config" else "started from other weights"
                 raise MismatchError("finetune", f"the checkpoints in this folder are {what}", file=saved, fix="name another folder, or restore the configuration and inputs")  # fmt: skip
         needed = [f"trained|{name}" for name in self.trained] + [f"ema|{name}" for name in self.ema]
+        needed += found.get("names", [])  # of the optimiser too
         state = load_checkpoint(saved, self._place, needed)
         for name, running in self.ema.items():
             running.copy_(parallel.local(state[f"ema|{name}"]))

@@ -22,22 +22,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from alkahest.errors import FileFormatError, MismatchError, OutputError
-from alkahest.files.reader import size_text
+from alkahest.errors import FileFormatError, MismatchError, OutputError, reason
+from alkahest.files.header import read_header
+from alkahest.files.reader import Reader, size_text
 from alkahest.files.whole import as_output_error, whole_folder
 from alkahest.training import parallel
 
 _KEPT = 2  # the newest, and one before it in case the newest is lost with its disk's last minute
-_DAMAGED = (
-    OSError,
-    SafetensorError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AssertionError,
-    CheckpointException,
-)
 
 
 def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> Path:
@@ -51,7 +42,7 @@ def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Ma
         with _shared_folder(target, size + (1 << 20)) as partial, as_output_error(target):
             _write(partial, state)
             if parallel.rank() == 0:
-                (partial / "state.json").write_text(json.dumps({"step": step, **about}, indent=1))
+                (partial / "state.json").write_text(json.dumps({"step": step, **about, "names": sorted(state)}, indent=1))
     except (SafetensorError, CheckpointException) as error:
         raise OutputError("finetune", "the checkpoint could not be written", file=target, found=str(error)[:200], fix="free some space: the run goes on from the checkpoint before") from None  # fmt: skip
     if parallel.rank() == 0:
@@ -91,10 +82,12 @@ def existing(folder: Path) -> list[Path]:
 
 def about_checkpoint(path: Path) -> dict[str, Any]:
     """What was written beside a checkpoint's numbers, and its ``step``; FileFormatError if it is damaged."""
+    with _readable(path):
+        text = (path / "state.json").read_bytes()
     try:
-        about: dict[str, Any] = json.loads((path / "state.json").read_text())
+        about: dict[str, Any] = json.loads(text)
         return {**about, "step": int(about["step"])}
-    except _DAMAGED as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from None
 
 
@@ -102,28 +95,59 @@ def load_checkpoint(path: Path, place: Callable[[str, tuple[int, ...], torch.dty
     """Read one checkpoint's numbers back, whatever number of processes wrote it; FileFormatError if it is damaged.
 
     ``place`` gives the tensor to read a name into, or None if nothing of this name and shape belongs to the run.
+    Only what its files say of themselves is told as damage: memory that runs out, or a disk that does not answer,
+    says nothing against a checkpoint, which may be the only one.
     """
+    _require_sound(path)
+    reader = HuggingFaceStorageReader(str(path))
+    state: dict[str, Tensor] = {}
+    for name, what in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(what, TensorStorageMetadata)  # safetensors hold nothing else
+        target = place(name, tuple(what.size), what.properties.dtype)
+        if target is None:
+            raise _damaged(path, f"{name} of shape {tuple(what.size)} is not of this run")
+        state[name] = target
+    if lacking := [name for name in needed if name not in state]:
+        raise _damaged(path, f"{lacking[0]} is not in it")
     try:
-        reader = HuggingFaceStorageReader(str(path))
-        state: dict[str, Tensor] = {}
-        for name, what in reader.read_metadata().state_dict_metadata.items():
-            assert isinstance(what, TensorStorageMetadata)  # safetensors hold nothing else
-            target = place(name, tuple(what.size), what.properties.dtype)
-            if target is None:
-                raise ValueError(f"{name} of shape {tuple(what.size)} is not of this run")
-            state[name] = target
-        if lacking := [name for name in needed if name not in state]:
-            raise ValueError(f"{lacking[0]} is not in it")
-        with warnings.catch_warnings():
+        with _readable(path), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
             load(state, storage_reader=reader, no_dist=parallel.size() == 1)
-        return state
-    except _DAMAGED as error:
-        raise _damaged(path, error) from None
+    except CheckpointException as error:  # which holds what happened in each process
+        raise next(iter(error.failures.values()))[0] from None
+    return state
 
 
-def _damaged(path: Path, error: BaseException) -> FileFormatError:
-    return FileFormatError("finetune", "this checkpoint is damaged", file=path, found=str(error)[:200], fix="delete it: the run goes on from the one before")  # fmt: skip
+def _require_sound(path: Path) -> None:
+    """Raise FileFormatError unless every file of a checkpoint is as long and as well formed as its header says."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise _damaged(path, "it holds no numbers")
+    for file in files:
+        reader = Reader(file)  # whose own errors are of the disk, not of what is on it
+        try:
+            read_header(reader)
+        except FileFormatError as error:
+            raise _damaged(path, f"{file.name}: {error.problem}") from None
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system says when it does not give the bytes, with nothing said against them."""
+    try:
+        yield
+    except OSError as error:
+        raise FileFormatError(
+            "finetune", "this checkpoint cannot be read at the moment", file=path, found=reason(error),
+            fix="see to the disk; the checkpoint may be sound",
+        ) from None  # fmt: skip
+
+
+def _damaged(path: Path, what: object) -> FileFormatError:
+    return FileFormatError(
+        "finetune", "this checkpoint is damaged", file=path, found=str(what)[:200],
+        fix="delete it: the run goes on from the one before",
+    )  # fmt: skip
 
 
 def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

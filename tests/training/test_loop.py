@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import alkahest as ak
 from alkahest.errors import (
     AlkahestError,
+    FileFormatError,
     MismatchError,
     NonFiniteError,
     OutputError,
@@ -27,6 +28,7 @@ from alkahest.errors import (
 )
 from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
+from alkahest.training import states
 from alkahest.training.config import Config, config_of
 from alkahest.training.dataset import from_scenes
 from alkahest.training.encoded import Encoded, Item
@@ -332,3 +334,64 @@ def test_a_control_starts_from_random_layers(tmp_path: Path) -> None:
             assert torch.equal(value, before[name]), name
     one, two = (finetune(config(reset="layers", seed=seed), tmp_path / str(seed)) for seed in (0, 0))
     assert all(torch.equal(value, weights_of(two)[name]) for name, value in weights_of(one).items())
+
+
+def stopped_run(folder: Path) -> Path:
+    """A run that was stopped after its first checkpoint; that checkpoint."""
+    events = stream_finetune(config(), folder)
+    for event in events:
+        if event.done == 4:
+            break
+    events.close()
+    (saved,) = existing(folder / "checkpoints")
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("no memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
+        (OSError(5, "Input/output error"), "cannot be read at the moment"),
+    ],
+)
+def test_what_says_nothing_against_a_checkpoint_is_not_told_as_damage(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = stopped_run(tmp_path / "run")
+
+    def fail(*given: Any, **more: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(states, "load", fail)
+        with pytest.raises(AlkahestError, match=told) as caught:
+            finetune(config(), tmp_path / "run")
+    assert "damaged" not in str(caught.value)
+    assert "delete" not in str(caught.value)
+    assert existing(tmp_path / "run" / "checkpoints") == [saved]
+    assert finetune(config(), tmp_path / "run").history.step.iloc[-1] == 9, "it was sound"
+
+
+def _cut(path: Path) -> None:
+    file = path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def _garbled(path: Path) -> None:
+    file = path / "state.safetensors"
+    file.write_bytes(b"\xff" * 20 + file.read_bytes()[20:])
+
+
+def _renamed(path: Path) -> None:
+    file = path / "state.safetensors"
+    state = load_file(file)
+    first = sorted(state)[0]
+    save_file({name + "_" * (name == first): value for name, value in state.items()}, file)
+
+
+@pytest.mark.parametrize("damage", [_cut, _garbled, _renamed, lambda p: (p / "state.safetensors").unlink(), lambda p: (p / "state.json").write_text("{}")])  # fmt: skip
+def test_a_damaged_checkpoint_is_told_so(damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    damage(stopped_run(tmp_path / "run"))
+    with pytest.raises(FileFormatError, match="this checkpoint is damaged"):
+        finetune(config(), tmp_path / "run")
