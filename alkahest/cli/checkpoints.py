@@ -248,7 +248,7 @@ def _print_recipe(found: Any, several: bool) -> None:
 
     if several and isinstance(found, WorkflowRecipe):
         print(f"# --node {found.node}{f', saved as {found.saved_as}' if found.saved_as else ''}")
-    print(found.text)
+    print(found.text or f"# made as {found.made}")
     if isinstance(found, WorkflowRecipe):
         for name, file in found.files.items():
             print(f"#   {name}: {file}, loaded by {file.node}")

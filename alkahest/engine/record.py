@@ -31,16 +31,25 @@ class Recipe:
     """Recipe text, what its names stand for, and how the output was written.
 
     ``inputs`` maps a name to its files, each with ``file`` (its name), ``bytes`` and ``blake3``;
-    ``output`` holds the options of `alkahest.engine.save.save` that change the bytes.
+    ``output`` holds the options of `Weights.save` that change the bytes. Where no recipe can repeat what was done, as
+    with training, ``text`` is empty and ``made`` says it to people.
     """
 
     text: str
     inputs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     output: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+    made: str = ""
 
     def to_json(self) -> str:
-        value = {"version": self.version, "recipe": self.text, "inputs": self.inputs, "output": self.output}
+        value: dict[str, Any] = {
+            "version": self.version,
+            "recipe": self.text,
+            "inputs": self.inputs,
+            "output": self.output,
+        }
+        if self.made:
+            value["made"] = self.made
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
@@ -49,7 +58,10 @@ class Recipe:
         problem = RecipeError("recipe", "the recorded recipe is damaged", file=file, fix="write the recipe by hand")
         try:
             value = json.loads(text)
-            recipe = cls(value["recipe"], value["inputs"], value["output"], str(value.get("version", "")))
+            text, made = value["recipe"], value.get("made", "")
+            if str(text).startswith("finetuned("):  # as an earlier version recorded what no recipe repeats
+                text, made = "", text
+            recipe = cls(text, value["inputs"], value["output"], str(value.get("version", "")), made)
             for name, files in recipe.inputs.items():
                 if not isinstance(files, list) or not files:
                     raise problem
@@ -60,7 +72,7 @@ class Recipe:
                         raise problem
                     if len(bytes.fromhex(entry["blake3"])) != 32:
                         raise problem
-            if not isinstance(recipe.text, str) or not isinstance(recipe.output, dict):
+            if not all(isinstance(one, str) for one in (text, made)) or not isinstance(recipe.output, dict):
                 raise problem
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise problem from None
@@ -83,7 +95,8 @@ def recipe_of(expression: Computable, options: Options, hashes: Mapping[Reader, 
     """What the output's metadata says about itself; no text if it reads weights that no recipe can name."""
     names = name_leaves(expression)
     if not all(leaf.is_reproducible for leaf in names):
-        return Recipe("")
+        inputs = inputs_of(names, hashes)
+        return Recipe("", inputs, options.record(), __version__, expression.text(names)) if inputs else Recipe("")
     return Recipe(expression.text(names), inputs_of(names, hashes), options.record(), __version__)
 
 
@@ -118,6 +131,6 @@ def inputs_of(names: Mapping[Readable, str], hashes: Mapping[Reader, str]) -> di
 
 def headers_of(plan: Plan, recipe: Recipe) -> list[bytes]:
     """The header of every output file."""
-    own = {METADATA_KEY: recipe.to_json()} if recipe.text else {}
+    own = {METADATA_KEY: recipe.to_json()} if recipe.text or recipe.made else {}
     metadata = {"format": "pt", **plan.metadata, **own}
     return [build_header(((item.name, item.tag, item.shape) for item in items), metadata) for items in plan.files]

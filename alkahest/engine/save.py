@@ -169,6 +169,12 @@ def _open_output(
     return writers, names
 
 
+def _unrepeatable(expression: Computable) -> list[str]:
+    """Why the file has no recipe, in words."""
+    names = [leaf.name for leaf in expression.leaves() if not leaf.is_reproducible]
+    return [f"no recipe: what is called {', '.join(names)} is in no file"] if names else []
+
+
 def _result(
     expression: Computable, target: Path, options: Options, plan: Plan, names: list[str], run: Run, nbytes: int,
     seconds: float,
@@ -188,5 +194,5 @@ def _result(
         restored=changes,
         nonfinite=dict(run.nonfinite),
         overflowed=dict(run.overflowed),
-        notes=[*plan.notes, *expression.dropped()],
+        notes=[*plan.notes, *expression.dropped(), *_unrepeatable(expression)],
     )

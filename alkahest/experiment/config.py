@@ -25,15 +25,15 @@ at_least = 60
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
-from alkahest.files.toml import made, read_toml
+from alkahest.files.toml import dataclass_of, read_toml
 from alkahest.mini.scenes import ATTRIBUTES
-from alkahest.pictures.sweeps import SETTINGS
+from alkahest.pictures.settings import Sampling
 
 ROOT = Path("experiments")
 VERDICTS = ("reproduced", "partly", "not reproduced", "true by construction", "needs the real weights")
@@ -64,7 +64,7 @@ class Measured:
     delta: str
     on: str = ""
     multipliers: bool = False
-    ks: tuple[float, ...] = ()  # multipliers at which rounding is looked at
+    ks: tuple[int | float, ...] = ()  # multipliers at which rounding is looked at
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,15 @@ def read_experiment(folder: str | Path) -> Experiment:
     given = read_toml(path, "experiment")
     kinds: dict[str, tuple[str, type[Any]]] = {"case": ("cases", Case), "delta": ("deltas", Measured), "run": ("runs", Run), "check": ("checks", Check), "figure": ("figures", Drawing), "sheet": ("sheets", Sheet)}  # fmt: skip
     top = {name: value for name, value in given.items() if name not in kinds}
+    listed: dict[str, Any] = {}
     for name, (field_name, kind) in kinds.items():
-        listed = given.get(name, [])
-        if not isinstance(listed, list):
+        each = given.get(name, [])
+        if not isinstance(each, list):
             raise FileFormatError("experiment", f"{name} is a list", file=path, fix=f"[[{name}]]")
-        top[field_name] = [made(kind, one, "experiment", path, f"{name} {n}") for n, one in enumerate(listed, 1)]
-    found: Experiment = made(Experiment, {**top, "folder": place}, "experiment", path, "the experiment")
+        listed[field_name] = tuple(
+            dataclass_of(kind, one, "experiment", path, f"{name} {n}") for n, one in enumerate(each, 1)
+        )
+    found = dataclass_of(Experiment, top, "experiment", path, "the experiment", folder=place, **listed)
     _check(found, path)
     return found
 
@@ -174,40 +177,52 @@ def experiment_named(name: str, root: str | Path = ROOT) -> Experiment:
 
 
 def _check(experiment: Experiment, path: Path) -> None:
-    def refuse(problem: str, **facts: Any) -> None:
-        raise FileFormatError("experiment", problem, file=path, **facts)
-
-    if experiment.holds not in VERDICTS:
-        raise UnknownNameError("experiment", "no such verdict", file=path, found=repr(experiment.holds), fix=nearest(experiment.holds, VERDICTS))  # fmt: skip
+    _require_among(experiment.holds, VERDICTS, "no such verdict", path)
     if not experiment.checks:
-        refuse("a claim needs a check", fix="[[check]]")
-    runs = {run.name for run in experiment.runs}
+        raise _refused("a claim needs a check", path, fix="[[check]]")
     names = [case.name for case in experiment.cases]
     if twice := [name for name in names if names.count(name) > 1]:
-        refuse("two cases have one name", found=twice[0])
+        raise _refused("two cases have one name", path, found=twice[0])
+    _check_sampling(experiment.sampling, "the experiment", path)
     for case in experiment.cases:
-        if case.run and case.run not in runs:
-            raise UnknownNameError("experiment", f"case {case.name!r} is of a run that is not there", file=path, found=repr(case.run), fix=nearest(case.run, runs))  # fmt: skip
-        for name, values in [*case.ask.items(), *case.only.items(), *((name, []) for name in case.unsaid)]:
-            if name not in ATTRIBUTES:
-                raise UnknownNameError("experiment", f"case {case.name!r}: scenes have no such attribute", file=path, found=repr(name), fix=nearest(name, ATTRIBUTES))  # fmt: skip
-            for value in [values] if isinstance(values, str) else values:
-                if value not in ATTRIBUTES[name]:
-                    raise UnknownNameError("experiment", f"case {case.name!r}: {name} has no such value", file=path, found=repr(value), fix=nearest(str(value), ATTRIBUTES[name]))  # fmt: skip
-        for name in {**experiment.sampling, **case.sampling}:
-            if name not in SETTINGS:
-                raise UnknownNameError("experiment", f"case {case.name!r}: no such sampling setting", file=path, found=repr(name), fix=nearest(name, SETTINGS))  # fmt: skip
-        for name, values in case.over.items():
-            if not isinstance(values, list) or not values:
-                refuse(f"case {case.name!r}: {name} needs a list of values", found=repr(values))
+        _check_case(case, {run.name for run in experiment.runs}, path)
     for check in experiment.checks:
         if (check.at_least is None) == (check.at_most is None):
-            refuse(f"check {check.says!r} needs one bound", fix="at_least = ... or at_most = ...")
+            raise _refused(f"check {check.says!r} needs one bound", path, fix="at_least = ... or at_most = ...")
         if check.of not in ("", "max", "min", "mean"):
-            refuse(f"check {check.says!r}: of is max, min or mean", found=repr(check.of))
+            raise _refused(f"check {check.says!r}: of is max, min or mean", path, found=repr(check.of))
     for figure in experiment.figures:
         if figure.kind not in ("lines", "bars"):
-            refuse(f"figure {figure.title!r}: kind is lines or bars", found=repr(figure.kind))
+            raise _refused(f"figure {figure.title!r}: kind is lines or bars", path, found=repr(figure.kind))
+    for sheet in experiment.sheets:
+        _check_sampling(sheet.sampling, f"sheet {sheet.title!r}", path)
     for name, what in experiment.inputs.items():
         if not (re.fullmatch(r"[a-z_][a-z0-9_]*", name) and isinstance(what, (str, Mapping))):
-            refuse("an input is a name and a file, or a table", found=f"{name} = {what!r}")
+            raise _refused("an input is a name and a file, or a table", path, found=f"{name} = {what!r}")
+
+
+def _check_case(case: Case, runs: Collection[str], path: Path) -> None:
+    where = f"case {case.name!r}"
+    if case.run:
+        _require_among(case.run, runs, f"{where} is of a run that is not there", path)
+    for name, values in [*case.ask.items(), *case.only.items(), *((name, []) for name in case.unsaid)]:
+        _require_among(name, ATTRIBUTES, f"{where}: scenes have no such attribute", path)
+        for value in [values] if isinstance(values, str) else values:
+            _require_among(value, ATTRIBUTES[name], f"{where}: {name} has no such value", path)
+    _check_sampling(case.sampling, where, path)
+    for name, values in case.over.items():
+        if not isinstance(values, list) or not values:
+            raise _refused(f"{where}: {name} needs a list of values", path, found=repr(values))
+
+
+def _check_sampling(given: Mapping[str, Any], where: str, path: Path) -> None:
+    dataclass_of(Sampling, given, "experiment", path, f"{where}: sampling").settings  # noqa: B018
+
+
+def _require_among(value: object, known: Collection[str], problem: str, path: Path) -> None:
+    if value not in known:
+        raise UnknownNameError("experiment", problem, file=path, found=repr(value), fix=nearest(str(value), known))
+
+
+def _refused(problem: str, path: Path, found: object = None, fix: str | None = None) -> FileFormatError:
+    return FileFormatError("experiment", problem, file=path, found=found, fix=fix)

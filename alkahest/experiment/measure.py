@@ -66,6 +66,9 @@ class Inputs(Mapping[str, Any]):
             self._known[name] = self._made(name, self._given[name])
         return self._known[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._given  # without opening it: a file that is not there says so when it is used
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._given)
 

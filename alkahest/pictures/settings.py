@@ -21,6 +21,26 @@ SCHEDULES = ("diffusers", "simple")
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Settings of `ak.sample` as a file gives them; None is its default."""
+
+    steps: int | None = None
+    cfg: float | None = None
+    shift: float | None = None
+    schedule: str | None = None
+    cfg_normalization: float | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The same with defaults, if they can be drawn with."""
+        names = ("steps", "cfg", "shift", "schedule", "cfg_normalization")
+        return Settings(**{name: value for name in names if (value := getattr(self, name)) is not None})
+
+
+@dataclass(frozen=True)
 class Settings:
     """How pictures are drawn; see `sample`."""
 

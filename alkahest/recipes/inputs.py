@@ -51,7 +51,17 @@ def build_delta(text: str, given: Mapping[str, Any], options: Sequence[str] = ()
     return result
 
 
+def require_text(recipe: Recipe, operation: str, file: object = None) -> None:
+    """Raise RecipeError for what no recipe repeats."""
+    if not recipe.text:
+        raise RecipeError(
+            operation, "this was trained, and no recipe repeats that", file=file, found=recipe.made,
+            fix="use the file itself as an input: recipes know it by its hash",
+        )  # fmt: skip
+
+
 def _parsed(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, options: Sequence[str]) -> Any:
+    require_text(recipe, "recipe")
     wanted = require_wanted(given, recipe, options)
     names: dict[str, Any] = {}
     for name in wanted:
@@ -71,7 +81,7 @@ def _parsed(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, optio
 
 def require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[str] = ()) -> list[str]:
     """The names that a recipe needs; UnknownNameError if something else is given."""
-    wanted = names_in(recipe.text)
+    wanted = names_in(recipe.text) if recipe.text else list(recipe.inputs)
     for name in given:
         if name not in wanted:
             typed, known = name.replace("_", "-"), [option.replace("_", "-") for option in options]

@@ -25,7 +25,8 @@ def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[
 
     Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, and ComfyUI workflows: as JSON, in a
     picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
-    that saves the model; `ak.read_workflow` gives them all. Raises RecipeError if there is none.
+    that saves the model; `ak.read_workflow` gives them all. What was trained has no recipe ``text``; ``made`` says what
+    it was made of. Raises RecipeError if there is neither.
     """
     what, found = recipes_in(path, node)
     if len(found) == 1:
@@ -42,7 +43,9 @@ def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[s
         metadata = located.metadata
         if METADATA_KEY in metadata:
             kind = "LoRA" if any(map(is_lora, located.tensors)) else "checkpoint"
-            return f"a {kind} with a recipe inside", [Recipe.from_json(metadata[METADATA_KEY], path)]
+            recipe = Recipe.from_json(metadata[METADATA_KEY], path)
+            said = "with a recipe inside" if recipe.text else "that was trained, which no recipe repeats"
+            return f"a {kind} {said}", [recipe]
         if "prompt" in metadata or "workflow" in metadata:
             return "a checkpoint that ComfyUI saved, with its workflow inside", read_workflow(path, node)
         raise RecipeError("recipe", "this checkpoint holds no recipe", file=path, fix="only merged files have one")

@@ -148,7 +148,11 @@ class _Reader:
             case ast.Name(id=name):
                 functions = {**REGISTRY, **{function.__name__: function for function in _FUNCTIONS}}
                 if name not in functions:
-                    raise self._refused(node, f"unknown function {name!r}", nearest(name, functions))
+                    raise self._refused(
+                        node,
+                        f"unknown function {name!r}",
+                        f"{nearest(name, functions)}; a method of your own is registered first: @ak.method()",
+                    )
                 function: Any = functions[name]
             case ast.Attribute(attr=name) if _is_package(node.func) and "ak" not in self.names:
                 return self._call(ast.Call(ast.Name(name), node.args, node.keywords, **_place(node)))

@@ -22,7 +22,7 @@ from alkahest.errors import RecipeError
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
 from alkahest.model.dtypes import is_finite
-from alkahest.recipes.inputs import build, found_input, matched, require_wanted
+from alkahest.recipes.inputs import build, found_input, matched, require_text, require_wanted
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.sources.lora import open_input
@@ -35,6 +35,7 @@ class Verdict:
     path: Path
     blake3: dict[str, str]
     recipe: str | None = None
+    made: str | None = None  # what no recipe repeats
     nonfinite: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     differing: list[str] | None = None
@@ -47,7 +48,10 @@ class Verdict:
         lines = [f"{self.path}: {'sound' if self.ok else 'NOT SOUND'}"]
         lines += [f"  BLAKE3 {digest}  {name}" for name, digest in self.blake3.items()]
         lines += [f"  {count} non-finite values in {key}" for key, count in self.nonfinite.items()]
-        lines.append(f"  recipe: {self.recipe or 'none recorded'}")
+        if self.made:
+            lines.append(f"  trained, which no recipe repeats: {self.made}")
+        else:
+            lines.append(f"  recipe: {self.recipe or 'none recorded'}")
         lines += [f"  input {name}: {state}" for name, state in self.inputs.items()]
         if self.differing is not None:
             lines.append(
@@ -75,7 +79,9 @@ def stream_verdict(
         yield Event(done, checkpoint.nbytes, key)
     if METADATA_KEY in checkpoint.metadata:
         recipe = Recipe.from_json(checkpoint.metadata[METADATA_KEY], checkpoint.path)
-        verdict.recipe = recipe.text
+        verdict.recipe, verdict.made = recipe.text or None, recipe.made or None
+        if recompute:
+            require_text(recipe, "verify", path)
         require_wanted(given or {}, recipe)
         for name in recipe.inputs:
             verdict.inputs[name] = _state(recipe, name, (given or {}).get(name), checkpoint.path.parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alkahest.engine.record import METADATA_KEY, Recipe
 from alkahest.errors import UnknownNameError
 from alkahest.lora.write import Pair, save_lora
 from alkahest.model.dtypes import FORMATS
@@ -58,4 +58,6 @@ def save_adapter(path: Path, trained: Mapping[str, Tensor], config: Config, reci
             module = name.removesuffix(_DOWN)
             up = trained[module + _UP]
             pairs[f"{module}.weight"] = Pair(up.cpu().to(dtype), down.cpu().to(dtype), alpha / rank)
-    return save_lora(path, pairs, {}, metadata={"alkahest": json.dumps({"trained": recipe})}, family=family)
+    return save_lora(
+        path, pairs, {}, metadata={METADATA_KEY: Recipe("", made=f"a LoRA of run {recipe}").to_json()}, family=family
+    )

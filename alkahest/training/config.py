@@ -21,19 +21,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, UnsupportedError, nearest
-from alkahest.files.toml import made, read_toml
+from alkahest.files.toml import Bounds, dataclass_of, read_toml, value_of
+from alkahest.mini.scenes import ATTRIBUTES
 from alkahest.model.families import Family
 from alkahest.model.keys import Pattern
+from alkahest.pictures.settings import Sampling
 
 OPTIMISERS = ("adamw", "adamw8bit", "adafactor")
 PRECISIONS = ("fp32", "mixed", "bf16")
 LOGS = ("", "tensorboard", "wandb")
+EXPORTS = ("", "bf16", "fp16", "fp32")
+DECAYS = ("constant", "cosine")
+DATA = ("folder", "scenes", "drawn")
+_STAGE_BOUNDS = {
+    "steps": Bounds(1), "batch": Bounds(1), "lr": Bounds(0), "shift": Bounds(1e-6), "std": Bounds(0), "warmup": Bounds(0),
+    "resolution": Bounds(16), "drop": Bounds(0, 1),
+}  # fmt: skip
+_RUN_BOUNDS = {
+    "accumulate": Bounds(1), "save_every": Bounds(1), "measure_every": Bounds(1), "held_out": Bounds(0), "clip": Bounds(0),
+    "ema": Bounds(0, below=1), "weight_decay": Bounds(0), "seed": Bounds(0),
+}  # fmt: skip
 FROZEN = {"refiners": "refiner", "layers_only": "input, final", "nothing": ""}  # presets: what they freeze
 
 
@@ -42,7 +55,7 @@ class Stage:
     """One stage: what is trained on, for how long, and how fast."""
 
     name: str
-    mix: Mapping[str, float]  # dataset -> share
+    mix: Mapping[str, int | float]  # dataset -> share
     steps: int
     lr: float
     batch: int = 1
@@ -61,7 +74,7 @@ class Config:
 
     start: str
     inputs: Mapping[str, str]
-    data: Mapping[str, Mapping[str, Any]]
+    data: Mapping[str, Any]  # name -> a table of one kind, see `DATA`
     stages: tuple[Stage, ...]
     components: str | None = None
     frozen: str = "refiner"  # a pattern, or a preset: refiners, layers_only (all else is frozen), nothing
@@ -129,78 +142,146 @@ def read_config(path: str | Path) -> Config:
 def config_of(given: Mapping[str, Any], folder: Path = Path(), file: object = None) -> Config:
     """A run from a mapping, checked."""
     top = dict(given)
-    stages = top.pop("stage", [])
-    if not isinstance(stages, list) or not stages:
-        raise FileFormatError("finetune", "a run needs stages", file=file, expected="[[stage]]", fix="[[stage]]\\nname = ...")  # fmt: skip
-    each = tuple(made(Stage, {"name": f"stage {n + 1}", **one}, "finetune", file, f"stage {n + 1}") for n, one in enumerate(stages))  # fmt: skip
-    config: Config = made(Config, {**top, "stages": each, "folder": folder}, "finetune", file, "the run")
-    _check(config, file)
+    listed = top.pop("stage", [])
+    if not isinstance(listed, list) or not listed:
+        raise FileFormatError(
+            "finetune", "a run needs stages", file=file, expected="[[stage]]", fix="[[stage]]\\nname = ..."
+        )
+    stages = tuple(_stage(number, one, file) for number, one in enumerate(listed, 1))
+    config = dataclass_of(Config, top, "finetune", file, "the run", stages=stages, folder=folder)
+    _check_run(config, file)
+    _check_mixes(config, file)
+    for name, what in config.data.items():
+        _check_data(name, what, config, file)
+    if config.lora:
+        dataclass_of(_Lora, config.lora, "finetune", file, "lora")
+    dataclass_of(Sampling, config.sampling, "finetune", file, "sampling").settings  # noqa: B018
     return config
 
 
-def _check(config: Config, file: object) -> None:
-    def refuse(problem: str, **facts: Any) -> None:
-        raise UnsupportedError("finetune", problem, file=file, **facts)
+def _stage(number: int, given: object, file: object) -> Stage:
+    named = {"name": f"stage {number}", **given} if isinstance(given, Mapping) else given
+    stage = dataclass_of(Stage, named, "finetune", file, f"stage {number}")
+    where = f"stage {stage.name!r}"
+    for name, bounds in _STAGE_BOUNDS.items():
+        bounds.require(getattr(stage, name), "finetune", file, where, name)
+    _require_among(stage.decay, "decay", DECAYS, file)
+    return stage
 
-    for name, value, options in (("optimiser", config.optimiser, OPTIMISERS), ("precision", config.precision, PRECISIONS), ("log", config.log, LOGS)):  # fmt: skip
-        if value not in options:
-            raise UnknownNameError("finetune", f"unknown {name}", file=file, found=repr(value), fix=nearest(value, options))  # fmt: skip
+
+def _check_run(config: Config, file: object) -> None:
+    for name, options in (("optimiser", OPTIMISERS), ("precision", PRECISIONS), ("log", LOGS), ("export", EXPORTS)):
+        _require_among(getattr(config, name), name, options, file)
+    for name, bounds in _RUN_BOUNDS.items():
+        bounds.require(getattr(config, name), "finetune", file, "the run", name)
+    for number, beta in enumerate(config.betas):
+        Bounds(0, below=1).require(beta, "finetune", file, "the run", f"betas[{number}]")
     if config.fused and (config.accumulate > 1 or config.clip):
-        refuse("a fused backward has each gradient only once and by itself", found=f"accumulate={config.accumulate}, clip={config.clip}", fix="accumulate = 1 and clip = 0, or fused = false")  # fmt: skip
-    for stage in config.stages:
-        for name in stage.mix:
-            if name not in config.data:
-                raise UnknownNameError("finetune", f"stage {stage.name!r} mixes data that is not there", file=file, found=repr(name), fix=nearest(name, config.data))  # fmt: skip
-        low = {"steps": 1, "batch": 1, "lr": 0.0, "shift": 1e-6, "std": 0.0, "warmup": 0, "resolution": 16}
-        for name, least in low.items():
-            if not getattr(stage, name) >= least:
-                refuse(f"stage {stage.name!r}: {name} is too small", expected=f"at least {least}", found=getattr(stage, name))  # fmt: skip
-        if stage.decay not in ("constant", "cosine"):
-            raise UnknownNameError("finetune", "unknown decay", file=file, found=repr(stage.decay), fix=nearest(stage.decay, ("constant", "cosine")))  # fmt: skip
-        if not 0 <= stage.drop <= 1:
-            refuse(f"stage {stage.name!r}: drop is a share", found=stage.drop)
-    for name, what in config.data.items():
-        _check_data(name, what, config, file)
-    _check_lora(config.lora, config.export, file)
-    for name, least in (("accumulate", 1), ("save_every", 1), ("measure_every", 1), ("held_out", 0), ("clip", 0), ("ema", 0)):  # fmt: skip
-        if getattr(config, name) < least:
-            refuse(f"{name} is too small", expected=f"at least {least}", found=getattr(config, name))
-    if config.ema >= 1:
-        refuse("ema is a decay below 1, such as 0.999", found=config.ema)
-
-
-def _check_lora(lora: Mapping[str, Any], export: str, file: object) -> None:
-    kinds: dict[str, Any] = {"rank": int, "alpha": (int, float), "targets": str}
-    if lora and not export:
-        raise UnsupportedError("finetune", "a LoRA is given out as a file", file=file, found='export = ""', fix='export = "bf16"')  # fmt: skip
-    for name, value in lora.items():
-        if name not in kinds:
-            raise UnknownNameError("finetune", "lora has an unknown key", file=file, key=name, fix=nearest(name, kinds))
-        if not isinstance(value, kinds[name]) or isinstance(value, bool) or (name != "targets" and value <= 0):
-            raise FileFormatError("finetune", "lora: this value is of the wrong kind", file=file, key=name, expected="rank and alpha above 0, targets a pattern", found=repr(value))  # fmt: skip
-
-
-def _check_data(name: str, what: Any, config: Config, file: object) -> None:
-    kinds = ("folder", "scenes", "drawn")
-    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in kinds:
-        found = ", ".join(what) if isinstance(what, Mapping) and what else "nothing"
-        raise FileFormatError("finetune", f"data {name!r} needs one of {', '.join(kinds)}", file=file, found=found)
-    ((kind, given),) = what.items()
-    if kind == "folder" and not isinstance(given, str):
-        raise FileFormatError("finetune", f"data {name!r}: folder is a path", file=file, found=repr(given))
-    if kind == "folder":
-        return
-    if not isinstance(given, Mapping):
-        raise FileFormatError("finetune", f"data {name!r}: {kind} is a table", file=file, found=repr(given))
-    scenes = given if kind == "scenes" else given.get("scenes")
-    if kind == "drawn":
-        models = given.get("models")
-        if not isinstance(models, Mapping) or not models or ("scenes" in given) == ("prompts" in given):
-            raise FileFormatError("finetune", f"data {name!r}: drawn needs models, and scenes or prompts", file=file, found=", ".join(given))  # fmt: skip
-        for model in models:
-            if model not in config.inputs:
-                raise UnknownNameError("finetune", f"data {name!r} is drawn by a model that is no input", file=file, found=repr(model), fix=nearest(model, config.inputs))  # fmt: skip
-    if scenes is not None and not (type(scenes.get("count")) is int and type(scenes.get("seed")) is int):
-        raise FileFormatError(
-            "finetune", f"data {name!r}: scenes need count and seed", file=file, found=", ".join(scenes)
+        raise UnsupportedError(
+            "finetune", "a fused backward has each gradient only once and by itself", file=file,
+            found=f"accumulate={config.accumulate}, clip={config.clip}",
+            fix="accumulate = 1 and clip = 0, or fused = false",
+        )  # fmt: skip
+    if config.lora and not config.export:
+        raise UnsupportedError(
+            "finetune", "a LoRA is given out as a file", file=file, found='export = ""', fix='export = "bf16"'
         )
+
+
+def _check_mixes(config: Config, file: object) -> None:
+    for stage in config.stages:
+        for name, share in stage.mix.items():
+            if name not in config.data:
+                problem = f"stage {stage.name!r} mixes data that is not there"
+                raise UnknownNameError("finetune", problem, file=file, found=repr(name), fix=nearest(name, config.data))
+            Bounds(0).require(share, "finetune", file, f"stage {stage.name!r}", f"mix: {name}")
+        if not sum(stage.mix.values()) > 0:
+            raise UnsupportedError(
+                "finetune", f"stage {stage.name!r}: nothing is mixed", file=file, fix="mix = { name = 1.0 }"
+            )
+
+
+def _require_among(value: str, name: str, options: Sequence[str], file: object) -> None:
+    if value not in options:
+        raise UnknownNameError("finetune", f"unknown {name}", file=file, found=repr(value), fix=nearest(value, options))
+
+
+def _check_data(name: str, what: object, config: Config, file: object) -> None:
+    where = f"data {name!r}"
+    if not isinstance(what, Mapping) or len(what) != 1 or next(iter(what)) not in DATA:
+        found = (", ".join(what) or "nothing") if isinstance(what, Mapping) else repr(what)
+        raise FileFormatError("finetune", f"{where} needs one of {', '.join(DATA)}", file=file, found=found)
+    ((kind, given),) = what.items()
+    if kind == "folder":
+        value_of(str, given, "finetune", file, f"{where}: folder")
+    elif kind == "scenes":
+        dataclass_of(_Scenes, given, "finetune", file, f"{where}: scenes").require_values(file, where)
+    else:
+        _check_drawn(dataclass_of(_Drawn, given, "finetune", file, f"{where}: drawn"), config, file, where)
+
+
+def _check_drawn(drawn: _Drawn, config: Config, file: object, where: str) -> None:
+    if not drawn.models or (drawn.scenes is None) == (drawn.prompts is None):
+        raise FileFormatError("finetune", f"{where}: drawn needs models, and scenes or prompts", file=file)
+    for model, settings in drawn.models.items():
+        if model not in config.inputs:
+            problem = f"{where} is drawn by a model that is no input"
+            raise UnknownNameError("finetune", problem, file=file, found=repr(model), fix=nearest(model, config.inputs))
+        dataclass_of(Sampling, settings, "finetune", file, f"{where}: {model}").settings  # noqa: B018
+    if drawn.scenes is not None:
+        dataclass_of(_Scenes, drawn.scenes, "finetune", file, f"{where}: scenes").require_values(file, where)
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """A LoRA to train."""
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UnsupportedError("finetune", f"lora: {name} must be above 0", found=value)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Data that models draw."""
+
+    models: Mapping[str, Mapping[str, Any]]
+    scenes: Mapping[str, Any] | None = None
+    prompts: str | None = None
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    """Data of the miniature world: an attribute has one value or several."""
+
+    count: int
+    seed: int
+    held_out: bool = False
+    subject: str | tuple[str, ...] = ()
+    colour: str | tuple[str, ...] = ()
+    place: str | tuple[str, ...] = ()
+    light: str | tuple[str, ...] = ()
+    side: str | tuple[str, ...] = ()
+    quality: str | tuple[str, ...] = ()
+    style: str | tuple[str, ...] = ()
+
+    def require_values(self, file: object, where: str) -> None:
+        """Raise for a value that no scene has."""
+        Bounds(1).require(self.count, "finetune", file, where, "count")
+        for name, known in ATTRIBUTES.items():
+            given = getattr(self, name)
+            for value in [given] if isinstance(given, str) else given:
+                if value not in known:
+                    raise UnknownNameError(
+                        "finetune",
+                        f"{where}: {name} has no such value",
+                        file=file,
+                        found=repr(value),
+                        fix=nearest(value, known),
+                    )

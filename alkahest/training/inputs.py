@@ -168,6 +168,9 @@ class _Models(Mapping[str, Any]):
     def __getitem__(self, name: str) -> tuple[Any, dict[str, Any]]:
         return pipeline(self._inputs[name], self._pipe), dict(self._settings[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._settings
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._settings)
 

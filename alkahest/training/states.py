@@ -42,7 +42,9 @@ def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Ma
         with _shared_folder(target, size + (1 << 20)) as partial, as_output_error(target):
             _write(partial, state)
             if parallel.rank() == 0:
-                (partial / "state.json").write_text(json.dumps({"step": step, **about, "names": sorted(state)}, indent=1))
+                (partial / "state.json").write_text(
+                    json.dumps({"step": step, **about, "names": sorted(state)}, indent=1)
+                )
     except (SafetensorError, CheckpointException) as error:
         raise OutputError("finetune", "the checkpoint could not be written", file=target, found=str(error)[:200], fix="free some space: the run goes on from the checkpoint before") from None  # fmt: skip
     if parallel.rank() == 0:

@@ -21,6 +21,7 @@ class Tensors(Readable):
     """Trained tensors by canonical name, read block by block."""
 
     name = "trained"
+    is_reproducible = False
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -43,6 +44,9 @@ class Finetuned(OfWeights):
     weights: Weights
     run: str  # what the recipe calls it: a digest of its configuration and the steps done
     tensors: Any  # Tensors; compared by identity
+
+    def leaves(self) -> tuple[Readable, ...]:
+        return (*self.weights.leaves(), self.tensors)
 
     def at(self, key: str, rules: Rules) -> Term | None:
         return Source(self.tensors, key) if key in self.tensors.tensors else self.weights.at(key, rules)

@@ -98,8 +98,9 @@ class _Reading:
         self.require_family(node)
         saved_as = node.inputs.get("filename_prefix", "") if node.kind in SAVERS else ""
         return WorkflowRecipe(
-            value.text, {}, output, "", node.id, saved_as if isinstance(saved_as, str) else "", self.files,
-            list(dict.fromkeys(self.notes)), tuple(self.computed.values()), self.source,
+            value.text, output=output, node=node.id, saved_as=saved_as if isinstance(saved_as, str) else "",
+            files=self.files, notes=list(dict.fromkeys(self.notes)), computed=tuple(self.computed.values()),
+            source=self.source,
         )  # fmt: skip
 
     def model(self, node: Node, name: str) -> Value:

@@ -17,17 +17,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
+from alkahest.engine.events import result_of
 from alkahest.errors import (
     AlkahestError,
     FileFormatError,
     MismatchError,
     NonFiniteError,
     OutputError,
+    RecipeError,
     UnknownNameError,
     UnsupportedError,
 )
 from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
+from alkahest.recipes.inputs import build
+from alkahest.recipes.verify import stream_verdict
 from alkahest.training import states
 from alkahest.training.config import Config, config_of
 from alkahest.training.dataset import from_scenes
@@ -92,9 +96,31 @@ def test_frozen_tensors_are_the_starts_byte_for_byte(tmp_path: Path) -> None:
     for name, value in before.items():
         assert torch.equal(value, after[name]) == ("refiner" in name), name
     what, recipe = ak.read_recipe(tmp_path / "end.safetensors")
-    assert what == "a checkpoint with a recipe inside"
-    assert recipe.text.startswith("finetuned(lerp(deturbo, base, 0.5), ")
+    assert what == "a checkpoint that was trained, which no recipe repeats"
+    assert recipe.text == ""
+    assert recipe.made.startswith("finetuned(lerp(deturbo, base, 0.5), ")
     assert set(recipe.inputs) == {"deturbo", "base"}
+    verdict = result_of(stream_verdict(tmp_path / "end.safetensors"))
+    assert (verdict.ok, verdict.recipe, verdict.made) == (True, None, recipe.made)
+    assert verdict.inputs.keys() == {"deturbo", "base"}
+    with pytest.raises(RecipeError, match="no recipe repeats that"):
+        result_of(stream_verdict(tmp_path / "end.safetensors", recompute=True))
+    with pytest.raises(RecipeError, match="no recipe repeats that"):
+        build(recipe, {})
+    # What is made of it has one: the file is an input like any other.
+    opened = ak.open(tmp_path / "end.safetensors")
+    merged = ak.lerp(opened, ak.mini.load("base"), 0.25).save(tmp_path / "merged.safetensors")
+    assert result_of(stream_verdict(merged.path, {"end": opened.path}, recompute=True)).differing == []
+    # What holds trained tensors that are in no file says so.
+    inside = ak.lerp(result.weights, ak.mini.load("base"), 0.25).save(tmp_path / "inside.safetensors")
+    assert any("no recipe" in note for note in inside.notes)
+    assert ak.read_recipe(inside.path)[1].text == ""
+
+
+def test_a_family_s_bridges_say_that_they_were_trained() -> None:
+    what, recipe = ak.read_recipe(ak.mini.WEIGHTS / "tb1.safetensors")
+    assert (what, recipe.text) == ("a checkpoint that was trained, which no recipe repeats", "")
+    assert recipe.made.startswith("finetuned(")
 
 
 def test_a_frozen_tensor_that_moves_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
