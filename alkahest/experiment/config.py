@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.experiment.growing import BRIDGES
 from alkahest.files.toml import dataclass_of, read_toml
 from alkahest.mini.scenes import ATTRIBUTES
 from alkahest.pictures.settings import Sampling
@@ -72,7 +73,7 @@ class Run:
     """A training run; its measurements are rows of the table "history". Grown only when asked to."""
 
     name: str
-    config: str  # a file, beside experiment.toml or above
+    config: str  # a file beside experiment.toml or above, or mini:NAME for the one that a shipped bridge was grown from
 
 
 @dataclass(frozen=True)
@@ -161,19 +162,39 @@ def read_experiment(folder: str | Path) -> Experiment:
 
 
 def experiments(root: str | Path = ROOT) -> list[Experiment]:
-    """Every experiment in a folder of experiments, by number."""
-    return [read_experiment(path.parent) for path in sorted(Path(root).glob("[0-9][0-9]-*/experiment.toml"))]
+    """Every experiment in a folder of experiments, by number; FileFormatError if there are none."""
+    return [read_experiment(path.parent) for path in _files(root)]
+
+
+def _files(root: str | Path) -> list[Path]:
+    found = sorted(Path(root).glob("[0-9][0-9]-*/experiment.toml"))
+    if not found:
+        raise FileFormatError(
+            "experiment", "there are no experiments here", file=Path(root).absolute(),
+            expected="folders like 01-two-lineages with an experiment.toml", fix="in a clone of the project, or --root FOLDER",
+        )  # fmt: skip
+    return found
 
 
 def experiment_named(name: str, root: str | Path = ROOT) -> Experiment:
     """One experiment by its folder's name, its number, or a path to its folder."""
     if (Path(name) / "experiment.toml").exists():
         return read_experiment(name)
-    known = {path.parent.name: path.parent for path in sorted(Path(root).glob("[0-9][0-9]-*/experiment.toml"))}
+    known = {path.parent.name: path.parent for path in _files(root)}
     for each, folder in known.items():
         if name in (each, each[:2]) or (name.isdigit() and int(name) == int(each[:2])):
             return read_experiment(folder)
     raise UnknownNameError("experiment", "no such experiment", found=repr(name), file=root, fix=nearest(name, known))
+
+
+def run_file(experiment: Experiment, run: Run) -> Path:
+    """The configuration of a training run."""
+    if run.config.startswith("mini:"):
+        name = run.config.removeprefix("mini:")
+        known = [path.stem for path in BRIDGES.glob("*.toml")]
+        _require_among(name, known, f"run {run.name!r}: the family has no such bridge", experiment.folder)
+        return BRIDGES / f"{name}.toml"
+    return experiment.folder / run.config
 
 
 def _check(experiment: Experiment, path: Path) -> None:

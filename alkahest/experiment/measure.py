@@ -15,7 +15,7 @@ import pandas as pd
 from alkahest import mini
 from alkahest.engine.events import Event
 from alkahest.errors import FileFormatError, UnknownNameError, nearest
-from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet
+from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet, run_file
 from alkahest.experiment.growing.report import READ, as_asked
 from alkahest.lora.extract import extract_lora
 from alkahest.measure.multiplier import BASES, needed_multiplier
@@ -166,7 +166,7 @@ def _history(experiment: Experiment, run: Run, family: Path | None, runs: Path |
     if runs is None:
         yield from recorded(experiment, "history", "run", run.name)
         return
-    config = read_config(experiment.folder / run.config)
+    config = read_config(run_file(experiment, run))
     if family is not None:
         files = {name: str(file_of(what, config.folder, family).resolve()) for name, what in config.inputs.items()}
         config = replace(config, inputs=files, components=str((family / "components").resolve()))
@@ -179,7 +179,7 @@ def _stages(experiment: Experiment, case: Case, runs: Path | None) -> list[str]:
     if not case.run or runs is None:
         return [""]
     (run,) = (run for run in experiment.runs if run.name == case.run)
-    names = [stage.name for stage in read_config(experiment.folder / run.config).stages]
+    names = [stage.name for stage in read_config(run_file(experiment, run)).stages]
     every = [f"{number}-{name}" for number, name in enumerate(names, 1)]
     for name in case.stages:
         if name not in every:
@@ -224,7 +224,7 @@ def steps_title(run: Run) -> str:
 
 
 def _prompts(experiment: Experiment, run: Run) -> tuple[str, ...]:
-    return read_config(experiment.folder / run.config).prompts
+    return read_config(run_file(experiment, run)).prompts
 
 
 def _steps_sheet(experiment: Experiment, run: Run, runs: Path) -> Image:

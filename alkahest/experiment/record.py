@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from alkahest.errors import FileFormatError
-from alkahest.experiment.config import Check, Experiment
+from alkahest.experiment.config import Check, Experiment, run_file
 from alkahest.experiment.measure import Found, Tables, file_of, steps_title
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
@@ -112,12 +112,15 @@ def measured_by(experiment: Experiment, family: Path | None, seconds: float, gro
 
 def measured_digest(experiment: Experiment) -> str:
     """A hash of all that changes numbers; words, checks and figures do not."""
-    return _hashed({name: getattr(experiment, name) for name in _MEASURED})
+    kept = {name: getattr(experiment, name) for name in _MEASURED}
+    return _hashed(
+        {**kept, "runs": [run.name for run in experiment.runs]}
+    )  # what is in their files is `grown_digest`'s
 
 
 def grown_digest(experiment: Experiment) -> str:
     """A hash of the training runs, their configurations, and what is drawn of them."""
-    configs = {run.name: (experiment.folder / run.config).read_text() for run in experiment.runs}
+    configs = {run.name: run_file(experiment, run).read_text() for run in experiment.runs}
     cases = [case for case in experiment.cases if case.run]
     return _hashed({"runs": configs, "cases": cases, **{name: getattr(experiment, name) for name in ("inputs", "prompts", "seed", "sampling")}})  # fmt: skip
 

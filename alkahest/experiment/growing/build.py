@@ -21,7 +21,7 @@ from alkahest import mini
 from alkahest.engine.events import Event
 from alkahest.engine.options import existing_device
 from alkahest.errors import UnknownNameError, nearest
-from alkahest.experiment.growing import models, parts
+from alkahest.experiment.growing import BRIDGES, models, parts
 from alkahest.experiment.growing.lessons import (
     Pairs,
     Trajectories,
@@ -45,7 +45,6 @@ from alkahest.training.loop import stream_finetune
 
 Progress = Iterator[tuple[int, float]]
 _START = 0  # the seed of the random start that both lineages share
-_BRIDGES = Path(mini.__file__).parents[2] / "experiments" / "bridges"
 _SMALL_DELTA = 5.0  # a tether for what is made from a lineage: its difference should be what it learnt, and little else
 _TETHER = 2.0  # keeps them within a cosine of about 0.87, as far as separate trainings by AdamW end up
 
@@ -297,7 +296,7 @@ def _bridge(name: str) -> Callable[[Workshop], Progress]:
     """A bridge, grown by the trainer that grows any, from the configuration that is committed for it."""
 
     def make(shop: Workshop) -> Progress:
-        config = read_config(_BRIDGES / f"{name}.toml")
+        config = read_config(BRIDGES / f"{name}.toml")
         inputs = {member: f"{member}.safetensors" for member in config.inputs}
         config = replace(config, inputs=inputs, components="components", folder=shop.folder)
         for event in stream_finetune(config, shop.folder / "runs" / name, shop.device):
@@ -335,6 +334,6 @@ STAGES = [
     Stage("turbo-lora", _lora("turbo-lora", "deturbo", "anime", 63, 250, False), 250, "deturbo: sketches, rank 8", 63),
     Stage("base-distill-lora", _lora("base-distill-lora", "base", "photo", 65, 300, True), 300, "base: 4 steps and cfg 1, rank 8", 65),
     Stage("turbo-distill-lora", _lora("turbo-distill-lora", "deturbo", "anime", 67, 300, True), 300, "deturbo: 4 steps and cfg 1, rank 8", 67),
-    Stage("tb0", _bridge("tb0"), 1000, "turbo + base, averaged refiners frozen: experiments/bridges/tb0.toml", 0),
-    Stage("tb1", _bridge("tb1"), 1250, "deturbo + base, averaged refiners frozen: experiments/bridges/tb1.toml", 1),
+    Stage("tb0", _bridge("tb0"), 1000, "turbo + base, averaged refiners frozen: alkahest/experiment/growing/tb0.toml", 0),
+    Stage("tb1", _bridge("tb1"), 1250, "deturbo + base, averaged refiners frozen: alkahest/experiment/growing/tb1.toml", 1),
 ]  # fmt: skip
