@@ -131,7 +131,8 @@ _PUBLIC = {
 }
 _FAMILY = "mini"  # a module of its own: ak.mini.load("base")
 __all__ = sorted([*_PUBLIC, _FAMILY])
-# diffusers imports bitsandbytes where it is installed, which then warns on every CPU of a 4-bit kernel that nobody uses.
+# diffusers imports bitsandbytes where it is installed, which then warns on every CPU of a 4-bit kernel that nobody
+# uses.
 _logging.getLogger("bitsandbytes").setLevel(_logging.ERROR)
 
 

@@ -96,6 +96,20 @@ class OutputError(AlkahestError):
     """The output cannot be written where it was asked for."""
 
 
+def unknown(
+    operation: str, problem: str, name: object, known: Iterable[str], file: object = None, key: str | None = None
+) -> UnknownNameError:
+    """UnknownNameError for a name that is none of those known, with the nearest of them.
+
+    >>> raise unknown("save", "unknown layout", "natve", ["native", "diffusers"])
+    Traceback (most recent call last):
+    alkahest.errors.UnknownNameError: save: unknown layout
+      found: 'natve'
+      fix: did you mean 'native'? Known: native, diffusers
+    """
+    return UnknownNameError(operation, problem, file=file, key=key, found=repr(name), fix=nearest(str(name), known))
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """Say which of the options were probably meant, for the ``fix`` of an error.
 

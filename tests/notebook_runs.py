@@ -18,9 +18,12 @@ def executed(path: Path, folder: Path) -> NotebookNode:
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # two at a time on two cores, and no fight over them
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=120, store_widget_state=False, resources={"metadata": {"path": str(folder)}},
+        notebook,
+        timeout=120,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-    )  # fmt: skip
+    )
     client.execute()
     for cell in notebook.cells:
         if "outputs" in cell:

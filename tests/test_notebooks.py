@@ -86,11 +86,22 @@ def test_the_switch_to_real_files_works(trio: dict[str, Path], tmp_path: Path) -
 OWN = {
     "01-two-lineages": {"base": "base", "turbo": "turbo", "deturbo": "deturbo", "variant": "base-variant"},
     "02-the-naive-merge": {"base": "base", "turbo": "turbo"},
-    "04-delta-magnitudes": {"base": "base", "strong": "base-variant", "weak": "base-weak", "weak_bf16": "base-weak-bf16"},
+    "04-delta-magnitudes": {
+        "base": "base",
+        "strong": "base-variant",
+        "weak": "base-weak",
+        "weak_bf16": "base-weak-bf16",
+    },
     "06-importing-a-model": {"bridge": "tb1", "base": "deturbo", "variant": "turbo-variant"},
-    "08-merging-across-lineages": {"bridge": "tb1", "base": "base", "of_base": "base-variant", "deturbo": "deturbo", "of_turbo": "turbo-variant"},
+    "08-merging-across-lineages": {
+        "bridge": "tb1",
+        "base": "base",
+        "of_base": "base-variant",
+        "deturbo": "deturbo",
+        "of_turbo": "turbo-variant",
+    },
     "09-your-own-files": {"bridge": "tb1", "variant": "base-variant", "base": "base", "other_base": "turbo"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -113,11 +124,21 @@ def test_files_of_ones_own_take_the_miniatures_place(name: str, tmp_path: Path) 
     ("name", "given", "message"),
     [
         ("09-your-own-files", '{"bridge": "brige.safetensors"}', "did you mean"),
-        ("06-importing-a-model", '{"bridge": "text.safetensors", "base": "base.safetensors", "variant": "base.safetensors"}', "not a safetensors file|safetensors"),
-        ("00-start-here", '{"bridge": "bridge.safetensors", "variant": "other.safetensors", "base": "base.safetensors"}', "shape|tensors"),
+        (
+            "06-importing-a-model",
+            '{"bridge": "text.safetensors", "base": "base.safetensors", "variant": "base.safetensors"}',
+            "not a safetensors file|safetensors",
+        ),
+        (
+            "00-start-here",
+            '{"bridge": "bridge.safetensors", "variant": "other.safetensors", "base": "base.safetensors"}',
+            "shape|tensors",
+        ),
     ],
-)  # fmt: skip
-def test_a_missing_or_wrong_file_is_said(name: str, given: str, message: str, trio: dict[str, Path], tmp_path: Path) -> None:  # fmt: skip
+)
+def test_a_missing_or_wrong_file_is_said(
+    name: str, given: str, message: str, trio: dict[str, Path], tmp_path: Path
+) -> None:
     for each, path in trio.items():
         (tmp_path / f"{each}.safetensors").write_bytes(path.read_bytes())
     (tmp_path / "text.safetensors").write_text("I am no model")

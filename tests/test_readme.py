@@ -33,11 +33,20 @@ def test_the_tour_runs_on_its_own_files(
     assert (tmp_path / "both.safetensors").exists()
 
 
-def test_work_is_shared_out_as_it_says(trio: dict[str, Path], parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_work_is_shared_out_as_it_says(
+    trio: dict[str, Path], parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     bridge, variant, base = (ak.open(trio[name]) for name in ("bridge", "variant", "base"))
     live = ak.LiveModel(bridge + ak.param("k", 1.0) * (variant - base), parts)
-    names: dict[str, Any] = {"ak": ak, "bridge": bridge, "variant": variant, "base": base, "live": live, "prompts": ["a tree"]}  # fmt: skip
+    names: dict[str, Any] = {
+        "ak": ak,
+        "bridge": bridge,
+        "variant": variant,
+        "base": base,
+        "live": live,
+        "prompts": ["a tree"],
+    }
     monkeypatch.setattr(ak, "sweep", partial(ak.sweep, steps=1, width=32, height=32))
     with ThreadPoolExecutor(1) as names["executor"]:
         exec(compile(BLOCKS[1], "README.md", "exec"), names)

@@ -1,4 +1,6 @@
-"""The bytes and numbers that ``unchanged.json`` fixes; ``python tests/unchanged.py`` compares pictures and training too."""
+"""The bytes and numbers that ``unchanged.json`` fixes; ``python tests/unchanged.py`` compares pictures and training
+too.
+"""
 
 from __future__ import annotations
 

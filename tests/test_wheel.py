@@ -18,7 +18,12 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)], cwd=ROOT, check=True, capture_output=True)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     (built,) = folder.glob("*.whl")
     return built
 
@@ -29,8 +34,30 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("fresh")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     found = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    site = Path(subprocess.run([found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True).stdout.strip())  # fmt: skip
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(found), "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)  # fmt: skip
+    site = Path(
+        subprocess.run(
+            [found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(found),
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+    )
     (site / "needed.pth").write_text(
         sysconfig.get_path("purelib") + "\n"
     )  # after our own, and its .pth files are not read
@@ -39,7 +66,9 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(python: Path, folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([str(python), *arguments], cwd=folder, env=environment, check=check, capture_output=True, text=True)  # fmt: skip
+    return subprocess.run(
+        [str(python), *arguments], cwd=folder, env=environment, check=check, capture_output=True, text=True
+    )
 
 
 def test_it_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
@@ -91,9 +120,13 @@ def test_the_tour_runs_from_another_folder(python: Path, tmp_path: Path) -> None
     assert said.startswith("Multiplier ")
     assert said.endswith("(64, 64) 19 [1000, 1250]\n")
     found = commands(
-        python, tmp_path, ["verify", "merged.safetensors"], ["lora", "inspect", "lora.safetensors"],
-        ["inspect", "merged.safetensors", "--json"], ["experiment", "list", "--root", str(ROOT / "experiments")],
-    )  # fmt: skip
+        python,
+        tmp_path,
+        ["verify", "merged.safetensors"],
+        ["lora", "inspect", "lora.safetensors"],
+        ["inspect", "merged.safetensors", "--json"],
+        ["experiment", "list", "--root", str(ROOT / "experiments")],
+    )
     assert [code for code, _ in found] == [0] * 4
     assert json.loads(found[2][1])["layers"] == 4
     assert len(found[3][1].splitlines()) == len(list((ROOT / "experiments").glob("[0-9][0-9]-*/experiment.toml")))
@@ -119,7 +152,20 @@ def test_a_user_s_script_finds_types(python: Path, tmp_path: Path) -> None:
     settings.write_text(
         "[mypy]\n[mypy-torch.*,numpy.*,pandas.*,diffusers.*,transformers.*,huggingface_hub.*]\nfollow_imports = skip\n"
     )
-    done = run(Path(sys.executable), tmp_path, "-m", "mypy", "--python-executable", str(python), "--config-file", str(settings), "--cache-dir", str(tmp_path / "cache"), str(script), check=False)  # fmt: skip
+    done = run(
+        Path(sys.executable),
+        tmp_path,
+        "-m",
+        "mypy",
+        "--python-executable",
+        str(python),
+        "--config-file",
+        str(settings),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        str(script),
+        check=False,
+    )
     assert 'Revealed type is "alkahest.measure.multiplier.Multiplier"' in done.stdout
     assert 'Argument "rank" to "extract_lora" has incompatible type "str"' in done.stdout
     assert "found 1 error in 1 file" in done.stdout.lower()

@@ -12,10 +12,18 @@ from safetensors.torch import save_file
 
 # No two sizes are equal, so that a transposition shows.
 CONFIG = {
-    "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 96, "n_layers": 2,
-    "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 40, "axes_dims": [8, 12, 12],
+    "all_patch_size": (2,),
+    "all_f_patch_size": (1,),
+    "in_channels": 4,
+    "dim": 96,
+    "n_layers": 2,
+    "n_refiner_layers": 2,
+    "n_heads": 3,
+    "n_kv_heads": 3,
+    "cap_feat_dim": 40,
+    "axes_dims": [8, 12, 12],
     "axes_lens": [128, 32, 32],
-}  # fmt: skip
+}
 LINEARS = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 State = dict[str, torch.Tensor]
 
@@ -58,9 +66,12 @@ def native(values: State) -> State:
             continue
         else:
             for old, new in {
-                "all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.",
-                "attention.to_out.0.": "attention.out.", "norm_q.": "q_norm.", "norm_k.": "k_norm.",
-            }.items():  # fmt: skip
+                "all_x_embedder.2-1.": "x_embedder.",
+                "all_final_layer.2-1.": "final_layer.",
+                "attention.to_out.0.": "attention.out.",
+                "norm_q.": "q_norm.",
+                "norm_k.": "k_norm.",
+            }.items():
                 name = name.replace(old, new)
             result[name] = value
     return result
@@ -136,18 +147,33 @@ def components() -> dict[str, Any]:
     words = tokenizer(["a red ball at night", "a blue box"])
     torch.manual_seed(7)
     config = Qwen3Config(
-        vocab_size=len(words), hidden_size=CONFIG["cap_feat_dim"], intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=CONFIG["cap_feat_dim"],
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+    )
     vae = AutoencoderKL(
-        latent_channels=CONFIG["in_channels"], block_out_channels=(8, 12), norm_num_groups=4, sample_size=24,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.8, shift_factor=0.1,
-    )  # fmt: skip
+        latent_channels=CONFIG["in_channels"],
+        block_out_channels=(8, 12),
+        norm_num_groups=4,
+        sample_size=24,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.8,
+        shift_factor=0.1,
+    )
     return {
-        "text_encoder": Qwen3Model(config).eval(), "tokenizer": words, "vae": vae.eval(),
+        "text_encoder": Qwen3Model(config).eval(),
+        "tokenizer": words,
+        "vae": vae.eval(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
-    }  # fmt: skip
+    }
 
 
 def reference(transformer: torch.nn.Module, parts: dict[str, Any]) -> Any:

@@ -1,4 +1,5 @@
-"""What a change of structure must leave as it is: bytes that are written, numbers that are measured, pictures, training.
+"""What a change of structure must leave as it is: bytes that are written, numbers that are measured, pictures,
+training.
 
     python tests/unchanged.py            say what differs from tests/unchanged.json
     python tests/unchanged.py --write    fix what is computed now, after a change that was meant
@@ -86,21 +87,40 @@ def written(folder: Path) -> Values:
     quantised, whole = ak.open(paths["quantised"]), ak.open(paths["whole"])
     saves: dict[str, tuple[Any, dict[str, Any]]] = {
         "bf16, protected": (kept + 171.1 * delta, {}),
-        "lerp and dare, comfy_quant": (ak.lerp(kept, base + ak.dare(delta, drop=0.3, seed=3), 0.3), {"dtype": "comfy_quant"}),
-        "fp8, shards": (kept + delta.scaled({"layers": 3, "layers.1": 5.5}), {"dtype": "fp8_e4m3fn", "max_shard_size": "300KB"}),
-        "diffusers, shards": (bridge + 4 * delta.only("feed_forward"), {"layout": "diffusers", "max_shard_size": "600KB"}),
+        "lerp and dare, comfy_quant": (
+            ak.lerp(kept, base + ak.dare(delta, drop=0.3, seed=3), 0.3),
+            {"dtype": "comfy_quant"},
+        ),
+        "fp8, shards": (
+            kept + delta.scaled({"layers": 3, "layers.1": 5.5}),
+            {"dtype": "fp8_e4m3fn", "max_shard_size": "300KB"},
+        ),
+        "diffusers, shards": (
+            bridge + 4 * delta.only("feed_forward"),
+            {"layout": "diffusers", "max_shard_size": "600KB"},
+        ),
         "diffusers, fp16": (bridge - 0.25 * delta, {"layout": "diffusers", "dtype": "fp16"}),
         "stochastic": (kept + 0.37 * delta, {"rounding": "stochastic", "seed": 11}),
         "comfy_compatible": (ak.lerp(bridge + 17.11 * delta, base, 0.3), {"comfy_compatible": True}),
         "fp32, methods": (base + ak.ties([delta, second], density=0.4) + ak.della(second, seed=2), {"dtype": "fp32"}),
-        "models": (ak.train_difference(ak.slerp(base, other, t=0.3), variant, base, alpha=0.7) - ak.sce([delta, second]), {}),
-        "weighted sum, scaled_fp8": (ak.weighted_sum([bridge, variant, other], [0.5, 0.2, 0.3]), {"dtype": "scaled_fp8"}),
+        "models": (
+            ak.train_difference(ak.slerp(base, other, t=0.3), variant, base, alpha=0.7) - ak.sce([delta, second]),
+            {},
+        ),
+        "weighted sum, scaled_fp8": (
+            ak.weighted_sum([bridge, variant, other], [0.5, 0.2, 0.3]),
+            {"dtype": "scaled_fp8"},
+        ),
         "from fp8, e5m2": (quantised + 2 * second.without("embedders"), {"dtype": "fp8_e5m2"}),
         "as stored, comfy_quant": (quantised.protect("layers.0") + delta, {}),
         "all-in-one": (whole.protect("refiner") + 3 * delta.everywhere(), {"metadata": {"title": "a whole one"}}),
         "with a LoRA": (kept + 0.5 * lora + delta / 3, {}),
-        "made up": (ak.made_up(layers=1, width=96) + 2 * (ak.made_up(layers=1, width=96, delta=0.1) - ak.made_up(layers=1, width=96)), {}),
-    }  # fmt: skip
+        "made up": (
+            ak.made_up(layers=1, width=96)
+            + 2 * (ak.made_up(layers=1, width=96, delta=0.1) - ak.made_up(layers=1, width=96)),
+            {},
+        ),
+    }
     found: Values = {}
     for name, (expression, options) in saves.items():
         single = not ("max_shard_size" in options or options.get("layout") == "diffusers")
@@ -136,7 +156,7 @@ def measured(folder: Path) -> Values:
         "compare": ak.compare({"one": delta, "two": second}, rank=4),
         "absorbed": ak.absorbed(ak.delta_table(delta, on=bridge, k=0.1)),
         "rounding_curve": ak.rounding_curve(ak.delta_table(delta, on=bridge), ks=[0.1, 1.0, 10.0]),
-    }  # fmt: skip
+    }
     found: Values = {}
     for name, one in tables.items():
         numbers = one.select_dtypes("number")

@@ -44,7 +44,12 @@ def della(delta: Tensor, *, drop: float = 0.7, window: float = 0.2, uniform: Ten
     density=1)``.
     """
     if not (window >= 0 and drop - window / 2 >= 0 and drop + window / 2 < 1):
-        raise AlgebraError("della", "drop and window are out of range", expected="0 <= drop - window/2 and drop + window/2 < 1", found=f"drop={drop}, window={window}")  # fmt: skip
+        raise AlgebraError(
+            "della",
+            "drop and window are out of range",
+            expected="0 <= drop - window/2 and drop + window/2 < 1",
+            found=f"drop={drop}, window={window}",
+        )
     rows = delta.view(shape) if len(shape) > 1 else delta.view(1, -1)
     rank = rows.abs().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the largest
     dropped = drop - window / 2 + window * rank / max(rows.shape[-1] - 1, 1)
@@ -99,7 +104,9 @@ def model_stock(deltas: list[Tensor]) -> Tensor:
     count = len(deltas)
     lengths = [dot(delta, delta) ** 0.5 for delta in deltas]
     pairs = [(i, j) for i in range(count) for j in range(i)]
-    cosines = [dot(deltas[i], deltas[j]) / (lengths[i] * lengths[j]) if lengths[i] * lengths[j] else 0.0 for i, j in pairs]  # fmt: skip
+    cosines = [
+        dot(deltas[i], deltas[j]) / (lengths[i] * lengths[j]) if lengths[i] * lengths[j] else 0.0 for i, j in pairs
+    ]
     cosine = max(0.0, sum(cosines) / len(cosines)) if cosines else 1.0
     t = count * cosine / (1 + (count - 1) * cosine)
     return torch.stack(deltas).mean(dim=0) * t
@@ -109,7 +116,8 @@ def model_stock(deltas: list[Tensor]) -> Tensor:
 def nuslerp(a: Tensor, b: Tensor, *, t: float = 0.5, rows: float = 0.0, shape: tuple[int, ...]) -> Tensor:
     """Go from one delta to another along the arc between them: the whole tensor as one vector, or row by row.
 
-    mergekit's NuSLERP with a base model. ``rows=1`` takes each row's own angle; nearly parallel ones are mixed linearly.
+    mergekit's NuSLERP with a base model. ``rows=1`` takes each row's own angle; nearly parallel ones are mixed
+    linearly.
     """
     if not rows or len(shape) < 2:
         return along_arc(a, b, t)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, SupportsFloat
 from alkahest.engine.readable import Readable, Shapes
 from alkahest.engine.scalars import Param, Rules, Scalar, number
 from alkahest.engine.terms import Term, name_leaves
-from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
+from alkahest.errors import AlgebraError, MismatchError, nearest, unknown
 from alkahest.model.families import Family
 
 Names = Mapping[Readable, str]
@@ -77,9 +77,11 @@ class Expression:
         for one in self._scalars():
             if isinstance(one, Param) and found.setdefault(one.name, one.value) != one.value:
                 raise AlgebraError(
-                    "param", f"{one.name!r} has two values", found=f"{found[one.name]} and {one.value}",
+                    "param",
+                    f"{one.name!r} has two values",
+                    found=f"{found[one.name]} and {one.value}",
                     fix="use one default, or two names",
-                )  # fmt: skip
+                )
         return found
 
     def bind(self, **values: SupportsFloat) -> Self:
@@ -87,7 +89,7 @@ class Expression:
         known = self.params
         for name in values:
             if name not in known:
-                raise UnknownNameError("bind", "no such parameter", found=repr(name), fix=nearest(name, known))
+                raise unknown("bind", "no such parameter", name, known)
         return self._bound({name: number(value, "bind") for name, value in values.items()})
 
     def text(self, names: Names | None = None) -> str:
@@ -157,14 +159,19 @@ def require_same(operation: str, left: Expression, right: Expression) -> None:
     for key in left.shapes.keys() & right.shapes.keys():
         if left.shapes[key] != right.shapes[key]:
             found = f"{left.text()}: {left.shapes[key]}; {right.text()}: {right.shapes[key]}"
-            raise MismatchError(operation, "a tensor has different shapes", key=key, found=found, fix="use a LoRA of this model")  # fmt: skip
+            raise MismatchError(
+                operation, "a tensor has different shapes", key=key, found=found, fix="use a LoRA of this model"
+            )
     for part, whole, is_part in ((left, right, some[0]), (right, left, some[1])):
         lacking = [key for key in part.shapes if key not in whole.shapes]
         if is_part and not all(some) and lacking:
             raise MismatchError(
-                operation, f"the LoRA changes {len(lacking)} tensors that the model does not have", key=lacking[0],
-                found=part.text(), fix=f"use a LoRA of this model; {nearest(lacking[0], whole.shapes)}",
-            )  # fmt: skip
+                operation,
+                f"the LoRA changes {len(lacking)} tensors that the model does not have",
+                key=lacking[0],
+                found=part.text(),
+                fix=f"use a LoRA of this model; {nearest(lacking[0], whole.shapes)}",
+            )
 
 
 def refuse(symbol: str, left: Expression, right: object) -> NoReturn:
@@ -179,10 +186,12 @@ def refuse(symbol: str, left: Expression, right: object) -> NoReturn:
 
     lora = left.leaves()[0] if left.is_partial and not left.children else None
     raise AlgebraError(
-        f"{kind(left)} {symbol} {kind(right)}", "this has no meaning", found=f"{shown(left)} {symbol} {shown(right)}",
+        f"{kind(left)} {symbol} {kind(right)}",
+        "this has no meaning",
+        found=f"{shown(left)} {symbol} {shown(right)}",
         expected="weights - weights, weights + delta, delta + delta or number * delta",
         fix=f"{lora.name} is a LoRA, which is a difference already" if lora is not None and symbol == "-" else None,
-    )  # fmt: skip
+    )
 
 
 def wrapped(expression: Expression, names: Names, least: int) -> str:

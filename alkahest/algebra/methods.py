@@ -7,7 +7,8 @@ Operands come first: single tensors, or one ``list[Tensor]`` of any number. Keyw
 are settings. A parameter ``uniform: Tensor`` receives seeded random numbers in (0, 1), one per
 element, and gives the method a ``seed`` setting; a parameter ``shape`` receives the tensor's shape.
 Operands are flat float32 tensors; ones that are zero for a tensor (protected or left out by
-``only``) are not in the list. Those that ship are in `alkahest.algebra.delta_methods` and `alkahest.algebra.model_methods`.
+``only``) are not in the list. Those that ship are in `alkahest.algebra.delta_methods` and
+`alkahest.algebra.model_methods`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from alkahest.algebra.weights import Weights
 from alkahest.engine.readable import Shapes
 from alkahest.engine.scalars import Rules, Scalar, scalar, text_of
 from alkahest.engine.terms import Apply, Term
-from alkahest.errors import AlgebraError, UnknownNameError, nearest
+from alkahest.errors import AlgebraError, unknown
 from alkahest.model import seeded
 
 Tensor = torch.Tensor
@@ -59,9 +60,12 @@ class Method:
             expected = "at least one" if self.many else self.operands
             settings_by_name = ", ".join(f"{name}=" for name in self.defaults)
             raise AlgebraError(
-                self.name, "wrong number of operands", expected=expected, found=len(given),
+                self.name,
+                "wrong number of operands",
+                expected=expected,
+                found=len(given),
                 fix=f"settings go by name: {settings_by_name}" if self.defaults else None,
-            )  # fmt: skip
+            )
         for operand in given:
             if not isinstance(operand, self.makes):
                 kind = "deltas" if self.makes is Delta else "weights"
@@ -69,7 +73,7 @@ class Method:
                 raise AlgebraError(self.name, f"the operands must be {kind}", found=found)
         for name in settings:
             if name not in self.defaults:
-                raise UnknownNameError(self.name, "unknown setting", found=repr(name), fix=nearest(name, self.defaults))
+                raise unknown(self.name, "unknown setting", name, self.defaults)
         values = {**self.defaults, **settings}
         chosen = tuple((name, scalar(value, f"{self.name} {name}")) for name, value in values.items())
         return (MergedDelta if self.makes is Delta else MergedWeights)(self, given, chosen)
@@ -128,14 +132,18 @@ def _method_of(function: Callable[..., Tensor], makes: type[Expression], element
 
 
 def _require_free(made: Method) -> None:
-    """Raise AlgebraError if the name is taken; one that was defined in the same place, as by running a cell again, is replaced."""
+    """Raise AlgebraError if the name is taken; one that was defined in the same place, as by running a cell again,
+    is replaced.
+    """
     before = REGISTRY.get(made.name)
     places = [(one.function.__module__, one.function.__qualname__) for one in (before, made) if one is not None]
     if made.name in RESERVED or (before is not None and places[0] != places[1]):
         raise AlgebraError(
-            "method", f"{made.name!r} is taken", found=places[0][0] if before is not None else "a function of recipes",
+            "method",
+            f"{made.name!r} is taken",
+            found=places[0][0] if before is not None else "a function of recipes",
             fix="give it another name",
-        )  # fmt: skip
+        )
 
 
 def _signature_of(made: Method) -> inspect.Signature:
@@ -244,4 +252,9 @@ def dot(a: Tensor, b: Tensor) -> float:
 def require_within(operation: str, name: str, value: float, low: float, high: float, closed: bool = False) -> None:
     """Raise AlgebraError unless ``low < value <= high``, or ``low <= value <= high`` if ``closed``."""
     if not (low < value <= high or (closed and value == low)):
-        raise AlgebraError(operation, f"{name} is out of range", expected=f"{low:g} {'<=' if closed else '<'} {name} <= {high:g}", found=value)  # fmt: skip
+        raise AlgebraError(
+            operation,
+            f"{name} is out of range",
+            expected=f"{low:g} {'<=' if closed else '<'} {name} <= {high:g}",
+            found=value,
+        )

@@ -98,9 +98,12 @@ def weighted_sum(models: Sequence[Weights], shares: Sequence[SupportsFloat]) -> 
         raise AlgebraError("weighted_sum", "one share per model is needed", found=found)
     if abs(sum(numbers) - 1) > 1e-6:
         raise AlgebraError(
-            "weighted_sum", "the shares do not add up to 1, so the result would not be weights",
-            expected=1, found=sum(numbers), fix="divide them by their sum, or add deltas: a + k * (b - c)",
-        )  # fmt: skip
+            "weighted_sum",
+            "the shares do not add up to 1, so the result would not be weights",
+            expected=1,
+            found=sum(numbers),
+            fix="divide them by their sum, or add deltas: a + k * (b - c)",
+        )
     return Mixture(models, tuple(numbers[1:]), False)
 
 
@@ -111,9 +114,11 @@ def require_mixable(operation: str, operands: tuple[Weights, ...]) -> None:
         lost = [text for text in other.protection if text not in first.protection]
         if lost:
             raise AlgebraError(
-                operation, f"{lost[0]!r} is protected on a later operand only, and would be mixed away",
-                found=other.text(), fix="put the protected model first, or call .protect() on the result",
-            )  # fmt: skip
+                operation,
+                f"{lost[0]!r} is protected on a later operand only, and would be mixed away",
+                found=other.text(),
+                fix="put the protected model first, or call .protect() on the result",
+            )
 
 
 def _comfy_mixture(first: Term, others: list[Term | None], shares: list[float]) -> Term:
@@ -129,8 +134,10 @@ def _require_weights(operation: str, *operands: object) -> None:
     for operand in operands:
         if isinstance(operand, Delta):
             raise AlgebraError(
-                operation, "a delta was given where complete weights are needed", found=operand.text(),
+                operation,
+                "a delta was given where complete weights are needed",
+                found=operand.text(),
                 fix="add it to a checkpoint first: bridge + k * delta",
-            )  # fmt: skip
+            )
         if not isinstance(operand, Weights):
             raise AlgebraError(operation, "weights are needed", expected="a checkpoint", found=type(operand).__name__)

@@ -68,10 +68,11 @@ class Weights(AnyWeights):
             return Sum(self, other)
         if isinstance(other, Weights):
             raise AlgebraError(
-                "weights + weights", "two complete models cannot be added: the sum would be twice a model",
+                "weights + weights",
+                "two complete models cannot be added: the sum would be twice a model",
                 found=f"{self.text()} + {other.text()}",
                 fix="average them with ak.lerp(a, b, 0.5), or add a difference: a + k * (b - base)",
-            )  # fmt: skip
+            )
         return refuse("+", self, other)
 
     def __radd__(self, other: object) -> Weights:
@@ -91,9 +92,11 @@ class Weights(AnyWeights):
 
     def __mul__(self, other: object) -> NoReturn:
         raise AlgebraError(
-            "number * weights", "a complete model cannot be scaled, only a difference can",
-            found=f"{other!r} * {self.text()}", fix="use ak.lerp or ak.weighted_sum, or scale a delta: k * (a - b)",
-        )  # fmt: skip
+            "number * weights",
+            "a complete model cannot be scaled, only a difference can",
+            found=f"{other!r} * {self.text()}",
+            fix="use ak.lerp or ak.weighted_sum, or scale a delta: k * (a - b)",
+        )
 
     __rmul__ = __truediv__ = __mul__
 
@@ -139,11 +142,20 @@ class Weights(AnyWeights):
         """
         saved: Saved = result_of(
             self.stream(
-                path, dtype=dtype, layout=layout, rounding=rounding, seed=seed, device=device,
-                comfy_compatible=comfy_compatible, max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite,
-                metadata=metadata, threads=threads, executor=executor,
+                path,
+                dtype=dtype,
+                layout=layout,
+                rounding=rounding,
+                seed=seed,
+                device=device,
+                comfy_compatible=comfy_compatible,
+                max_shard_size=max_shard_size,
+                allow_nonfinite=allow_nonfinite,
+                metadata=metadata,
+                threads=threads,
+                executor=executor,
             )
-        )  # fmt: skip
+        )
         return saved
 
     @refuse_unknown_options
@@ -190,9 +202,13 @@ class Weights(AnyWeights):
         or dtypes do not fit.
         """
         options = Options(
-            rounding=rounding, seed=seed, device=device, comfy_compatible=comfy_compatible,
-            allow_nonfinite=allow_nonfinite, threads=threads,
-        ).require("load_into")  # fmt: skip
+            rounding=rounding,
+            seed=seed,
+            device=device,
+            comfy_compatible=comfy_compatible,
+            allow_nonfinite=allow_nonfinite,
+            threads=threads,
+        ).require("load_into")
         return sum(1 for _ in stream_into(self, module, options))
 
     def _notes(self) -> list[str]:
@@ -262,9 +278,18 @@ class Sum(OfWeights):
         lines, rules = [], Rules()
         for leaf in self.delta.leaves() if self.protection else ():
             if isinstance(leaf, Delta):
-                kept = [key for key in leaf.shapes if self.is_protected(key) and self.delta.at(key, rules) is not None and self.delta.at(key, rules, True) is None]  # fmt: skip
+                kept = [
+                    key
+                    for key in leaf.shapes
+                    if self.is_protected(key)
+                    and self.delta.at(key, rules) is not None
+                    and self.delta.at(key, rules, True) is None
+                ]
                 if kept:
-                    lines.append(f"{leaf.name}: protection leaves out {len(kept)} of its {len(leaf.shapes)} tensors ({', '.join(dict.fromkeys(map(self.family.part_of, kept)))})")  # fmt: skip
+                    lines.append(
+                        f"{leaf.name}: protection leaves out {len(kept)} of its {len(leaf.shapes)} tensors "
+                        f"({', '.join(dict.fromkeys(map(self.family.part_of, kept)))})"
+                    )
         return lines + super().dropped()
 
     def _text(self, names: Names) -> tuple[str, int]:

@@ -1,4 +1,6 @@
-"""The command line: ``alkahest inspect | diff | multiplier | check | merge | convert | recipe | extract-lora | lora | finetune | ...``."""
+"""The command line: ``alkahest inspect | diff | multiplier | check | merge | convert | recipe | extract-lora | lora
+| finetune | ...``.
+"""
 
 from __future__ import annotations
 

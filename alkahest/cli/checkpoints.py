@@ -75,7 +75,10 @@ def merge(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Run the recipe in this file: a merged checkpoint, recipe JSON or text, or a ComfyUI workflow (JSON, a picture, or a checkpoint that ComfyUI saved)."
+            help=(
+                "Run the recipe in this file: a merged checkpoint, recipe JSON or text, or a ComfyUI workflow "
+                "(JSON, a picture, or a checkpoint that ComfyUI saved)."
+            )
         ),
     ] = None,
     models_dir: ModelsDir = None,
@@ -102,9 +105,16 @@ def merge(
     with reported():
         expression, given = named(what or [])
         options = options_of(
-            dtype=dtype, layout=layout, rounding=rounding, seed=seed, device=device, comfy_compatible=comfy_compatible,
-            max_shard_size=max_shard_size, allow_nonfinite=allow_nonfinite, threads=threads,
-        )  # fmt: skip
+            dtype=dtype,
+            layout=layout,
+            rounding=rounding,
+            seed=seed,
+            device=device,
+            comfy_compatible=comfy_compatible,
+            max_shard_size=max_shard_size,
+            allow_nonfinite=allow_nonfinite,
+            threads=threads,
+        )
         if (models_dir or node) and recipe is None:
             raise RecipeError("merge", "--models-dir and --node are for a workflow", fix="add --recipe workflow.json")
         _merge(expression, recipe, models_dir, node, given, output, options, as_json, quiet)
@@ -127,9 +137,14 @@ def convert(
     """Write a checkpoint in another layout or dtype."""
     with reported():
         options = options_of(
-            dtype=dtype, layout=layout, rounding=rounding, seed=seed, max_shard_size=max_shard_size,
-            allow_nonfinite=allow_nonfinite, threads=threads,
-        )  # fmt: skip
+            dtype=dtype,
+            layout=layout,
+            rounding=rounding,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            allow_nonfinite=allow_nonfinite,
+            threads=threads,
+        )
         _save(alkahest.open(source), output, options, as_json, quiet)
 
 
@@ -239,7 +254,12 @@ def _json(found: Any) -> str:
     text = str(found.to_json())
     if not isinstance(found, WorkflowRecipe):
         return text
-    said = {"node": found.node, "saved_as": found.saved_as, "files": {n: str(f) for n, f in found.files.items()}, "notes": found.notes}  # fmt: skip
+    said = {
+        "node": found.node,
+        "saved_as": found.saved_as,
+        "files": {n: str(f) for n, f in found.files.items()},
+        "notes": found.notes,
+    }
     return json.dumps({**json.loads(text), **said}, ensure_ascii=False)
 
 
@@ -274,9 +294,12 @@ def _located(found: Any, models_dir: Path) -> Any:
         )
     if found.computed:
         raise RecipeError(
-            "recipe", "a multiplier of this workflow is computed while it runs", file=found.source, found=", ".join(found.computed),
+            "recipe",
+            "a multiplier of this workflow is computed while it runs",
+            file=found.source,
+            found=", ".join(found.computed),
             fix=f"alkahest merge --recipe FILE --models-dir DIR --{found.computed[0]} auto -o OUT",
-        )  # fmt: skip
+        )
     weights = build(found, found.locate(models_dir))
     return hashed_recipe(weights, Options.of(output_for(found, weights)))
 
@@ -305,9 +328,16 @@ def _expression(
 
 
 def _merge(
-    expression: str | None, recipe: Path | None, models_dir: Path | None, node: str | None, given: dict[str, Any],
-    output: Path, options: dict[str, Any], as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+    expression: str | None,
+    recipe: Path | None,
+    models_dir: Path | None,
+    node: str | None,
+    given: dict[str, Any],
+    output: Path,
+    options: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+) -> None:
     from alkahest.recipes.inputs import output_for
 
     found, weights = _expression(expression, recipe, models_dir, node, given)
@@ -318,7 +348,9 @@ def _merge(
     _save(weights, output, {**recorded, **options}, as_json, quiet)
 
 
-def _computed(weights: alkahest.Weights, given: dict[str, Any], options: dict[str, Any], quiet: bool) -> alkahest.Weights:  # fmt: skip
+def _computed(
+    weights: alkahest.Weights, given: dict[str, Any], options: dict[str, Any], quiet: bool
+) -> alkahest.Weights:
     """The same with every ``--NAME auto`` computed."""
     for name in [name for name, value in given.items() if value == "auto"]:
         weights = _with_computed(weights, name, options, quiet)

@@ -65,7 +65,11 @@ def experiment_run(
 
         torch.set_num_threads(threads)
         if (rewrite and (family or runs or retrain)) or (retrain and (family or runs)):
-            raise AlkahestError("experiment", "--rewrite measures nothing, and --retrain makes its own family and runs", fix="give one of them")  # fmt: skip
+            raise AlkahestError(
+                "experiment",
+                "--rewrite measures nothing, and --retrain makes its own family and runs",
+                fix="give one of them",
+            )
         if retrain is not None:
             from alkahest.experiment.growing.build import build
 

@@ -99,10 +99,22 @@ def extract_lora(
     with reported():
         text, given = named(what or [])
         asked = {
-            "rank": rank or None, "energy": rank_thresh, "sum": sum, "ratio": ratio, "rank_max": rank_max or None, "noise_edge": noise_edge,
-            "include": include, "exclude": exclude, "full": full, "min_dim": min_dim, "alpha": alpha, "dtype": dtype, "method": method,
-            "seed": seed, **options_of(device=device, threads=threads),
-        }  # fmt: skip
+            "rank": rank or None,
+            "energy": rank_thresh,
+            "sum": sum,
+            "ratio": ratio,
+            "rank_max": rank_max or None,
+            "noise_edge": noise_edge,
+            "include": include,
+            "exclude": exclude,
+            "full": full,
+            "min_dim": min_dim,
+            "alpha": alpha,
+            "dtype": dtype,
+            "method": method,
+            "seed": seed,
+            **options_of(device=device, threads=threads),
+        }
         options = [*asked, "rank_thresh", "output", "flavour", "csv", "plot", "json", "quiet"]
         _extract(text or "variant - base", given, asked, output, flavour, csv, plot, as_json, quiet, options)
 
@@ -141,7 +153,15 @@ def resize_lora(
 ) -> None:
     """Write a LoRA of lower rank, by the rules of extract-lora; the models are not needed."""
     with reported():
-        asked = {"rank": rank or None, "energy": rank_thresh, "sum": sum, "ratio": ratio, "rank_max": rank_max or None, "alpha": alpha, "dtype": dtype}  # fmt: skip
+        asked = {
+            "rank": rank or None,
+            "energy": rank_thresh,
+            "sum": sum,
+            "ratio": ratio,
+            "rank_max": rank_max or None,
+            "alpha": alpha,
+            "dtype": dtype,
+        }
         _extract("lora", {"lora": source}, asked, output, flavour, csv, plot, as_json, quiet)
 
 
@@ -150,7 +170,10 @@ def merge_loras(
     output: Output,
     what: Annotated[
         list[str],
-        typer.Argument(metavar="EXPRESSION --NAME PATH...", help='Such as "style + 0.5 * light" --style a.safetensors --light b.safetensors.'),
+        typer.Argument(
+            metavar="EXPRESSION --NAME PATH...",
+            help='Such as "style + 0.5 * light" --style a.safetensors --light b.safetensors.',
+        ),
     ],
     rank: Rank = 0,
     rank_thresh: Energy = None,
@@ -160,7 +183,7 @@ def merge_loras(
     flavour: Flavour = "comfyui",
     as_json: AsJson = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write a sum of LoRAs as one LoRA, exactly unless a rank rule is given; the models are not needed."""
     with reported():
         text, given = named(what)
@@ -173,9 +196,17 @@ def merge_loras(
 
 
 def _extract(
-    text: str, given: dict[str, Any], asked: dict[str, Any], output: Path, flavour: str, csv: Path | None, plot: Path | None,
-    as_json: bool, quiet: bool, options: Sequence[str] = (),
-) -> None:  # fmt: skip
+    text: str,
+    given: dict[str, Any],
+    asked: dict[str, Any],
+    output: Path,
+    flavour: str,
+    csv: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+    options: Sequence[str] = (),
+) -> None:
     from alkahest.files.whole import write_file
     from alkahest.lora.extract import stream_extract_lora
     from alkahest.lora.write import check_target
@@ -193,4 +224,8 @@ def _extract(
         from alkahest.lab import plots
 
         write_file(plot, plots.lora_report(found.report).png())
-    print(json.dumps({"path": str(lora.path), **found.summary()}, indent=2) if as_json else f"{found}\n  saved     {lora.path}")  # fmt: skip
+    print(
+        json.dumps({"path": str(lora.path), **found.summary()}, indent=2)
+        if as_json
+        else f"{found}\n  saved     {lora.path}"
+    )

@@ -59,7 +59,9 @@ def diff(
         require_outputs(csv, plot, html)
         delta = alkahest.open(variant) - alkahest.open(base)
         weights = None if on is None else alkahest.open(on)
-        table = drain(stream_delta_table(delta, weights, k, dtype, **options_of(device=device, threads=threads)), quiet).result  # fmt: skip
+        table = drain(
+            stream_delta_table(delta, weights, k, dtype, **options_of(device=device, threads=threads)), quiet
+        ).result
         _write(table, csv, plot, html)
         print(table.to_json(orient="records", indent=1) if as_json else printed(table, by))
 
@@ -133,7 +135,14 @@ def check(
         found = checked(table, on is not None)
         _write(table, csv, plot, html)
         if as_json:
-            record = {"nearest_base": nearest.name, "candidates": nearest.table.to_dict("records"), "verdict": found.verdict, "refiner": found.refiner, "layers": found.layers, "reasons": found.reasons}  # fmt: skip
+            record = {
+                "nearest_base": nearest.name,
+                "candidates": nearest.table.to_dict("records"),
+                "verdict": found.verdict,
+                "refiner": found.refiner,
+                "layers": found.layers,
+                "reasons": found.reasons,
+            }
             print(json.dumps(record, indent=2))
         else:
             print(*([nearest] if len(candidates) > 1 else []), found, sep="\n")
@@ -159,7 +168,15 @@ def cache(
         found = alkahest.cached()
         sizes = {name: found[found.kind == name].bytes for name in KINDS if kind in (None, name)}
         if as_json:
-            print(json.dumps({"folder": str(cache_folder()), **{name: {"entries": len(one), "bytes": int(one.sum())} for name, one in sizes.items()}}, indent=2))  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "folder": str(cache_folder()),
+                        **{name: {"entries": len(one), "bytes": int(one.sum())} for name, one in sizes.items()},
+                    },
+                    indent=2,
+                )
+            )
             return
         print(cache_folder())
         for name, one in sizes.items():
@@ -194,8 +211,14 @@ def _as_record(found: Any) -> dict[str, Any]:
         return number if math.isfinite(number) else None
 
     return {
-        "value": found.value, "subtract": found.factors.subtract, "add": found.factors.add, "basis": found.basis,
-        "target": found.target, "formula": found.formula, "range": [plain(one) for one in found.range],
-        "bases": {name: plain(k) for name, k in found.bases.items()}, "warnings": list(found.warnings),
+        "value": found.value,
+        "subtract": found.factors.subtract,
+        "add": found.factors.add,
+        "basis": found.basis,
+        "target": found.target,
+        "formula": found.formula,
+        "range": [plain(one) for one in found.range],
+        "bases": {name: plain(k) for name, k in found.bases.items()},
+        "warnings": list(found.warnings),
         "per_part": json.loads(found.per_part.to_json(orient="records")),
-    }  # fmt: skip
+    }

@@ -66,7 +66,8 @@ def drain(events: Iterator[Any], quiet: bool, unit: str = "B") -> Any:
     event = None
     _raise_if_stopped()
     # disable=None: no bar where stderr is not a terminal.
-    with tqdm(unit=unit, unit_scale=unit == "B", disable=True if quiet else None) as bar, contextlib.closing(events):  # type: ignore[type-var]
+    bar = tqdm(unit=unit, unit_scale=unit == "B", disable=True if quiet else None)
+    with bar, contextlib.closing(events):  # type: ignore[type-var]
         for event in events:
             _raise_if_stopped()
             bar.total = event.total
@@ -105,7 +106,9 @@ def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> N
         if path is None:
             continue
         if path.suffix.lower() != suffix:
-            raise UnsupportedError("save", f"this is to be a {suffix} file", file=path, fix=f"name it like {path.stem or 'delta'}{suffix}")  # fmt: skip
+            raise UnsupportedError(
+                "save", f"this is to be a {suffix} file", file=path, fix=f"name it like {path.stem or 'delta'}{suffix}"
+            )
         if not path.expanduser().resolve().parent.is_dir():
             raise OutputError("save", "the output folder does not exist", file=path.parent, fix="create it first")
     if plot is not None or html is not None:

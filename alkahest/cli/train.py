@@ -43,7 +43,13 @@ def finetune(
         if folder is None:
             raise typer.BadParameter("name the run's folder: -o FOLDER")
         result = trained(config, folder, device, threads, quiet)
-        print(json.dumps({"folder": str(result.folder), "frozen": result.frozen, "history": result.history.to_dict("records")}) if as_json else result)  # fmt: skip
+        print(
+            json.dumps(
+                {"folder": str(result.folder), "frozen": result.frozen, "history": result.history.to_dict("records")}
+            )
+            if as_json
+            else result
+        )
 
 
 def trained(config: Path, folder: Path, device: str, threads: int | None, quiet: bool) -> Any:
@@ -84,13 +90,21 @@ def make_dataset(
             raise AlkahestError("make_dataset", "the prompts cannot be read", file=prompts, found=error) from None
         models: dict[str, Any] = {}
         for source in model:
-            weights = alkahest.mini.load(source.removeprefix("mini:")) if source.startswith("mini:") else alkahest.open(source)  # fmt: skip
-            models[weights.name if weights.name not in models else f"{weights.name}_{len(models)}"] = alkahest.pipeline(weights, components, device=device)  # fmt: skip
+            weights = (
+                alkahest.mini.load(source.removeprefix("mini:"))
+                if source.startswith("mini:")
+                else alkahest.open(source)
+            )
+            models[weights.name if weights.name not in models else f"{weights.name}_{len(models)}"] = alkahest.pipeline(
+                weights, components, device=device
+            )
         found = drain(draw(models, lines, folder, steps=steps, cfg=cfg, shift=shift), quiet, unit="picture").result
         print(json.dumps({"folder": str(folder), "pictures": len(found)}) if as_json else found)
 
 
-def _plan(source: Path, vram: float | None, resolution: int, batch: int, frozen: str, processes: int, as_json: bool) -> None:  # fmt: skip
+def _plan(
+    source: Path, vram: float | None, resolution: int, batch: int, frozen: str, processes: int, as_json: bool
+) -> None:
     from alkahest.training.memory import memory_plan
 
     weights = alkahest.open(source)
@@ -98,5 +112,8 @@ def _plan(source: Path, vram: float | None, resolution: int, batch: int, frozen:
     if as_json:
         print(table.to_json(orient="records", indent=1))
         return
-    print(f"GiB on each of {processes} GPUs" if processes > 1 else "GiB on one GPU", f"for {resolution} x {resolution}, batch {batch}, gradient checkpointing")  # fmt: skip
+    print(
+        f"GiB on each of {processes} GPUs" if processes > 1 else "GiB on one GPU",
+        f"for {resolution} x {resolution}, batch {batch}, gradient checkpointing",
+    )
     print(table.round(1).to_string(index=False))

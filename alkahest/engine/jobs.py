@@ -102,7 +102,9 @@ def _scaled(run: Run, writer: Sink, item: Weight, offset: int, scale_offset: int
     return work
 
 
-def _copy(run: Run, workspace: Workspace, writer: Sink, form: Format, piece: Piece, start: int, stop: int, offset: int) -> None:  # fmt: skip
+def _copy(
+    run: Run, workspace: Workspace, writer: Sink, form: Format, piece: Piece, start: int, stop: int, offset: int
+) -> None:
     assert piece.copied is not None
     place, count = piece.copied.offset + start * form.itemsize, (stop - start) * form.itemsize
     with workspace.raw(count, place) as raw, workspace.block(stop - start) as values:

@@ -28,7 +28,9 @@ def stream_into(expression: Computable, module: torch.nn.Module, options: Option
     yield from fill({key: term for key, term in terms.items() if term is not None}, slices(expression, module), options)
 
 
-def fill(terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options: Options, often: bool = False) -> Iterator[Event]:  # fmt: skip
+def fill(
+    terms: Mapping[str, Term], targets: Mapping[str, torch.Tensor], options: Options, often: bool = False
+) -> Iterator[Event]:
     """Compute terms into the tensors of the same names, in place; ``often`` as for `Run`."""
     run = Run(options, often)
     jobs = []
@@ -59,9 +61,12 @@ def slices(expression: Computable, module: torch.nn.Module) -> dict[str, torch.T
         name, values = wrapped.replace(".base_layer.", "."), parameter.detach()
         if values.is_meta or not values.is_contiguous() or values.dtype not in FORMAT_OF:
             raise MismatchError(
-                "load_into", "this parameter cannot be written in place", key=name,
-                expected="a contiguous float tensor in memory", found=f"{values.dtype} on {values.device}",
-            )  # fmt: skip
+                "load_into",
+                "this parameter cannot be written in place",
+                key=name,
+                expected="a contiguous float tensor in memory",
+                found=f"{values.dtype} on {values.device}",
+            )
         family = expression.leading.family
         keys = family.canonical(name)
         rows = family.rows(keys, len(values)) if len(keys) > 1 else None

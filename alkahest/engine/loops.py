@@ -105,11 +105,20 @@ def _pair(v: Numbers, b: Numbers) -> tuple[float, float, float, float, float]:
 
 
 def _sampled(
-    v: Numbers, b: Numbers, w: Numbers, stride: int, factor: float,
-    mantissas: npt.NDArray[np.int64], lowest: npt.NDArray[np.int64], scales: npt.NDArray[np.float32],
-    counts: npt.NDArray[np.int64], energy: npt.NDArray[np.float64], steps: npt.NDArray[np.float64],
-) -> None:  # fmt: skip
-    """Of every ``stride``-th run of `RUN` elements: which bin of `ULPS` ``factor * (v - b)`` falls into, and its square.
+    v: Numbers,
+    b: Numbers,
+    w: Numbers,
+    stride: int,
+    factor: float,
+    mantissas: npt.NDArray[np.int64],
+    lowest: npt.NDArray[np.int64],
+    scales: npt.NDArray[np.float32],
+    counts: npt.NDArray[np.int64],
+    energy: npt.NDArray[np.float64],
+    steps: npt.NDArray[np.float64],
+) -> None:
+    """Of every ``stride``-th run of `RUN` elements: which bin of `ULPS` ``factor * (v - b)`` falls into, and its
+    square.
 
     ``mantissas``, ``lowest`` (smallest exponent, plus 127) and ``scales`` are of v, b and w. ``steps``: how many
     changed; ulp(v) squared and ulp(b) squared over those; ulp(v) squared over the others.
@@ -170,8 +179,11 @@ def combination(term: Term) -> tuple[Term, float, Term, Term] | None:
     return found if is_bf16(a) and is_bf16(b) and is_bf16(c) else None
 
 
-def combined(term: Term, start: int, stop: int, workspace: Workspace, loops: Kernels, out: torch.Tensor) -> float | None:  # fmt: skip
-    """Write the term's elements to ``out`` (bf16, on the CPU); the largest magnitude before rounding, NaN if one is NaN.
+def combined(
+    term: Term, start: int, stop: int, workspace: Workspace, loops: Kernels, out: torch.Tensor
+) -> float | None:
+    """Write the term's elements to ``out`` (bf16, on the CPU); the largest magnitude before rounding, NaN if one is
+    NaN.
 
     None, and nothing written, if the term is no `combination`.
     """

@@ -12,14 +12,24 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest, unknown
 from alkahest.model.dtypes import storage_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
 ROUNDINGS = ("nearest", "stochastic")
 _MAX_THREADS = 8
-_RECORDED = ("dtype", "layout", "rounding", "seed", "device", "comfy_compatible", "max_shard_size", "allow_nonfinite", "metadata")  # fmt: skip
+_RECORDED = (
+    "dtype",
+    "layout",
+    "rounding",
+    "seed",
+    "device",
+    "comfy_compatible",
+    "max_shard_size",
+    "allow_nonfinite",
+    "metadata",
+)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -45,7 +55,7 @@ def require_known(operation: str, given: Iterable[str], known: Collection[str]) 
     """Raise UnknownNameError, with the nearest name, for a name that means nothing here."""
     for name in given:
         if name not in known:
-            raise UnknownNameError(operation, "unknown option", found=repr(name), fix=nearest(str(name), known))
+            raise unknown(operation, "unknown option", name, known)
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,12 @@ class Options:
 def _require_metadata(metadata: object) -> None:
     if metadata is None:
         return
-    if not isinstance(metadata, Mapping) or not all(isinstance(text, str) for item in metadata.items() for text in item):  # fmt: skip
-        raise OutputError("save", "metadata is text under names", found=repr(metadata)[:200], fix="metadata={'title': '...'}")  # fmt: skip
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(text, str) for item in metadata.items() for text in item
+    ):
+        raise OutputError(
+            "save", "metadata is text under names", found=repr(metadata)[:200], fix="metadata={'title': '...'}"
+        )
     if taken := [name for name in metadata if name in ("format", "alkahest", "__metadata__")]:
         raise OutputError("save", f"{taken[0]!r} in a file's metadata is not free", fix="choose another name")
 
@@ -125,7 +139,9 @@ def existing_device(name: str, operation: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0][:80]
-        raise UnsupportedError(operation, "the device is not there", found=f"{name!r}: {reason}", fix="use device='cpu'") from None  # fmt: skip
+        raise UnsupportedError(
+            operation, "the device is not there", found=f"{name!r}: {reason}", fix="use device='cpu'"
+        ) from None
     return device
 
 

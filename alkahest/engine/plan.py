@@ -12,7 +12,7 @@ from alkahest.engine import terms
 from alkahest.engine.readable import Leading
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Computable, Term
-from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
+from alkahest.errors import AlgebraError, OutputError, unknown
 from alkahest.files.header import BITS, Entry
 from alkahest.files.reader import Reader
 from alkahest.model.dtypes import FORMATS, FP8, SCALED, Format, storage_name
@@ -159,12 +159,15 @@ def _choose_layout(layout: str | None, leading: Leading) -> str:
         return "all-in-one" if leading.companions else leading.family.default_layout
     if layout == "all-in-one" and not leading.companions:
         raise OutputError(
-            "save", "there is no VAE or text encoder to carry", expected="an all-in-one file as leading checkpoint",
-            found=leading.name, fix=f"use layout={leading.family.default_layout!r}",
-        )  # fmt: skip
+            "save",
+            "there is no VAE or text encoder to carry",
+            expected="an all-in-one file as leading checkpoint",
+            found=leading.name,
+            fix=f"use layout={leading.family.default_layout!r}",
+        )
     known = [*(one.name for one in leading.family.layouts), "all-in-one"]
     if layout not in known:
-        raise UnknownNameError("save", "unknown layout", found=repr(layout), fix=nearest(str(layout), known))
+        raise unknown("save", "unknown layout", layout, known)
     return layout
 
 
@@ -263,11 +266,13 @@ def _notes(expression: Computable, leading: Leading, layout: str, weights: list[
         notes.append(f"{count} protected tensors change storage ({change}): decoded and rounded once, not copied")
     if leading.companions and layout != "all-in-one":
         notes.append(
-            f"{len(leading.companions)} tensors of other models in {leading.name} are left out; layout='all-in-one' keeps them"
+            f"{len(leading.companions)} tensors of other models in {leading.name} are left out; layout='all-in-one' "
+            "keeps them"
         )
     if leading.unknown:
         notes.append(
-            f"{len(leading.unknown)} tensors unknown to {leading.family.title} were handled like any other: {leading.unknown[0]}, ..."
+            f"{len(leading.unknown)} tensors unknown to {leading.family.title} were handled like any other: "
+            f"{leading.unknown[0]}, ..."
         )
     whole = [piece.key for weight in weights for piece in weight.pieces if terms.needs_whole_tensor(piece.term)]
     if whole:

@@ -1,4 +1,6 @@
-"""What can be read, as the engine sees it: checkpoints, LoRAs and what is computed elsewhere are this, by no other name."""
+"""What can be read, as the engine sees it: checkpoints, LoRAs and what is computed elsewhere are this, by no other
+name.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Workspace:
 
     @contextmanager
     def raw(self, nbytes: int, offset: int) -> Iterator[torch.Tensor]:
-        """``nbytes`` bytes on the CPU, for the length of the with block, to be read from or written to ``offset`` of a file."""
+        """``nbytes`` bytes on the CPU, for the length of the with block, to be read from or written to ``offset`` of
+        a file.
+        """
         buffer = self._raw.pop() if self._raw else torch.empty(0, dtype=torch.uint8)
         if buffer.numel() < nbytes + LINE:
             buffer = torch.empty(nbytes + LINE, dtype=torch.uint8)
@@ -73,7 +77,9 @@ class Readable(ABC):
 
     @property
     def storage(self) -> Mapping[str, str]:
-        """Canonical name -> storage form, as `alkahest.model.dtypes.STORAGES` names it, of numbers that are stored as they are."""
+        """Canonical name -> storage form, as `alkahest.model.dtypes.STORAGES` names it, of numbers that are stored
+        as they are.
+        """
         return {}
 
     @abstractmethod
@@ -100,9 +106,12 @@ class Readable(ABC):
         self.read(key, 0, whole.numel(), whole, Workspace(whole.device))
         if bad := int((~torch.isfinite(whole)).sum()):
             raise NonFiniteError(
-                operation, f"{self.name} holds NaN or infinity", key=key, expected="finite numbers",
+                operation,
+                f"{self.name} holds NaN or infinity",
+                key=key,
+                expected="finite numbers",
                 found=f"{bad:,} of them in this tensor",
-            )  # fmt: skip
+            )
 
 
 class Leading(Readable):

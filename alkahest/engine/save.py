@@ -91,24 +91,34 @@ def check_target(expression: Computable, target: Path, options: Options) -> None
         for path in {path: None for reader in leaf.files for path in (reader.path, reader.path.parent)}:
             if same_file(target, path):
                 raise OutputError(
-                    "save", "the output is one of the inputs", file=target, found=f"the same file as {path}",
+                    "save",
+                    "the output is one of the inputs",
+                    file=target,
+                    found=f"the same file as {path}",
                     fix="save under another name",
-                )  # fmt: skip
+                )
     is_file_name = names_file(target)
     if options.max_shard_size is not None and is_file_name:
         raise OutputError("save", "shards need a folder", file=target, fix="name a folder, without .safetensors")
     if not options.makes_folder(target) and not is_file_name:
         raise OutputError(
-            "save", "a single file must end in .safetensors", file=target, found=target.name,
+            "save",
+            "a single file must end in .safetensors",
+            file=target,
+            found=target.name,
             fix="name it like merged.safetensors; the diffusers layout and a shard size make folders",
-        )  # fmt: skip
+        )
     for leaf in expression.leaves() if options.comfy_compatible else []:
         quantised = [form for form in leaf.storage.values() if form not in ("fp32", "fp16", "bf16")]
         if quantised:
             raise AlgebraError(
-                "save", "comfy_compatible is exact for unquantised files only", file=leaf.files[0].path if leaf.files else leaf.name,
-                expected="fp32, fp16 or bf16", found=quantised[0], fix="leave comfy_compatible off",
-            )  # fmt: skip
+                "save",
+                "comfy_compatible is exact for unquantised files only",
+                file=leaf.files[0].path if leaf.files else leaf.name,
+                expected="fp32, fp16 or bf16",
+                found=quantised[0],
+                fix="leave comfy_compatible off",
+            )
 
 
 def _spread(expression: Computable, target: Path, options: Options, plan: Plan, executor: Executor) -> Iterator[Event]:
@@ -176,9 +186,15 @@ def _unrepeatable(expression: Computable) -> list[str]:
 
 
 def _result(
-    expression: Computable, target: Path, options: Options, plan: Plan, names: list[str], run: Run, nbytes: int,
+    expression: Computable,
+    target: Path,
+    options: Options,
+    plan: Plan,
+    names: list[str],
+    run: Run,
+    nbytes: int,
     seconds: float,
-) -> Saved:  # fmt: skip
+) -> Saved:
     weights = list(plan.weights())
     pieces = [piece for weight in weights for piece in weight.pieces]
     copied = sum(piece.copied is not None for piece in pieces)

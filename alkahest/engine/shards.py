@@ -75,7 +75,9 @@ def write_shards(expression: Computable, target: Path, run: Run, plan: Plan, exe
     yield Event(total, total, "done")
 
 
-def write_shard(expression: Computable, options: Options, recipe: Recipe, folder: Path, name: str, target: Path) -> tuple[int, Counter[str], Counter[str]]:  # fmt: skip
+def write_shard(
+    expression: Computable, options: Options, recipe: Recipe, folder: Path, name: str, target: Path
+) -> tuple[int, Counter[str], Counter[str]]:
     """Write one file of a folder, whole or not at all, from any process; its size and what `Saved` counts by tensor."""
     plan = plan_of(expression, options)
     number = file_names(plan).index(name)

@@ -41,8 +41,12 @@ class Job:
     place: tuple[int, int] = (0, 0)
 
 
-def spread(executor: Executor, function: Callable[..., Result], calls: Mapping[Key, tuple[Any, ...]]) -> Iterator[tuple[Key, Result]]:  # fmt: skip
-    """Results of calls on any executor, as they come; after an exception those not begun are dropped, and the others awaited."""
+def spread(
+    executor: Executor, function: Callable[..., Result], calls: Mapping[Key, tuple[Any, ...]]
+) -> Iterator[tuple[Key, Result]]:
+    """Results of calls on any executor, as they come; after an exception those not begun are dropped, and the others
+    awaited.
+    """
     futures = {executor.submit(function, *arguments): key for key, arguments in calls.items()}
     try:
         for future in as_completed(futures):
@@ -75,7 +79,8 @@ class Run:
         caller = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         pool = ThreadPoolExecutor(count, "alkahest", self._start_worker, (caller,))
         try:
-            # Long loops, not a future for each job: waking this thread costs the workers more than a small job's arithmetic.
+            # Long loops, not a future for each job: waking this thread costs the workers more than a small job's
+            # arithmetic.
             running = {pool.submit(self._work, waiting, done) for _ in range(count)}
             while running:
                 ended, running = wait(running, _LISTEN, FIRST_COMPLETED)
@@ -189,14 +194,17 @@ def _give_back_memory() -> None:
 
 
 def blocks(term: Term, elements: int, most: int = 1) -> Iterator[tuple[int, int]]:
-    """Element ranges to compute one after the other, ``most`` times `BLOCK`: all at once if a method needs the whole tensor."""
+    """Element ranges to compute one after the other, ``most`` times `BLOCK`: all at once if a method needs the whole
+    tensor.
+    """
     step = max(elements, 1) if needs_whole_tensor(term) else most * BLOCK
     for start in range(0, elements, step):
         yield start, min(start + step, elements)
 
 
 def place_of(term: Term | None, start: int = 0, otherwise: tuple[int, int] = (0, 0)) -> tuple[int, int]:
-    """Where element ``start`` of a term's first tensor lies: number of the file and position in it, the `Job.place` that reads forward.
+    """Where element ``start`` of a term's first tensor lies: number of the file and position in it, the `Job.place`
+    that reads forward.
 
     All blocks of a packed tensor have one place, because it is decoded whole. ``otherwise`` is for what is in no file.
     """
@@ -224,6 +232,10 @@ def why_nonfinite(term: Term, key: str, operation: str = "save") -> NonFiniteErr
 
 def _overflow(key: str, form: Format, magnitude: float) -> NonFiniteError:
     return NonFiniteError(
-        "save", f"a value is too large for {form.name}", key=key, expected=f"at most {form.largest:g}",
-        found=f"{magnitude:g}", fix="use bf16, fp32 or a scaled fp8 form, or allow_nonfinite=True",
-    )  # fmt: skip
+        "save",
+        f"a value is too large for {form.name}",
+        key=key,
+        expected=f"at most {form.largest:g}",
+        found=f"{magnitude:g}",
+        fix="use bf16, fp32 or a scaled fp8 form, or allow_nonfinite=True",
+    )

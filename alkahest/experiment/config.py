@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.errors import FileFormatError, unknown
 from alkahest.experiment.growing import BRIDGES
 from alkahest.files.toml import dataclass_of, read_toml
 from alkahest.mini.scenes import ATTRIBUTES
@@ -146,7 +146,14 @@ def read_experiment(folder: str | Path) -> Experiment:
     place = Path(folder)
     path = place / "experiment.toml"
     given = read_toml(path, "experiment")
-    kinds: dict[str, tuple[str, type[Any]]] = {"case": ("cases", Case), "delta": ("deltas", Measured), "run": ("runs", Run), "check": ("checks", Check), "figure": ("figures", Drawing), "sheet": ("sheets", Sheet)}  # fmt: skip
+    kinds: dict[str, tuple[str, type[Any]]] = {
+        "case": ("cases", Case),
+        "delta": ("deltas", Measured),
+        "run": ("runs", Run),
+        "check": ("checks", Check),
+        "figure": ("figures", Drawing),
+        "sheet": ("sheets", Sheet),
+    }
     top = {name: value for name, value in given.items() if name not in kinds}
     listed: dict[str, Any] = {}
     for name, (field_name, kind) in kinds.items():
@@ -156,7 +163,7 @@ def read_experiment(folder: str | Path) -> Experiment:
         listed[field_name] = tuple(
             dataclass_of(kind, one, "experiment", path, f"{name} {n}") for n, one in enumerate(each, 1)
         )
-    found = dataclass_of(Experiment, top, "experiment", path, "the experiment", folder=place, **listed)
+    found = dataclass_of(Experiment, top, "experiment", path, "the experiment", {"folder": place, **listed})
     _check(found, path)
     return found
 
@@ -170,9 +177,12 @@ def _files(root: str | Path) -> list[Path]:
     found = sorted(Path(root).glob("[0-9][0-9]-*/experiment.toml"))
     if not found:
         raise FileFormatError(
-            "experiment", "there are no experiments here", file=Path(root).absolute(),
-            expected="folders like 01-two-lineages with an experiment.toml", fix="in a clone of the project, or --root FOLDER",
-        )  # fmt: skip
+            "experiment",
+            "there are no experiments here",
+            file=Path(root).absolute(),
+            expected="folders like 01-two-lineages with an experiment.toml",
+            fix="in a clone of the project, or --root FOLDER",
+        )
     return found
 
 
@@ -184,7 +194,7 @@ def experiment_named(name: str, root: str | Path = ROOT) -> Experiment:
     for each, folder in known.items():
         if name in (each, each[:2]) or (name.isdigit() and int(name) == int(each[:2])):
             return read_experiment(folder)
-    raise UnknownNameError("experiment", "no such experiment", found=repr(name), file=root, fix=nearest(name, known))
+    raise unknown("experiment", "no such experiment", name, known, file=root)
 
 
 def run_file(experiment: Experiment, run: Run) -> Path:
@@ -242,7 +252,7 @@ def _check_sampling(given: Mapping[str, Any], where: str, path: Path) -> None:
 
 def _require_among(value: object, known: Collection[str], problem: str, path: Path) -> None:
     if value not in known:
-        raise UnknownNameError("experiment", problem, file=path, found=repr(value), fix=nearest(str(value), known))
+        raise unknown("experiment", problem, value, known, file=path)
 
 
 def _refused(problem: str, path: Path, found: object = None, fix: str | None = None) -> FileFormatError:

@@ -25,7 +25,11 @@ def figure_of(drawing: Drawing, tables: Tables) -> Plot:
     table = matching(tables.get(drawing.table, pd.DataFrame()), drawing.where)
     for name in [drawing.x, *drawing.columns]:
         if name not in table.columns or not len(table):
-            raise FileFormatError("experiment", f"figure {drawing.title!r}: the table {drawing.table} has no such column, or no rows", found=name)  # fmt: skip
+            raise FileFormatError(
+                "experiment",
+                f"figure {drawing.title!r}: the table {drawing.table} has no such column, or no rows",
+                found=name,
+            )
     ax = axes_for(None, (8.5, 4))
     series = _series(drawing, table)
     (_lines if drawing.kind == "lines" else _bars)(ax, drawing, series)
@@ -38,7 +42,9 @@ def figure_of(drawing: Drawing, tables: Tables) -> Plot:
     ax.set_axisbelow(True)
     legend_beside(ax)
     ax.set_title(f"{drawing.title} (miniatures)")
-    words = "; ".join(f"{name} from {values.min():.3g} to {values.max():.3g}" for name, values in series.items() if len(values))  # fmt: skip
+    words = "; ".join(
+        f"{name} from {values.min():.3g} to {values.max():.3g}" for name, values in series.items() if len(values)
+    )
     return Plot(ax, f"{ax.get_title()}, {drawing.y} over {drawing.x}: {words}.")
 
 
@@ -56,7 +62,15 @@ def _series(drawing: Drawing, table: pd.DataFrame) -> dict[str, pd.Series]:
 
 def _lines(ax: Axes, drawing: Drawing, series: dict[str, pd.Series]) -> None:
     for number, (name, values) in enumerate(series.items()):
-        ax.plot(values.index, values, label=name, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], ls=_DASHES[number % len(_DASHES)], ms=5)  # fmt: skip
+        ax.plot(
+            values.index,
+            values,
+            label=name,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            ls=_DASHES[number % len(_DASHES)],
+            ms=5,
+        )
     places = np.unique(np.concatenate([values.index.to_numpy(float) for values in series.values()]))
     label = drawing.x
     if drawing.log:
@@ -77,9 +91,23 @@ def _bars(ax: Axes, drawing: Drawing, series: dict[str, pd.Series]) -> None:
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
         left = [places.index(place) - 0.4 + (number + 0.5) * width for place in values.index]
-        ax.bar(left, values, width, label=name, color=COLOURS[number % len(COLOURS)], hatch=_HATCHES[number % len(_HATCHES)], edgecolor="black", lw=0.5)  # fmt: skip
+        ax.bar(
+            left,
+            values,
+            width,
+            label=name,
+            color=COLOURS[number % len(COLOURS)],
+            hatch=_HATCHES[number % len(_HATCHES)],
+            edgecolor="black",
+            lw=0.5,
+        )
     longest = max(map(len, names))
-    ax.set_xticks(range(len(names)), names, rotation=20 if longest * len(names) > 90 else 0, ha="right" if longest * len(names) > 90 else "center")  # fmt: skip
+    ax.set_xticks(
+        range(len(names)),
+        names,
+        rotation=20 if longest * len(names) > 90 else 0,
+        ha="right" if longest * len(names) > 90 else "center",
+    )
     ax.set_xlabel("" if drawing.x in ("case", "stage", "part", "run") else drawing.x)
 
 
@@ -89,7 +117,9 @@ def figures_of(experiment: Experiment, tables: Tables) -> dict[str, bytes]:
     with mpl.rc_context({"svg.hashsalt": "alkahest", "svg.fonttype": "path"}):
         for number, drawing in enumerate(experiment.figures, 1):
             buffer = io.BytesIO()
-            figure_of(drawing, tables).axes.figure.savefig(buffer, format="svg", metadata={"Date": None})  # type: ignore[union-attr]
+            figure = figure_of(drawing, tables).axes.get_figure(root=True)
+            assert figure is not None  # these axes were just drawn on one
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
             files[f"{number}-{slug(drawing.title)}.svg"] = buffer.getvalue()
     return files
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from alkahest import mini
 from alkahest.engine.events import Event
-from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.errors import FileFormatError, UnknownNameError, nearest, unknown
 from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet, run_file
 from alkahest.experiment.growing.report import READ, as_asked
 from alkahest.lora.extract import extract_lora
@@ -99,7 +99,7 @@ def file_of(text: str, folder: Path, family: Path | None) -> Path:
     return (family or mini.WEIGHTS) / f"{name}.safetensors"
 
 
-def stream_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:  # fmt: skip
+def stream_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:
     """Measure everything; events, the last with what was `Found`.
 
     ``family`` is a folder with another miniature family than the shipped one. With ``runs`` the runs are grown in
@@ -119,7 +119,11 @@ def stream_experiment(experiment: Experiment, family: Path | None = None, runs: 
             yield Event(done, total, sheet.title)
             found.sheets[sheet.title] = _sheet(experiment, inputs, sheet)
         if runs is not None:
-            found.sheets |= {steps_title(run): _steps_sheet(experiment, run, runs) for run in experiment.runs if _prompts(experiment, run)}  # fmt: skip
+            found.sheets |= {
+                steps_title(run): _steps_sheet(experiment, run, runs)
+                for run in experiment.runs
+                if _prompts(experiment, run)
+            }
         found.tables = {name: pd.DataFrame(listed) for name, listed in rows.items()}
     yield Event(total, total, "done", found)
 
@@ -158,7 +162,12 @@ def recorded(experiment: Experiment, table: str, column: str, value: str) -> Ite
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame({column: []})
     chosen = rows[rows[column] == value].dropna(axis=1, how="all")
     if not len(chosen):
-        raise FileFormatError("experiment", f"nothing is recorded of {value!r}", file=path, fix=f"alkahest experiment run {experiment.name} --runs FOLDER")  # fmt: skip
+        raise FileFormatError(
+            "experiment",
+            f"nothing is recorded of {value!r}",
+            file=path,
+            fix=f"alkahest experiment run {experiment.name} --runs FOLDER",
+        )
     yield from chosen.to_dict("records")
 
 
@@ -183,11 +192,13 @@ def _stages(experiment: Experiment, case: Case, runs: Path | None) -> list[str]:
     every = [f"{number}-{name}" for number, name in enumerate(names, 1)]
     for name in case.stages:
         if name not in every:
-            raise UnknownNameError("experiment", f"case {case.name!r}: run {run.name!r} has no such stage", found=repr(name), fix=nearest(name, every))  # fmt: skip
+            raise unknown("experiment", f"case {case.name!r}: run {run.name!r} has no such stage", name, every)
     return [name for name in every if name in case.stages or not case.stages]
 
 
-def _drawn(experiment: Experiment, inputs: Inputs, case: Case, chosen: Mapping[str, Any], stage: str, runs: Path | None) -> Iterator[dict[str, Any]]:  # fmt: skip
+def _drawn(
+    experiment: Experiment, inputs: Inputs, case: Case, chosen: Mapping[str, Any], stage: str, runs: Path | None
+) -> Iterator[dict[str, Any]]:
     scalars = {name: value for name, value in chosen.items() if name in names_in(case.weights)}
     known: dict[str, Any] = {**inputs, **scalars}
     if stage and runs is not None:
@@ -214,7 +225,10 @@ def _sheet(experiment: Experiment, inputs: Inputs, sheet: Sheet) -> Image:
     for label, weights in sheet.models.items():
         pipe = _pipe(parse(weights, inputs), inputs)
         images = sample(pipe, list(sheet.prompts), seed=experiment.seed, batch=_BATCH, **settings).images
-        cells += [{"prompt": prompt, "model": label, "path": image} for prompt, image in zip(sheet.prompts, images, strict=True)]  # fmt: skip
+        cells += [
+            {"prompt": prompt, "model": label, "path": image}
+            for prompt, image in zip(sheet.prompts, images, strict=True)
+        ]
     return contact_sheet(pd.DataFrame(cells), ["prompt"], ["model"], title=f"{sheet.title} (miniatures)")
 
 
@@ -234,8 +248,9 @@ def _steps_sheet(experiment: Experiment, run: Run, runs: Path) -> Image:
     chosen = {known[0], known[-1], *(step for step in known if step in (25, 50, 100, 200, 400, 800))}
     cells = [
         {"prompt": prompt, "step": step, "path": str(runs / run.name / "pictures" / f"{step:07}-{number:02}.png")}
-        for step in sorted(chosen) for number, prompt in enumerate(prompts)
-    ]  # fmt: skip
+        for step in sorted(chosen)
+        for number, prompt in enumerate(prompts)
+    ]
     return contact_sheet(pd.DataFrame(cells), ["prompt"], ["step"], title=f"{steps_title(run)} (miniatures)")
 
 
@@ -247,16 +262,24 @@ def _pipe(weights: Any, inputs: Inputs) -> Any:
 def prompts_of(case: Case, count: int) -> list[Scene]:
     """The held-out scenes that a case asks for."""
     only = {name: [values] if isinstance(values, str) else values for name, values in case.only.items()}
-    scenes = [scene for scene in held_out_prompts(count * (10 if only else 1)) if all(getattr(scene, name) in values for name, values in only.items())]  # fmt: skip
+    scenes = [
+        scene
+        for scene in held_out_prompts(count * (10 if only else 1))
+        if all(getattr(scene, name) in values for name, values in only.items())
+    ]
     return [replace(scene, **case.ask) for scene in scenes[:count]]
 
 
 def judged(asked: list[Scene], read: pd.DataFrame, unsaid: tuple[str, ...] = ()) -> dict[str, float]:
-    """Shares in per cent: as asked for each attribute that was said, ``right`` their mean, each style, what came unsaid."""
+    """Shares in per cent: as asked for each attribute that was said, ``right`` their mean, each style, what came
+    unsaid.
+    """
     said = [name for name in READ[:-1] if name not in unsaid]
     right = {name: 100 * share for name, share in as_asked(asked, read).items() if name in said}
     styles = {style: 100 * float((read["style"] == style).mean()) for style in _STYLES}
-    came = {f"unsaid {value}": 100 * float((read[name] == value).mean()) for name in unsaid for value in ATTRIBUTES[name]}  # fmt: skip
+    came = {
+        f"unsaid {value}": 100 * float((read[name] == value).mean()) for name in unsaid for value in ATTRIBUTES[name]
+    }
     return {**right, "right": sum(right.values()) / len(right), **styles, **came}
 
 
@@ -277,7 +300,10 @@ def _multipliers(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]
 
 
 def _rounding(measured: Measured, inputs: Inputs) -> Iterator[dict[str, Any]]:
-    yield from ({"case": measured.name, **row} for row in rounding_curve(_table(measured, inputs), list(measured.ks)).to_dict("records"))  # fmt: skip
+    yield from (
+        {"case": measured.name, **row}
+        for row in rounding_curve(_table(measured, inputs), list(measured.ks)).to_dict("records")
+    )
 
 
 def _table(measured: Measured, inputs: Inputs) -> pd.DataFrame:

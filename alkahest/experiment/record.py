@@ -48,9 +48,11 @@ def checked(experiment: Experiment, tables: Tables) -> list[Checked]:
         found = _number(experiment, check, tables, check.where)
         if check.minus:
             found -= _number(experiment, check, tables, check.minus)
-        holds = found >= check.at_least if check.at_least is not None else found <= check.at_most  # type: ignore[operator]
-        bound = f"at least {check.at_least:g}" if check.at_least is not None else f"at most {check.at_most:g}"
-        rows.append(Checked(check.says, float(found), bound, bool(holds)))
+        if check.at_least is not None:
+            rows.append(Checked(check.says, found, f"at least {check.at_least:g}", found >= check.at_least))
+        else:
+            assert check.at_most is not None  # a check has one bound
+            rows.append(Checked(check.says, found, f"at most {check.at_most:g}", found <= check.at_most))
     return rows
 
 
@@ -62,11 +64,14 @@ def verdict(experiment: Experiment, checks: list[Checked]) -> str:
     return experiment.holds if holding == len(checks) else "partly" if holding else "not reproduced"
 
 
-def record(experiment: Experiment, found: Found, family: Path | None, seconds: float | None, draw: Draw, grown: bool = False) -> str:  # fmt: skip
-    """Write the tables, README.md and manifest.json of a run, and the figures that ``draw`` gives as bytes; the verdict.
+def record(
+    experiment: Experiment, found: Found, family: Path | None, seconds: float | None, draw: Draw, grown: bool = False
+) -> str:
+    """Write the tables, README.md and manifest.json of a run, and the figures that ``draw`` gives as bytes; the
+    verdict.
 
-    Without ``seconds`` nothing was measured anew, and the manifest still says when and where it was; ``grown`` says that
-    its training runs were. Whatever may fail, such as a check or a figure, does so before anything is written.
+    Without ``seconds`` nothing was measured anew, and the manifest still says when and where it was; ``grown`` says
+    that its training runs were. Whatever may fail, such as a check or a figure, does so before anything is written.
     """
     texts = {name: table.to_csv(index=False, float_format="%.6g") for name, table in found.tables.items()}
     tables = {name: pd.read_csv(io.StringIO(text)) for name, text in texts.items()}  # as a later look finds them
@@ -96,7 +101,10 @@ def _sheets(experiment: Experiment) -> set[str]:
 
 def measured_by(experiment: Experiment, family: Path | None, seconds: float, grown: bool) -> dict[str, Any]:
     """What the numbers of a run stand on; those of training runs that were not grown anew on what they stood before."""
-    now = {"machine": f"{platform.system()} {platform.machine()}", "versions": {"alkahest": __version__, **{name: _version(name) for name in _STANDS_ON}}}  # fmt: skip
+    now = {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {"alkahest": __version__, **{name: _version(name) for name in _STANDS_ON}},
+    }
     runs = {}
     if experiment.runs:
         runs = {"grown": {"digest": grown_digest(experiment), **now} if grown else _manifest(experiment)["grown"]}
@@ -122,7 +130,13 @@ def grown_digest(experiment: Experiment) -> str:
     """A hash of the training runs, their configurations, and what is drawn of them."""
     configs = {run.name: run_file(experiment, run).read_text() for run in experiment.runs}
     cases = [case for case in experiment.cases if case.run]
-    return _hashed({"runs": configs, "cases": cases, **{name: getattr(experiment, name) for name in ("inputs", "prompts", "seed", "sampling")}})  # fmt: skip
+    return _hashed(
+        {
+            "runs": configs,
+            "cases": cases,
+            **{name: getattr(experiment, name) for name in ("inputs", "prompts", "seed", "sampling")},
+        }
+    )
 
 
 def _hashed(kept: Mapping[str, Any]) -> str:
@@ -135,21 +149,33 @@ def require_grown(experiment: Experiment, family: Path | None) -> None:
     manifest = experiment.folder / "manifest.json"
     about = _manifest(experiment).get("grown", {}) if manifest.exists() else {}
     if family is not None or about.get("digest") != grown_digest(experiment):
-        raise FileFormatError("experiment", "its training runs were not recorded, or with other weights or another configuration", file=manifest, fix=f"alkahest experiment run {experiment.name} --runs FOLDER")  # fmt: skip
+        raise FileFormatError(
+            "experiment",
+            "its training runs were not recorded, or with other weights or another configuration",
+            file=manifest,
+            fix=f"alkahest experiment run {experiment.name} --runs FOLDER",
+        )
 
 
 def recorded(experiment: Experiment) -> Found:
     """What an earlier run found. FileFormatError if there was none, or it measured something else."""
     about = _manifest(experiment)
     if about.get("measured") != measured_digest(experiment):
-        raise FileFormatError("experiment", "what is recorded was measured by another experiment.toml", file=experiment.folder / "manifest.json", fix=f"alkahest experiment run {experiment.name}")  # fmt: skip
+        raise FileFormatError(
+            "experiment",
+            "what is recorded was measured by another experiment.toml",
+            file=experiment.folder / "manifest.json",
+            fix=f"alkahest experiment run {experiment.name}",
+        )
     return Found(tables_of(experiment))
 
 
 def _manifest(experiment: Experiment) -> dict[str, Any]:
     path = experiment.folder / "manifest.json"
     if not path.exists():
-        raise FileFormatError("experiment", "nothing is recorded", file=path, fix=f"alkahest experiment run {experiment.name}")  # fmt: skip
+        raise FileFormatError(
+            "experiment", "nothing is recorded", file=path, fix=f"alkahest experiment run {experiment.name}"
+        )
     about: dict[str, Any] = json.loads(path.read_text())
     return about
 
@@ -169,7 +195,9 @@ def checked_of(experiment: Experiment) -> list[Checked]:
     """The recorded checks. FileFormatError if the experiment was never run."""
     path = experiment.folder / "results" / "checks.csv"
     if not path.exists():
-        raise FileFormatError("experiment", "nothing is recorded", file=path, fix=f"alkahest experiment run {experiment.name}")  # fmt: skip
+        raise FileFormatError(
+            "experiment", "nothing is recorded", file=path, fix=f"alkahest experiment run {experiment.name}"
+        )
     return [Checked(**row) for row in pd.read_csv(path).to_dict("records")]
 
 
@@ -185,8 +213,14 @@ def readme(experiment: Experiment) -> str:
         path for ending in ("png", "svg") for path in sorted((experiment.folder / "results").glob(f"*.{ending}"))
     ]:
         lines += ["", f"![{path.stem.replace('-', ' ')}](results/{path.name})"]
-    files = ", ".join(f"[{path.name}](results/{path.name})" for path in sorted((experiment.folder / "results").glob("*.csv")))  # fmt: skip
-    lines += ["", f"Written by `alkahest experiment run {experiment.name}` from [experiment.toml](experiment.toml); numbers: {files}; [manifest.json](manifest.json) has inputs and versions."]  # fmt: skip
+    files = ", ".join(
+        f"[{path.name}](results/{path.name})" for path in sorted((experiment.folder / "results").glob("*.csv"))
+    )
+    lines += [
+        "",
+        f"Written by `alkahest experiment run {experiment.name}` from [experiment.toml](experiment.toml); numbers: "
+        f"{files}; [manifest.json](manifest.json) has inputs and versions.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -212,7 +246,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _number(experiment: Experiment, check: Check, tables: Tables, where: Mapping[str, Any]) -> float:
     def wrong(problem: str, found: object) -> FileFormatError:
-        return FileFormatError("experiment", f"check {check.says!r}: {problem}", file=experiment.folder / "experiment.toml", found=found)  # fmt: skip
+        return FileFormatError(
+            "experiment", f"check {check.says!r}: {problem}", file=experiment.folder / "experiment.toml", found=found
+        )
 
     if check.table not in tables:
         raise wrong("there is no such table", f"{check.table}; there are {', '.join(tables)}")

@@ -34,7 +34,9 @@ _VERDICTS = "<!-- verdicts: written by alkahest experiment run -->"
 
 
 def run_experiment(experiment: Experiment, family: Path | None = None, runs: Path | None = None) -> Iterator[Event]:
-    """Measure an experiment and write its folder; events, the last with the verdict. Nothing is written before the end."""
+    """Measure an experiment and write its folder; events, the last with the verdict. Nothing is written before the
+    end.
+    """
     if experiment.runs and runs is None:
         require_grown(experiment, family)
     started = time.monotonic()
@@ -53,7 +55,9 @@ def rewrite(experiment: Experiment) -> str:
 
 
 def write_index(root: Path) -> None:
-    """Put the table of all recorded experiments into their README, and the verdicts into the one above, if it has a place."""
+    """Put the table of all recorded experiments into their README, and the verdicts into the one above, if it has a
+    place.
+    """
     done = [one for one in experiments(root) if (one.folder / "results" / "checks.csv").exists()]
     path, above = root / "README.md", root.parent / "README.md"
     text = path.read_text() if path.exists() else f"# Experiments\n\n{_INDEX}\n{_END}\n"
@@ -64,7 +68,13 @@ def write_index(root: Path) -> None:
 
 def _filled(text: str, start: str, content: str) -> str:
     if _END not in text.partition(start)[2]:
-        raise FileFormatError("experiment", "the table in this README has no end", expected=_END, found=f"{start} alone", fix="put the end marker back")  # fmt: skip
+        raise FileFormatError(
+            "experiment",
+            "the table in this README has no end",
+            expected=_END,
+            found=f"{start} alone",
+            fix="put the end marker back",
+        )
     head, _, rest = text.partition(start)
     _, _, tail = rest.partition(_END)
     return f"{head}{start}\n{content}{_END}{tail}"
@@ -79,24 +89,49 @@ def reproduction(found: list[Experiment]) -> str:
     """The text of `write_reproduction`."""
     found = [one for one in found if (one.folder / "manifest.json").exists()]
     told = {one.name: checked_of(one) for one in found}
-    rows = "".join(f'<tr><td><a href="#{one.name}">{one.name[:2]}</a></td><td>{_text(one.title)}</td><td>{_text(verdict(one, told[one.name]))}</td></tr>' for one in found)  # fmt: skip
-    parts = ["<h1>The article, reproduced on miniatures</h1>", f"<p>Alkahest {__version__}. Every number here is of the miniature family: 1.5 million parameters, judged by a network that reads pictures back.</p>", f"<table><tr><th></th><th>experiment</th><th>verdict</th></tr>{rows}</table>"]  # fmt: skip
+    rows = "".join(
+        _row(f'<a href="#{one.name}">{one.name[:2]}</a>', _text(one.title), _text(verdict(one, told[one.name])))
+        for one in found
+    )
+    parts = [
+        "<h1>The article, reproduced on miniatures</h1>",
+        f"<p>Alkahest {__version__}. Every number here is of the miniature family: 1.5 million parameters, judged "
+        "by a network that reads pictures back.</p>",
+        f"<table><tr><th></th><th>experiment</th><th>verdict</th></tr>{rows}</table>",
+    ]
     for one in found:
         parts.append(_section(one, told[one.name]))
     head = f'<meta charset="utf-8"><title>Alkahest: the article, reproduced</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{chr(10).join(parts)}</body></html>\n'
 
 
+def _row(*cells: str) -> str:
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
 def _section(one: Experiment, checks: list[Checked]) -> str:
     tables = tables_of(one)
     figures = [figure_of(drawing, tables) for drawing in one.figures]
-    lines = "".join(f"<tr><td>{_text(c.says)}</td><td>{c.found:.4g}</td><td>{_text(c.bound)}</td><td>{'yes' if c.holds else '<b>no</b>'}</td></tr>" for c in checks)  # fmt: skip
-    whole = "".join(f"<details><summary>{_text(name)}: {len(table)} rows</summary>{table.round(3).to_html(index=False, border=0, na_rep='')}</details>" for name, table in tables.items())  # fmt: skip
-    sheets = "".join(f"<figure>{image_tag(path.read_bytes(), path.stem.replace('-', ' '))}</figure>" for path in sorted((one.folder / "results").glob("*.png")))  # fmt: skip
-    drawn = sheets + "".join(f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>" for plot in figures)  # fmt: skip
+    lines = "".join(
+        _row(_text(c.says), f"{c.found:.4g}", _text(c.bound), "yes" if c.holds else "<b>no</b>") for c in checks
+    )
+    whole = "".join(
+        f"<details><summary>{_text(name)}: {len(table)} "
+        f"rows</summary>{table.round(3).to_html(index=False, border=0, na_rep='')}</details>"
+        for name, table in tables.items()
+    )
+    sheets = "".join(
+        f"<figure>{image_tag(path.read_bytes(), path.stem.replace('-', ' '))}</figure>"
+        for path in sorted((one.folder / "results").glob("*.png"))
+    )
+    drawn = sheets + "".join(
+        f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>"
+        for plot in figures
+    )
     return (
         f'<h2 id="{one.name}">{one.name[:2]} {_text(one.title)}</h2><p><b>Claim.</b> {_text(one.claim)}</p>'
-        f"<p><b>Method.</b> {_text(one.method)}</p><p><b>Verdict: {_text(verdict(one, checks))}.</b> {_text(one.remark)}</p>"
+        f"<p><b>Method.</b> {_text(one.method)}</p><p><b>Verdict: {_text(verdict(one, checks))}.</b> "
+        f"{_text(one.remark)}</p>"
         f"<table><tr><th>check</th><th>found</th><th>wanted</th><th>holds</th></tr>{lines}</table>{drawn}{whole}"
     )
 

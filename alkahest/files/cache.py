@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alkahest.errors import UnknownNameError, nearest
+from alkahest.errors import unknown
 
 if TYPE_CHECKING:
     import pandas
@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that is remembered, and the number of the code that makes it: raised whenever it would come out otherwise."""
+    """Something that is remembered, and the number of the code that makes it: raised whenever it would come out
+    otherwise.
+    """
 
     what: str
     number: int
     packages: tuple[str, ...] = ()  # whose versions decide some of the bits
 
     def format(self) -> str:
-        """What belongs into the name of everything of this kind, so that other code's results are not taken for its own."""
+        """What belongs into the name of everything of this kind, so that other code's results are not taken for its
+        own.
+        """
         return ", ".join([str(self.number), *(f"{name} {_version(name)}" for name in self.packages)])
 
 
@@ -64,7 +68,14 @@ def cached() -> pandas.DataFrame:
             with contextlib.suppress(OSError):  # another process may be clearing it
                 if path.is_file():
                     status = path.stat()
-                    rows.append({"kind": kind, "file": str(path), "bytes": status.st_size, "time": datetime.fromtimestamp(status.st_mtime)})  # fmt: skip
+                    rows.append(
+                        {
+                            "kind": kind,
+                            "file": str(path),
+                            "bytes": status.st_size,
+                            "time": datetime.fromtimestamp(status.st_mtime),
+                        }
+                    )
     found = pd.DataFrame(rows, columns=["kind", "file", "bytes", "time"])
     return found.sort_values("time", ascending=False, ignore_index=True)
 
@@ -77,7 +88,7 @@ def clear_cache(kind: str | None = None) -> int:
     Touches nothing but the folders named after `alkahest.files.cache.KINDS`. UnknownNameError for any other kind.
     """
     if kind is not None and kind not in KINDS:
-        raise UnknownNameError("clear_cache", "no such kind", found=repr(kind), fix=nearest(kind, KINDS))
+        raise unknown("clear_cache", "no such kind", kind, KINDS)
     entries = cached()
     freed = int(entries[entries.kind == kind].bytes.sum() if kind else entries.bytes.sum())
     for name in KINDS if kind is None else (kind,):

@@ -22,10 +22,29 @@ _MAX_DIMENSION = 1 << 48
 
 # Bits per element of every dtype that the format knows.
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64,
-    "F64": 64, "I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 _NEED_SAFETENSORS = "Alkahest reads .safetensors only; pickles can run code when they are opened"
 _OTHER_FORMATS = [
@@ -127,9 +146,12 @@ def _check_kind(reader: Reader) -> None:
     start = reader.read(0, min(24, reader.size))
     if start.startswith(b"GGUF"):
         raise UnsupportedError(
-            "open", "GGUF files are not supported", file=reader.path, found="GGUF",
+            "open",
+            "GGUF files are not supported",
+            file=reader.path,
+            found="GGUF",
             fix="use the bf16 or fp8 .safetensors of the same model, or dequantise it with the gguf package first",
-        )  # fmt: skip
+        )
     for magic, what, fix in _OTHER_FORMATS:
         # A real header length may begin with the byte 0x80; a real header has '{' at byte 8.
         if start.startswith(magic) and start[8:9] != b"{":

@@ -57,9 +57,12 @@ def locate(source: str | os.PathLike[str]) -> Located:
         raise UnsupportedError("open", "GGUF files are not supported", file=path, fix="use the .safetensors file")
     if path.suffix.lower() in _PICKLES:
         raise UnsupportedError(
-            "open", f"{path.suffix} files can run code when they are opened, and are never read", file=path,
-            expected=".safetensors", fix="get the .safetensors of the same model, or convert it where you trust it",
-        )  # fmt: skip
+            "open",
+            f"{path.suffix} files can run code when they are opened, and are never read",
+            file=path,
+            expected=".safetensors",
+            fix="get the .safetensors of the same model, or convert it where you trust it",
+        )
     return _single(path)
 
 
@@ -91,10 +94,12 @@ def _folder(path: Path) -> Located:
         names = ", ".join(p.name for p in singles[:5])
         raise FileFormatError("open", "the folder holds several models", file=path, found=names, fix="name one file")
     raise FileFormatError(
-        "open", "the folder holds no .safetensors", file=path,
+        "open",
+        "the folder holds no .safetensors",
+        file=path,
         expected="a transformer/ folder, a pipeline folder or a sharded checkpoint",
         found=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
-    )  # fmt: skip
+    )
 
 
 def _sharded(index: Path, config: dict[str, Any] | None = None) -> Located:
@@ -118,15 +123,25 @@ def _sharded(index: Path, config: dict[str, Any] | None = None) -> Located:
         for key, entry in header.entries.items():
             if weight_map.get(key) != name:
                 raise FileFormatError(
-                    "open", "a shard holds a tensor that the index puts elsewhere", file=readers[name].path, key=key,
-                    expected=weight_map.get(key, "not in the index"), found=name, fix="get index and shards again",
-                )  # fmt: skip
+                    "open",
+                    "a shard holds a tensor that the index puts elsewhere",
+                    file=readers[name].path,
+                    key=key,
+                    expected=weight_map.get(key, "not in the index"),
+                    found=name,
+                    fix="get index and shards again",
+                )
             tensors[key] = (readers[name], entry)
     if absent := [key for key in weight_map if key not in tensors]:
         raise FileFormatError(
-            "open", "the index names a tensor that its shard does not have", file=index, key=absent[0],
-            expected=f"in {weight_map[absent[0]]}", found="not there", fix="get index and shards again",
-        )  # fmt: skip
+            "open",
+            "the index names a tensor that its shard does not have",
+            file=index,
+            key=absent[0],
+            expected=f"in {weight_map[absent[0]]}",
+            found="not there",
+            fix="get index and shards again",
+        )
     return Located(index.parent, tuple(readers.values()), tensors, metadata, config)
 
 
@@ -150,10 +165,12 @@ def _from_hub(source: str) -> Path:
         if isinstance(error, AlkahestError):
             raise
         raise FileFormatError(
-            "open", "no such file, and the hub did not give it", file=source,
+            "open",
+            "no such file, and the hub did not give it",
+            file=source,
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             fix="check the path or hub id; without a network only what is in the cache can be opened",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _nearby(path: Path) -> str:

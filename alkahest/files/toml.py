@@ -1,4 +1,6 @@
-"""TOML files into frozen dataclasses: unknown keys are named with the nearest, values have the types of their fields."""
+"""TOML files into frozen dataclasses: unknown keys are named with the nearest, values have the types of their
+fields.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ def read_toml(path: Path, operation: str) -> dict[str, Any]:
     """What a TOML file holds. FileFormatError if it is none, or too long for one that a person wrote."""
     reader = Reader(path)
     if reader.size > _MAX_BYTES:
-        raise FileFormatError(operation, "this is too long for a configuration", file=path, found=f"{reader.size:,} bytes")  # fmt: skip
+        raise FileFormatError(
+            operation, "this is too long for a configuration", file=path, found=f"{reader.size:,} bytes"
+        )
     try:
         return tomllib.loads(reader.read(0, reader.size).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileFormatError(operation, "this is not TOML", file=path, found=error) from None
 
 
-def dataclass_of(kind: type[T], given: object, operation: str, file: object, where: str, **ready: Any) -> T:
+def dataclass_of(
+    kind: type[T], given: object, operation: str, file: object, where: str, ready: Mapping[str, Any] | None = None
+) -> T:
     """A dataclass from what a file says, each value of the type of its field; ``ready`` are fields from elsewhere.
 
     >>> dataclass_of(Stage, {"steps": 300, "lr": 1e-3}, "finetune", "tb1.toml", "stage 1")
@@ -39,7 +45,7 @@ def dataclass_of(kind: type[T], given: object, operation: str, file: object, whe
     """
     if not isinstance(given, Mapping):
         raise FileFormatError(operation, f"{where} must be a table", file=file, found=repr(given)[:80])
-    known = {item.name: item for item in fields(kind) if item.name not in ready}  # type: ignore[arg-type]
+    known = {item.name: item for item in fields(kind) if item.name not in (ready or {})}  # type: ignore[arg-type]
     require_keys(given, known, operation, file, where)
     types = get_type_hints(kind)
     values = {name: value_of(types[name], value, operation, file, f"{where}: {name}") for name, value in given.items()}
@@ -48,7 +54,7 @@ def dataclass_of(kind: type[T], given: object, operation: str, file: object, whe
         raise FileFormatError(
             operation, f"{where} lacks {', '.join(lacking)}", file=file, fix=f"see help({kind.__module__})"
         )
-    return kind(**values, **ready)
+    return kind(**values, **(ready or {}))
 
 
 def value_of(kind: Any, value: Any, operation: str, file: object, where: str) -> Any:
@@ -60,9 +66,13 @@ def value_of(kind: Any, value: Any, operation: str, file: object, where: str) ->
         problem, _, place = str(error).partition(" - at `$")
         key = where.rpartition(": ")[2] + place.rstrip("`")
         raise FileFormatError(
-            operation, f"{where.rpartition(': ')[0]}: this value is of the wrong kind", file=file, key=key,
-            expected=_worded(problem), found=repr(value)[:200],
-        ) from None  # fmt: skip
+            operation,
+            f"{where.rpartition(': ')[0]}: this value is of the wrong kind",
+            file=file,
+            key=key,
+            expected=_worded(problem),
+            found=repr(value)[:200],
+        ) from None
 
 
 def _worded(problem: str) -> str:

@@ -95,7 +95,9 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         self._asked = self.checkpoint
         tried = {name: one for name, one in {**self._bases, **marked}.items() if one != self.checkpoint}
         if not tried:
-            raise AlkahestError("guess lineage", "there is nothing to compare with", fix="mark its possible bases in the second list")  # fmt: skip
+            raise AlkahestError(
+                "guess lineage", "there is nothing to compare with", fix="mark its possible bases in the second list"
+            )
         yield from stream_nearest_base(self.checkpoint, tried)
 
     def _answered(self, found: Any) -> None:
@@ -108,7 +110,9 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         self.status.value = f"<pre role='status' style='margin:0'>{html.escape(text)}</pre>"
 
 
-def checkpoints_in(folder: Path, depth: int = _DEPTH, looked_at: Iterator[int] | None = None) -> Iterator[tuple[Path, int]]:  # fmt: skip
+def checkpoints_in(
+    folder: Path, depth: int = _DEPTH, looked_at: Iterator[int] | None = None
+) -> Iterator[tuple[Path, int]]:
     """Checkpoints in a folder and below it, with their bytes: files, indices of shards, diffusers transformers.
 
     ``looked_at`` counts the files on the way.
@@ -133,7 +137,11 @@ def _in_order(folder: Path, depth: int, looked_at: Iterator[int]) -> Iterator[tu
     for path in entries:
         if path.is_dir() and depth > 0 and not path.name.startswith("."):
             yield from _in_order(path, depth - 1, looked_at)
-        elif path.suffix == ".safetensors" and path.is_file() and not any(_is_shard(path, i.name.removesuffix(".safetensors.index.json")) for i in sharded):  # fmt: skip
+        elif (
+            path.suffix == ".safetensors"
+            and path.is_file()
+            and not any(_is_shard(path, i.name.removesuffix(".safetensors.index.json")) for i in sharded)
+        ):
             yield path, _size(path)
 
 

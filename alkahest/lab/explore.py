@@ -11,7 +11,7 @@ from typing import Any
 import ipywidgets as widgets
 from matplotlib.figure import Figure
 
-from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.errors import AlkahestError, unknown
 from alkahest.lab.figure import png
 from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, number_with_slider
 
@@ -61,7 +61,11 @@ class Explorer(Panel):
 
     def _outside(self, values: dict[str, Any]) -> list[str]:
         found = [(name, values[name], *bounds) for name, bounds in self._ranges.items()]
-        return [f"{name} = {value:g} lies outside the slider's {low:g} to {high:g}; it is used as it stands" for name, value, low, high in found if not low <= value <= high]  # fmt: skip
+        return [
+            f"{name} = {value:g} lies outside the slider's {low:g} to {high:g}; it is used as it stands"
+            for name, value, low, high in found
+            if not low <= value <= high
+        ]
 
 
 def explore(draw: Callable[..., str], *, size: tuple[float, float] = (9, 4.5), **controls: Any) -> Explorer:
@@ -81,11 +85,16 @@ def _defaults(draw: Callable[..., str], controls: dict[str, Any]) -> dict[str, A
     found = {}
     for parameter in list(inspect.signature(draw).parameters.values())[1:]:
         if parameter.default is inspect.Parameter.empty:
-            raise AlkahestError("explore", "every argument of draw but the figure needs a default", found=parameter.name, fix=f"{parameter.name}=1.0")  # fmt: skip
+            raise AlkahestError(
+                "explore",
+                "every argument of draw but the figure needs a default",
+                found=parameter.name,
+                fix=f"{parameter.name}=1.0",
+            )
         found[parameter.name] = parameter.default
     for name in controls:
         if name not in found:
-            raise UnknownNameError("explore", "draw has no such argument", found=repr(name), fix=nearest(name, found))
+            raise unknown("explore", "draw has no such argument", name, found)
     return found
 
 
@@ -99,15 +108,32 @@ def _control(name: str, default: Any, given: Any) -> tuple[Any, Any, tuple[float
         if default not in options:
             raise AlkahestError("explore", f"the default of {name} is not in its menu", expected=options, found=default)
         return widgets.Dropdown(options=options, value=default, **label), None, None
-    for kind, control in ((bool, widgets.Checkbox), (int, widgets.IntText), (float, widgets.FloatText), (str, widgets.Text)):  # fmt: skip
+    for kind, control in (
+        (bool, widgets.Checkbox),
+        (int, widgets.IntText),
+        (float, widgets.FloatText),
+        (str, widgets.Text),
+    ):
         if isinstance(default, kind):
             return control(value=default, **label), None, None
-    raise AlkahestError("explore", f"no control is known for the default of {name}", expected="a number, text, a truth value or a menu", found=type(default).__name__)  # fmt: skip
+    raise AlkahestError(
+        "explore",
+        f"no control is known for the default of {name}",
+        expected="a number, text, a truth value or a menu",
+        found=type(default).__name__,
+    )
 
 
-def _number_with_slider(name: str, default: Any, given: tuple[Any, ...], label: dict[str, Any]) -> tuple[Any, Any, tuple[float, float]]:  # fmt: skip
+def _number_with_slider(
+    name: str, default: Any, given: tuple[Any, ...], label: dict[str, Any]
+) -> tuple[Any, Any, tuple[float, float]]:
     low, high, *kind = given
     log = kind == ["log"]
     if not low < high or (log and low <= 0) or (kind and not log):
-        raise AlkahestError("explore", f"the range of {name} cannot be a slider", expected="(low, high) or (low, high, 'log')", found=given)  # fmt: skip
+        raise AlkahestError(
+            "explore",
+            f"the range of {name} cannot be a slider",
+            expected="(low, high) or (low, high, 'log')",
+            found=given,
+        )
     return *number_with_slider(label["description"], default, low, high, log), (float(low), float(high))

@@ -21,12 +21,20 @@ class Job(widgets.VBox):  # type: ignore[misc]
     >>> job = Job(lambda: merged.stream("merged.safetensors"), unit="B")
     >>> job          # press Start; job.result is there when it is done
 
-    ``make`` returns a generator whose events have ``done``, ``total``, ``key`` and at the end ``result``; it is called anew at every
+    ``make`` returns a generator whose events have ``done``, ``total``, ``key`` and at the end ``result``; it is
+    called anew at every
     Start. It runs in a thread of its own. Cancel closes the generator, which cleans up after itself.
     ``on_result`` is called with the result, in that thread. What goes wrong is shown, and kept in ``error``.
     """
 
-    def __init__(self, make: Callable[[], Iterator[Any]], *, on_result: Callable[[Any], None] | None = None, unit: str = "", title: str = "Start") -> None:  # fmt: skip
+    def __init__(
+        self,
+        make: Callable[[], Iterator[Any]],
+        *,
+        on_result: Callable[[Any], None] | None = None,
+        unit: str = "",
+        title: str = "Start",
+    ) -> None:
         self._make = make
         self._on_result = on_result
         self._unit = unit

@@ -17,7 +17,7 @@ from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
 from alkahest.engine.options import Options, refuse_unknown_options
 from alkahest.engine.record import readers_of, recipe_of
-from alkahest.errors import AlgebraError, OutputError, UnknownNameError, nearest
+from alkahest.errors import AlgebraError, OutputError, unknown
 from alkahest.files.hashes import blake3_of
 from alkahest.files.whole import write_file
 from alkahest.lab.figure import image_tag, strip
@@ -38,30 +38,48 @@ _WRAP = widgets.Layout(flex_flow="row wrap")
 
 @refuse_unknown_options
 def live_merge(
-    bridge: Weights, deltas: Mapping[str, Delta], prompts: str | Sequence[str], components: Any = None, *,
-    loras: Mapping[str, Delta] | None = None, protect: str = "refiner", parts: Sequence[str] = (), k: float | Mapping[str, float] = 1.0,
-    sampling: Mapping[str, Any] | None = None, look: Callable[[Sequence[Image]], pd.DataFrame] = picture_measures,
-    memory: int | str = "2GB", dtype: str | None = None, storage: str | None = None, device: str = "cpu", offload: bool = False,
-) -> LiveMerge:  # fmt: skip
+    bridge: Weights,
+    deltas: Mapping[str, Delta],
+    prompts: str | Sequence[str],
+    components: Any = None,
+    *,
+    loras: Mapping[str, Delta] | None = None,
+    protect: str = "refiner",
+    parts: Sequence[str] = (),
+    k: float | Mapping[str, float] = 1.0,
+    sampling: Mapping[str, Any] | None = None,
+    look: Callable[[Sequence[Image]], pd.DataFrame] = picture_measures,
+    memory: int | str = "2GB",
+    dtype: str | None = None,
+    storage: str | None = None,
+    device: str = "cpu",
+    offload: bool = False,
+) -> LiveMerge:
     """Merge while looking: numbers for every delta and LoRA, and the picture and its measures follow.
 
     >>> panels.live_merge(bridge, {"artshoot": variant - base}, ["a red fox at night"], "Tongyi-MAI/Z-Image")
 
     ``k`` is where multipliers begin, by name if they differ; LoRAs begin at 0. Number boxes take any
-    value. ``parts`` are patterns with a factor of their own, such as ``"layers.0-9"``; by default every part has one. ``look`` turns pictures into a table of measures whose means are shown. ``sampling`` are the
-    first settings (``steps``, ``cfg``, ``shift``, ``seed``, ``negative_prompt``); ``memory`` and what follows it are the
-    `LiveModel`'s. ``.expression`` is what the controls say, and *Save recipe* writes it for
+    value. ``parts`` are patterns with a factor of their own, such as ``"layers.0-9"``; by default every part has
+    one. ``look`` turns pictures into a table of measures whose means are shown. ``sampling`` are the
+    first settings (``steps``, ``cfg``, ``shift``, ``seed``, ``negative_prompt``); ``memory`` and what follows it are
+    the `LiveModel`'s. ``.expression`` is what the controls say, and *Save recipe* writes it for
     ``alkahest merge --recipe``. Raises AlgebraError if something is no delta.
     """
     for name, delta in {**deltas, **(loras or {})}.items():
         if not isinstance(delta, Delta):
-            raise AlgebraError("live_merge", f"{name} is no difference", expected="variant - base, or ak.open_lora(path)", found=type(delta).__name__)  # fmt: skip
+            raise AlgebraError(
+                "live_merge",
+                f"{name} is no difference",
+                expected="variant - base, or ak.open_lora(path)",
+                found=type(delta).__name__,
+            )
     for name in k if isinstance(k, Mapping) else ():
         if name not in deltas:
-            raise UnknownNameError("live_merge", "k is given for no delta", found=repr(name), fix=nearest(name, deltas))
+            raise unknown("live_merge", "k is given for no delta", name, deltas)
     for name in sampling or ():
         if name not in (*SETTINGS, "seed"):
-            raise UnknownNameError("live_merge", "no such sampling setting", found=repr(name), fix=nearest(name, (*SETTINGS, "seed")))  # fmt: skip
+            raise unknown("live_merge", "no such sampling setting", name, (*SETTINGS, "seed"))
     starts = k if isinstance(k, Mapping) else dict.fromkeys(deltas, k)
     rows = [
         _Row(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts) for name, delta in deltas.items()
@@ -81,7 +99,10 @@ class _Row(widgets.VBox):  # type: ignore[misc]
         self.delta, self.name = delta, name
         self.k, slider = number_with_slider(f"k of {name}" if log else f"strength of {name}", k, *bounds, log)
         parts = parts or list(dict.fromkeys(delta.family.part_of(key).split(".")[0] for key in delta.shapes))
-        self.parts = {part: widgets.FloatText(value=1.0, description=f"{name}: {part} x", style=STYLE, layout=WIDE) for part in parts}  # fmt: skip
+        self.parts = {
+            part: widgets.FloatText(value=1.0, description=f"{name}: {part} x", style=STYLE, layout=WIDE)
+            for part in parts
+        }
         self.by_part = widgets.Checkbox(value=False, description=f"{name}: by part", style=STYLE, indent=False)
         box = widgets.VBox(list(self.parts.values()), layout=widgets.Layout(display="none"))
         self.by_part.observe(lambda change: setattr(box.layout, "display", None if change["new"] else "none"), "value")
@@ -102,9 +123,20 @@ class _Row(widgets.VBox):  # type: ignore[misc]
 
 
 class LiveMerge(Panel):
-    """See `live_merge`. ``images`` and ``measures`` are those of the picture shown, ``kept`` a row for each kept one."""
+    """See `live_merge`. ``images`` and ``measures`` are those of the picture shown, ``kept`` a row for each kept
+    one.
+    """
 
-    def __init__(self, bridge: Weights, rows: list[_Row], prompts: list[str], live: LiveModel, protect: str, sampling: dict[str, Any], look: Callable[[Sequence[Image]], pd.DataFrame]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        bridge: Weights,
+        rows: list[_Row],
+        prompts: list[str],
+        live: LiveModel,
+        protect: str,
+        sampling: dict[str, Any],
+        look: Callable[[Sequence[Image]], pd.DataFrame],
+    ) -> None:
         super().__init__()
         self.bridge, self.rows, self.live, self._pattern, self._look = bridge, rows, live, protect, look
         self.images: list[Image] = []
@@ -112,7 +144,13 @@ class LiveMerge(Panel):
         self._shown: Weights = bridge
         self._kept: list[dict[str, Any]] = []
         self._redraw = Redraw(self._drawn, self.alert)
-        self.protect = widgets.Checkbox(value=True, description=f"protect {', '.join(bridge.protection) or protect}", disabled=bool(bridge.protection), style=STYLE, indent=False)  # fmt: skip
+        self.protect = widgets.Checkbox(
+            value=True,
+            description=f"protect {', '.join(bridge.protection) or protect}",
+            disabled=bool(bridge.protection),
+            style=STYLE,
+            indent=False,
+        )
         self.settings = _sampling_controls(prompts, sampling)
         self._fixed = {name: value for name, value in sampling.items() if name not in self.settings}
         self._arrange()
@@ -225,7 +263,8 @@ class LiveMerge(Panel):
         columns = {"now": self.measures} | {f"kept {n}": one["measures"] for n, one in enumerate(self._kept, 1)}
         self.table.value = pd.DataFrame(columns).to_html(float_format="{:.4g}".format, border=0)
         figures = [
-            f"<figure style='margin:0.5em 0'>{image_tag(one['png'], one['recipe'])}<figcaption>kept {number}: <code>{html.escape(one['recipe'])}</code></figcaption></figure>"
+            f"<figure style='margin:0.5em 0'>{image_tag(one['png'], one['recipe'])}<figcaption>kept {number}: "
+            f"<code>{html.escape(one['recipe'])}</code></figcaption></figure>"
             for number, one in enumerate(self._kept, 1)
         ]
         self.comparison.value = "".join(figures)
@@ -251,4 +290,4 @@ def _sampling_controls(prompts: list[str], given: dict[str, Any]) -> dict[str, A
         "steps": widgets.IntText(value=given.get("steps", 24), description="steps", layout=WIDE, **style),
         "cfg": widgets.FloatText(value=given.get("cfg", 2.0), description="cfg", layout=WIDE, **style),
         "shift": widgets.FloatText(value=given.get("shift", 3.0), description="shift", layout=WIDE, **style),
-    }  # fmt: skip
+    }

@@ -22,9 +22,10 @@ def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None 
     """What is left of a delta after adding and rounding, over k, with 1x, 10x and 20x marked."""
     ax = axes_for(ax, (8, 4.2))
     lines = {
-        "elements that change": 1 - curve.absorbed_count, "energy that survives": 1 - curve.absorbed_energy,
+        "elements that change": 1 - curve.absorbed_count,
+        "energy that survives": 1 - curve.absorbed_energy,
         "kept along the delta (1 = no bias)": curve.nearest_kept,
-    }  # fmt: skip
+    }
     for number, (name, values) in enumerate(lines.items()):
         ax.plot(curve.k, values, color=COLOURS[number], ls=("-", "--", "-.")[number], lw=2, label=name)
     ax.axhline(1.0, color="0.7", lw=0.8)
@@ -33,7 +34,9 @@ def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None 
     _mark_multipliers(ax, curve.k)
     ax.set_title(title or titled(curve, "What adding leaves of the delta"))
     words = ", ".join(f"{number_text(1 - _at(curve, 'absorbed_energy', k))} at {k:g}x" for k in _inside(curve.k))
-    return Plot(ax, f"{ax.get_title()}: share of the delta's energy that survives rounding, over the multiplier: {words}.")  # fmt: skip
+    return Plot(
+        ax, f"{ax.get_title()}: share of the delta's energy that survives rounding, over the multiplier: {words}."
+    )
 
 
 def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
@@ -41,16 +44,34 @@ def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = N
     ax = axes_for(ax, (8, 4.2))
     ax.plot(curve.k, curve["size"], color=COLOURS[0], lw=2, label="k |delta|")
     ax.plot(curve.k, curve["size"] * curve.nearest_error, color=COLOURS[1], ls="--", label="error of nearest rounding")
-    ax.plot(curve.k, curve["size"] * curve.stochastic_error, color=COLOURS[2], ls="-.", label="error of stochastic rounding")  # fmt: skip
+    ax.plot(
+        curve.k, curve["size"] * curve.stochastic_error, color=COLOURS[2], ls="-.", label="error of stochastic rounding"
+    )
     if curve.noise_most.max() > 0:
         low = curve.noise_least.clip(lower=float(curve["size"].min()) * 1e-4)
-        ax.fill_between(curve.k, low, curve.noise_most, color=COLOURS[3], alpha=0.35, label="the file's own rounding, times k", hatch="//", edgecolor=COLOURS[3], lw=0)  # fmt: skip
+        ax.fill_between(
+            curve.k,
+            low,
+            curve.noise_most,
+            color=COLOURS[3],
+            alpha=0.35,
+            label="the file's own rounding, times k",
+            hatch="//",
+            edgecolor=COLOURS[3],
+            lw=0,
+        )
     ax.set_yscale("log")
     ax.set_ylabel("norm / norm of the weights,\nunitless (log scale)")
     _mark_multipliers(ax, curve.k)
     ax.set_title(title or titled(curve, "What multiplying costs"))
-    words = ", ".join(f"{number_text(_at(curve, 'noise_least', k))} to {number_text(_at(curve, 'noise_most', k))} at {k:g}x" for k in _inside(curve.k))  # fmt: skip
-    return Plot(ax, f"{ax.get_title()}: norms relative to the weights over the multiplier; the file's own rounding makes {words}.")  # fmt: skip
+    words = ", ".join(
+        f"{number_text(_at(curve, 'noise_least', k))} to {number_text(_at(curve, 'noise_most', k))} at {k:g}x"
+        for k in _inside(curve.k)
+    )
+    return Plot(
+        ax,
+        f"{ax.get_title()}: norms relative to the weights over the multiplier; the file's own rounding makes {words}.",
+    )
 
 
 def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | None = None) -> Plot:
@@ -66,7 +87,15 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     ax.set_yticks(y, parts.part)
     ax.set_xscale("log")
     for place in y[~some]:
-        ax.annotate("untouched" if own else "0", (0, place), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center", color="0.4")  # fmt: skip
+        ax.annotate(
+            "untouched" if own else "0",
+            (0, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color="0.4",
+        )
     for place, value in zip(y[some], values[some], strict=True):
         ax.annotate(number_text(value), (value, place), xytext=(0, 6), textcoords="offset points", ha="center")
     if own:
@@ -81,11 +110,16 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
         ax.set_xlim(middle / math.sqrt(10), middle * math.sqrt(10))
     ax.grid(axis="y", color="0.9")
     ax.set_title(title or titled(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
-    words = ", ".join(f"{part} {number_text(value) if good else 'untouched'}" for part, value, good in zip(parts.part, values, some, strict=True))  # fmt: skip
+    words = ", ".join(
+        f"{part} {number_text(value) if good else 'untouched'}"
+        for part, value, good in zip(parts.part, values, some, strict=True)
+    )
     return Plot(ax, f"{ax.get_title()}: {words}.")
 
 
-def multiplier_overview(curve: pandas.DataFrame, multiplier: Any, k: float | None = None, figure: Figure | None = None) -> Plot:  # fmt: skip
+def multiplier_overview(
+    curve: pandas.DataFrame, multiplier: Any, k: float | None = None, figure: Figure | None = None
+) -> Plot:
     """What adding leaves of a delta and what multiplying costs, with k marked, and the multiplier by part below."""
     k = float(multiplier) if k is None else k
     figure = Figure(figsize=(10, 9), layout="constrained") if figure is None else figure

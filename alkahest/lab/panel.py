@@ -21,7 +21,9 @@ STYLE = {"description_width": "initial"}
 
 
 class Panel(widgets.VBox):  # type: ignore[misc]
-    """Controls, a picture with alt text, and a status line. The picture goes with the notebook, for who has no kernel."""
+    """Controls, a picture with alt text, and a status line. The picture goes with the notebook, for who has no
+    kernel.
+    """
 
     def __init__(self) -> None:
         self.alt = ""
@@ -37,7 +39,11 @@ class Panel(widgets.VBox):  # type: ignore[misc]
 
     def say(self, text: str) -> None:
         """A line under the picture, which screen readers speak when they are idle."""
-        self.status.value = f"<pre role='status' style='margin:0; white-space:pre-wrap'>{html.escape(text, quote=False)}</pre>" if text else ""  # fmt: skip
+        self.status.value = (
+            f"<pre role='status' style='margin:0; white-space:pre-wrap'>{html.escape(text, quote=False)}</pre>"
+            if text
+            else ""
+        )
 
     def alert(self, error: Exception) -> None:
         """Say what went wrong, where the person looks."""

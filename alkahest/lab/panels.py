@@ -105,7 +105,13 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
         self.words = widgets.HTML()
         start = BASES["relative"][0]
 
-        def draw(figure: Figure, *, basis: str = "relative", target: float = start, k: float = float(self._multiplier("relative", start))) -> str:  # fmt: skip
+        def draw(
+            figure: Figure,
+            *,
+            basis: str = "relative",
+            target: float = start,
+            k: float = float(self._multiplier("relative", start)),
+        ) -> str:
             return self._draw(figure, self._multiplier(basis, target), k)
 
         self.explorer = explore(draw, size=(10, 8), basis=self._bases(), k=(0.1, 1000, "log"))
@@ -130,7 +136,10 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
         self.words.value = found._repr_html_()
         drawn = plots.multiplier_overview(self._curve, found, k, figure)
         at = rounding_curve(self._table, [k]).iloc[0]
-        return f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its energy survives rounding. {drawn.alt}"  # fmt: skip
+        return (
+            f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its "
+            f"energy survives rounding. {drawn.alt}"
+        )
 
     def _multiplier(self, basis: str, target: float) -> Multiplier:
         key = (basis, target)
@@ -165,7 +174,7 @@ def _measured(
     if isinstance(what, pd.DataFrame):
         return build(what)
     if not isinstance(what, Delta):
-        raise AlgebraError(operation, "a delta or its table is needed", found=type(what).__name__, fix="variant - base")  # fmt: skip
+        raise AlgebraError(operation, "a delta or its table is needed", found=type(what).__name__, fix="variant - base")
     box = widgets.VBox()
     job = Job(measure, on_result=lambda table: setattr(box, "children", [build(table)]), unit="B", title="Measure")
     box.children = [job]

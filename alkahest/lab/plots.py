@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.errors import AlkahestError, unknown
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside, number_text, titled
 from alkahest.lab.multiplier_plots import multiplier_by_part as multiplier_by_part
 from alkahest.lab.multiplier_plots import multiplier_overview as multiplier_overview
@@ -58,7 +58,9 @@ _MAIN = {part.name for family in FAMILIES for part in family.parts if part.is_ma
 _KINDS = [*dict.fromkeys(kind for family in FAMILIES for kind in family.kinds), "other"]
 
 
-def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+def delta_magnitudes(
+    table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None
+) -> Plot:
     """Every tensor's change by part and depth, one marker each, on a log axis with a strip for zeros."""
     values = _statistic(table, statistic)
     ax = axes_for(ax, (10, 4.2))
@@ -70,23 +72,37 @@ def delta_magnitudes(table: pandas.DataFrame, statistic: str = "relative", ax: A
     by_part = _by_part(table, values)
     largest = max(by_part, key=lambda name: by_part[name])
     words = ", ".join(f"{name} {number_text(value)}" for name, value in by_part.items())
-    return Plot(ax, f"{ax.get_title()}: {statistic} of each of {len(table)} tensors by part and depth. Median by part: {words}; largest in {largest}. {untouched} tensors are untouched.")  # fmt: skip
+    return Plot(
+        ax,
+        f"{ax.get_title()}: {statistic} of each of {len(table)} tensors by part and depth. Median by part: {words}; "
+        f"largest in {largest}. {untouched} tensors are untouched.",
+    )
 
 
-def magnitude_heatmap(table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+def magnitude_heatmap(
+    table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None
+) -> Plot:
     """Module by depth: the logarithm of a statistic as colour; untouched tensors crossed, absent ones white."""
     values = _statistic(table, statistic)
     places = _Places(table[table.block >= 0])
     inside = table.block.to_numpy() >= 0
     modules = list(dict.fromkeys(table.module[inside]))
     grid = np.full((len(modules), len(places.of)), np.nan)
-    for part, block, module, value in zip(table.part[inside], table.block[inside], table.module[inside], values[inside], strict=True):  # fmt: skip
+    for part, block, module, value in zip(
+        table.part[inside], table.block[inside], table.module[inside], values[inside], strict=True
+    ):
         grid[modules.index(module), places.of[part, block]] = value
     ax = axes_for(ax, (10, 0.25 * len(modules) + 1.6))
     positive = grid[grid > 0]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
     norm = mpl.colors.LogNorm(low, max(high, low * 1.001))
-    image = ax.imshow(np.ma.masked_invalid(np.where(grid == 0, np.nan, grid)), norm=norm, cmap="cividis", aspect="auto", interpolation="nearest")  # fmt: skip
+    image = ax.imshow(
+        np.ma.masked_invalid(np.where(grid == 0, np.nan, grid)),
+        norm=norm,
+        cmap="cividis",
+        aspect="auto",
+        interpolation="nearest",
+    )
     rows, columns = np.nonzero(grid == 0)
     ax.plot(columns, rows, "x", color="0.6", ms=4)
     ax.set_yticks(range(len(modules)), modules, fontsize=8)
@@ -101,13 +117,23 @@ def magnitude_heatmap(table: pandas.DataFrame, statistic: str = "relative", ax: 
         row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
         part, block = places.keys[column]
         words = f"from {number_text(low)} to {number_text(high)}, most in {part}.{block}.{modules[row]}"
-    return Plot(ax, f"{ax.get_title()}: {statistic} of {len(modules)} modules over {len(places.of)} blocks, {words}; {rows.size} untouched.")  # fmt: skip
+    return Plot(
+        ax,
+        f"{ax.get_title()}: {statistic} of {len(modules)} modules over {len(places.of)} blocks, {words}; "
+        f"{rows.size} untouched.",
+    )
 
 
-def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = "relative", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+def lineage_comparison(
+    tables: Mapping[str, pandas.DataFrame],
+    statistic: str = "relative",
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Plot:
     """Several deltas by depth, one line each: how far a model is from either of its parents, block by block.
 
-    >>> plots.lineage_comparison({"from Base": ak.delta_table(bridge - base), "from Turbo": ak.delta_table(bridge - turbo)})
+    >>> tables = {name: ak.delta_table(bridge - one) for name, one in {"from Base": base, "from Turbo": turbo}.items()}
+    >>> plots.lineage_comparison(tables)
     """
     ax = axes_for(ax, (10, 4.2))
     places = _Places(next(iter(tables.values())))
@@ -124,7 +150,15 @@ def lineage_comparison(tables: Mapping[str, pandas.DataFrame], statistic: str = 
         for first, last in places.spans.values():
             some = line[first : last + 1]
             x = np.arange(first, last + 1)
-            ax.plot(x, np.where(some > 0, some, np.nan), "-", color=colour, marker=marker, ms=5, label=name if first == 0 else None)  # fmt: skip
+            ax.plot(
+                x,
+                np.where(some > 0, some, np.nan),
+                "-",
+                color=colour,
+                marker=marker,
+                ms=5,
+                label=name if first == 0 else None,
+            )
             ax.plot(x[some == 0], np.full((some == 0).sum(), zero), marker, mfc="none", mec=colour, ms=5)
     places.draw(ax)
     ax.set_ylabel(f"{STATISTICS[statistic]}\n(median over a block's tensors, log scale)")
@@ -153,7 +187,16 @@ def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | Non
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         ax.plot(index, row.singular_values / row.noise_edge, "-", color=colour, marker=marker, ms=4, label=row.tensor)
     ax.axhline(1.0, color="0.4", ls="--", lw=1)
-    ax.annotate("noise edge", (0.99, 1), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="right", color="0.3", fontsize=8)  # fmt: skip
+    ax.annotate(
+        "noise edge",
+        (0.99, 1),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color="0.3",
+        fontsize=8,
+    )
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("number of the singular value (log scale)")
@@ -161,11 +204,20 @@ def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | Non
     legend_beside(ax)
     ax.set_title(title or titled(spectra, "Spectrum"))
     ranks = chosen.stable_rank
-    above = f"the first is {number_text(chosen.above_edge.min())} to {number_text(chosen.above_edge.max())} times the noise edge"
-    return Plot(ax, f"{ax.get_title()}: leading singular values of {len(chosen)} matrices; {above}, stable ranks {number_text(ranks.min())} to {number_text(ranks.max())}.")  # fmt: skip
+    above = (
+        f"the first is {number_text(chosen.above_edge.min())} to {number_text(chosen.above_edge.max())} times the "
+        "noise edge"
+    )
+    return Plot(
+        ax,
+        f"{ax.get_title()}: leading singular values of {len(chosen)} matrices; {above}, stable ranks "
+        f"{number_text(ranks.min())} to {number_text(ranks.max())}.",
+    )
 
 
-def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: Axes | None = None, title: str | None = None) -> Plot:  # fmt: skip
+def comparison_matrix(
+    square: pandas.DataFrame, statistic: str = "cosine", ax: Axes | None = None, title: str | None = None
+) -> Plot:
     """Delta against delta, from `alkahest.comparison_matrix`: colours are symmetric about zero where signs matter."""
     ax = axes_for(ax, (1.1 * len(square) + 2.4, 0.8 * len(square) + 1.6))
     values = square.to_numpy(float)
@@ -184,7 +236,12 @@ def comparison_matrix(square: pandas.DataFrame, statistic: str = "cosine", ax: A
     ax.figure.colorbar(image, ax=ax, label=f"{statistic.replace('_', ' ')}, unitless")
     small = " (miniatures)" if "(miniatures)" in square.attrs.get("of", "") else ""
     ax.set_title(title or f"Delta against delta: {statistic.replace('_', ' ')}{small}")
-    pairs = [f"{a} and {b} {values[i, j]:.2f}" for i, a in enumerate(square.index) for j, b in enumerate(square.columns) if i < j]  # fmt: skip
+    pairs = [
+        f"{a} and {b} {values[i, j]:.2f}"
+        for i, a in enumerate(square.index)
+        for j, b in enumerate(square.columns)
+        if i < j
+    ]
     return Plot(ax, f"{ax.get_title()}: {', '.join(pairs)}.")
 
 
@@ -199,9 +256,11 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
     figure = Figure(figsize=(13, 8), layout="constrained", facecolor="white") if figure is None else figure
     axes = figure.subplots(2, 2)
     for ax, column, name in (
-        (axes[0, 0], "rank", "rank, columns of up"), (axes[0, 1], "energy", "energy kept, share of |delta|^2"),
-        (axes[1, 0], "noise", "rounding noise in the delta,\nshare of |delta|^2 (log scale)"), (axes[1, 1], "nbytes", "size, kB (log scale)"),
-    ):  # fmt: skip
+        (axes[0, 0], "rank", "rank, columns of up"),
+        (axes[0, 1], "energy", "energy kept, share of |delta|^2"),
+        (axes[1, 0], "noise", "rounding noise in the delta,\nshare of |delta|^2 (log scale)"),
+        (axes[1, 1], "nbytes", "size, kB (log scale)"),
+    ):
         known = thin[thin[column].notna()]
         values = known[column].to_numpy(float) / (1000 if column == "nbytes" else 1)
         zero = 0.0
@@ -220,13 +279,19 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
         ax.set_ylabel(name)
     capped = thin.capped.to_numpy(bool)
     if capped.any():
-        axes[0, 0].axhline(thin["rank"][capped].max(), color="0.35", ls="--", lw=1, label=f"rank_max ({capped.sum()} capped)")  # fmt: skip
+        axes[0, 0].axhline(
+            thin["rank"][capped].max(), color="0.35", ls="--", lw=1, label=f"rank_max ({capped.sum()} capped)"
+        )
     axes[0, 0].legend(loc="best", fontsize=8)
     heading = title or titled(report, "What the LoRA keeps")
     figure.suptitle(heading)
     energy = float((thin.delta_norm**2 * thin.energy).sum() / (thin.delta_norm**2).sum())
     ranks = f"{thin['rank'].min()} to {thin['rank'].max()}, median {thin['rank'].median():g}"
-    return Plot(axes[0, 0], f"{heading}: {len(thin)} tensors, rank {ranks} ({capped.sum()} capped), {energy:.4f} of their energy, {thin.nbytes.sum() / 1e6:.4g} MB.")  # fmt: skip
+    return Plot(
+        axes[0, 0],
+        f"{heading}: {len(thin)} tensors, rank {ranks} ({capped.sum()} capped), {energy:.4f} of their energy, "
+        f"{thin.nbytes.sum() / 1e6:.4g} MB.",
+    )
 
 
 def _by_depth(ax: Axes, table: pandas.DataFrame, values: np.ndarray[Any, Any], zero: float) -> None:
@@ -269,7 +334,16 @@ class _Places:
                 ticks.append(place)
                 labels.append("" if block < 0 else str(block))
             short = f"layers (0-{last - first})" if part in _MAIN else _SHORT[part]
-            ax.annotate(short, ((first + last) / 2, 0), xycoords=("data", "axes fraction"), xytext=(0, -18), textcoords="offset points", ha="center", va="top", fontsize=8)  # fmt: skip
+            ax.annotate(
+                short,
+                ((first + last) / 2, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, -18),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=8,
+            )
         ax.set_xticks(ticks, labels, fontsize=8)
         ax.set_xlim(-0.7, len(self.keys) - 0.3)
         ax.set_xlabel("part and block, in the order of the data flow", labelpad=26)
@@ -277,14 +351,18 @@ class _Places:
 
 def _statistic(table: pandas.DataFrame, name: str) -> np.ndarray[Any, Any]:
     if name not in STATISTICS:
-        raise UnknownNameError("plot", "no such statistic", found=repr(name), fix=nearest(name, STATISTICS))
+        raise unknown("plot", "no such statistic", name, STATISTICS)
     if len(table) == 0:
-        raise AlkahestError("plot", "the table has no rows", fix="measure something first: ak.delta_table(variant - base)")  # fmt: skip
+        raise AlkahestError(
+            "plot", "the table has no rows", fix="measure something first: ak.delta_table(variant - base)"
+        )
     if name != "angle":
         values: np.ndarray[Any, Any] = table[name].fillna(0.0).to_numpy(float)
         return values
     # From lengths, for a cosine next to 1 has no digits left: |v - b|^2 = |v|^2 + |b|^2 - 2 |v| |b| cos.
-    angle = (table.delta_norm**2 - (table.variant_norm - table.base_norm) ** 2) / (2 * table.variant_norm * table.base_norm)  # fmt: skip
+    angle = (table.delta_norm**2 - (table.variant_norm - table.base_norm) ** 2) / (
+        2 * table.variant_norm * table.base_norm
+    )
     values = angle.fillna(0.0).clip(lower=0.0).to_numpy(float)
     return values
 
@@ -301,7 +379,15 @@ def _log_axis(ax: Axes, values: np.ndarray[Any, Any]) -> float:
     zero = low / 10 ** (0.12 * span + 0.15)
     ax.set_ylim(zero / 10 ** (0.05 * span), high * 10 ** (0.06 * span))
     ax.axhspan(ax.get_ylim()[0], zero * 10 ** (0.05 * span), color="0.85", zorder=0.5, lw=0)
-    ax.annotate("0 (untouched)", (1, zero), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    ax.annotate(
+        "0 (untouched)",
+        (1, zero),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )
     return float(zero)
 
 

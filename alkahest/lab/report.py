@@ -43,7 +43,10 @@ def write_report(path: str | Path, table: pd.DataFrame, multiplier: Multiplier |
 def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
     """The text of `write_report`."""
     of = str(table.attrs.get("of", "a delta"))
-    parts = [f"<h1>{_text(of)}</h1>", f"<p>{len(table):,} tensors, {int(table.elements.sum()):,} elements. Alkahest {__version__}.</p>"]  # fmt: skip
+    parts = [
+        f"<h1>{_text(of)}</h1>",
+        f"<p>{len(table):,} tensors, {int(table.elements.sum()):,} elements. Alkahest {__version__}.</p>",
+    ]
     if not (table.delta_norm > 0).any():
         return _page(of, [*parts, "<p><b>No difference: all tensors are equal.</b></p>"])
     parts += ["<h2>By part</h2>", _table(_with_absorbed(rolled_up(table, "part")), ["part", *_COLUMNS, "absorbed"])]
@@ -51,10 +54,18 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
         parts += ["<h2>Can it be imported?</h2>", checked(table)._repr_html_()]
     if multiplier is not None:
         parts += ["<h2>The multiplier</h2>", multiplier._repr_html_(), _figure(plots.multiplier_by_part(multiplier))]
-    parts += ["<h2>Where it differs</h2>", _figure(plots.delta_magnitudes(table)), _figure(plots.magnitude_heatmap(table))]  # fmt: skip
+    parts += [
+        "<h2>Where it differs</h2>",
+        _figure(plots.delta_magnitudes(table)),
+        _figure(plots.magnitude_heatmap(table)),
+    ]
     curve = rounding_curve(table)
     parts += ["<h2>Rounding</h2>", _figure(plots.survival(curve)), _figure(plots.noise(curve))]
-    parts += ["<h2>Every tensor</h2><details><summary>show</summary>", _table(_with_absorbed(table), ["tensor", "variant_storage", "base_storage", *_COLUMNS[1:], "absorbed"]), "</details>"]  # fmt: skip
+    parts += [
+        "<h2>Every tensor</h2><details><summary>show</summary>",
+        _table(_with_absorbed(table), ["tensor", "variant_storage", "base_storage", *_COLUMNS[1:], "absorbed"]),
+        "</details>",
+    ]
     return _page(of, parts)
 
 
@@ -71,11 +82,16 @@ def _table(table: pd.DataFrame, columns: list[str]) -> str:
         if isinstance(value, float) and math.isnan(value):
             return "-"
         if isinstance(value, float):
-            return f"{value:.6f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"  # fmt: skip
+            return (
+                f"{value:.6f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+            )
         return f"{value:,}" if isinstance(value, int) else _text(str(value))
 
     head = "".join(f"<th>{_text(name)}</th>" for name in columns)
-    rows = ["<tr>" + "".join(f"<td>{shown(value)}</td>" for value in row) + "</tr>" for row in table[columns].astype(object).itertuples(index=False)]  # fmt: skip
+    rows = [
+        "<tr>" + "".join(f"<td>{shown(value)}</td>" for value in row) + "</tr>"
+        for row in table[columns].astype(object).itertuples(index=False)
+    ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

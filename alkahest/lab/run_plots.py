@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.errors import AlkahestError, unknown
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, legend_beside
 
 if TYPE_CHECKING:
@@ -28,7 +28,13 @@ __all__ = [
 ]
 
 
-def training_curve(history: pandas.DataFrame, measure: str = "latent_lag1", of: Mapping[str, float] | None = None, title: str | None = None, figure: Figure | None = None) -> Plot:  # fmt: skip
+def training_curve(
+    history: pandas.DataFrame,
+    measure: str = "latent_lag1",
+    of: Mapping[str, float] | None = None,
+    title: str | None = None,
+    figure: Figure | None = None,
+) -> Plot:
     """A run from noise to pictures: held-out loss of each dataset above, a picture measure below, stages marked.
 
     >>> training_curve(ak.read_history("runs/tb1"), of={"base": 0.24, "1:1 merge": -0.08})
@@ -37,9 +43,11 @@ def training_curve(history: pandas.DataFrame, measure: str = "latent_lag1", of: 
     """
     held = [name for name in history.columns if name.startswith("held_out ")]
     if not len(history) or not held:
-        raise AlkahestError("plot", "this history has no held-out loss", fix="ak.read_history(folder) of a run with held_out above 0")  # fmt: skip
+        raise AlkahestError(
+            "plot", "this history has no held-out loss", fix="ak.read_history(folder) of a run with held_out above 0"
+        )
     if measure not in MEASURES:
-        raise UnknownNameError("plot", "no such measure", found=repr(measure), fix=nearest(measure, MEASURES))
+        raise unknown("plot", "no such measure", measure, MEASURES)
     shown = measure in history.columns
     figure = figure or Figure(figsize=(8, 5.2 if shown else 3.2), layout="constrained", facecolor="white")
     upper, *lower = np.atleast_1d(figure.subplots(1 + shown, 1, sharex=True))
@@ -71,7 +79,15 @@ def _mark_stages(axes: list[Axes], history: pandas.DataFrame) -> None:
         end = float(rows.step.iloc[-1])
         for ax in axes:
             ax.axvline(start, color="0.6", lw=0.8)
-        axes[0].annotate(str(stage), ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+        axes[0].annotate(
+            str(stage),
+            ((start + end) / 2, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
         start = end
 
 

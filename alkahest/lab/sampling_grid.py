@@ -23,11 +23,23 @@ from alkahest.pictures.sweeps import Cells, stream_sweep
 
 @refuse_unknown_options
 def sampling_grid(
-    live: LiveModel, prompts: str | Sequence[str], *, over: Mapping[str, Sequence[float]] | None = None,
-    negative_prompts: Sequence[str] = ("",), seeds: Sequence[int] = (0,), steps: int = 24, cfg: float = 2.0,
-    shift: float = SHIFT, schedule: str | None = None, cfg_normalization: float | None = None, width: int | None = None,
-    height: int | None = None, batch: int = 4, executor: Executor | None = None, folder: str | Path | None = None,
-) -> SamplingGrid:  # fmt: skip
+    live: LiveModel,
+    prompts: str | Sequence[str],
+    *,
+    over: Mapping[str, Sequence[float]] | None = None,
+    negative_prompts: Sequence[str] = ("",),
+    seeds: Sequence[int] = (0,),
+    steps: int = 24,
+    cfg: float = 2.0,
+    shift: float = SHIFT,
+    schedule: str | None = None,
+    cfg_normalization: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    batch: int = 4,
+    executor: Executor | None = None,
+    folder: str | Path | None = None,
+) -> SamplingGrid:
     """Draw a prompt over shift, cfg, steps, negative prompts, seeds and the model's named scalars, and compare.
 
     >>> panels.sampling_grid(live, "a red fox at night", over={"k": [0, 171.1], "shift": [3, 6, 12]})
@@ -49,14 +61,29 @@ def sampling_grid(
     seeds = [int(seed) for seed in numbers.pop("seed", seeds)]
     for name, values in numbers.items():
         if not all(isinstance(value, (int, float)) for value in values):
-            raise AlkahestError("sampling_grid", f"{name} takes numbers", found=repr(list(values)), fix=f"{name}=... for one fixed value")  # fmt: skip
-    return SamplingGrid(live, [prompts] if isinstance(prompts, str) else list(prompts), numbers, negative_prompts, seeds, fixed)  # fmt: skip
+            raise AlkahestError(
+                "sampling_grid",
+                f"{name} takes numbers",
+                found=repr(list(values)),
+                fix=f"{name}=... for one fixed value",
+            )
+    return SamplingGrid(
+        live, [prompts] if isinstance(prompts, str) else list(prompts), numbers, negative_prompts, seeds, fixed
+    )
 
 
 class SamplingGrid(Panel):
     """See `sampling_grid`."""
 
-    def __init__(self, live: LiveModel, prompts: Sequence[str], numbers: Mapping[str, Sequence[float]], negative: Sequence[str], seeds: Sequence[int], fixed: Mapping[str, Any]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        live: LiveModel,
+        prompts: Sequence[str],
+        numbers: Mapping[str, Sequence[float]],
+        negative: Sequence[str],
+        seeds: Sequence[int],
+        fixed: Mapping[str, Any],
+    ) -> None:
         super().__init__()
         self.live, self._fixed = live, fixed
         self.table: Cells | None = None

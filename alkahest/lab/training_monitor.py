@@ -48,7 +48,12 @@ class TrainingMonitor(Panel):
         self.pictures = widgets.HTML()
         self.measure.observe(lambda _: self._redraw.request(), names="value")
         self.refresh.on_click(lambda _: self._redraw.request())
-        self.children = [widgets.HBox([self.measure, self.follow, self.refresh]), self.status, self.picture, self.pictures]  # fmt: skip
+        self.children = [
+            widgets.HBox([self.measure, self.follow, self.refresh]),
+            self.status,
+            self.picture,
+            self.pictures,
+        ]
         self._seen = self._written()
         self._redraw.now()
         threading.Thread(target=self._watch, args=[seconds], name="alkahest monitor", daemon=True).start()
@@ -94,7 +99,11 @@ class TrainingMonitor(Panel):
             found.setdefault(int(path.name.split("-")[0]), []).append(path)
         steps = sorted(found)
         chosen = sorted({steps[round(n * (len(steps) - 1) / (_STEPS - 1))] for n in range(_STEPS)}) if steps else []
-        cells: list[dict[str, Any]] = [{"prompt": n + 1, "step": step, "path": str(path)} for step in chosen for n, path in enumerate(found[step])]  # fmt: skip
+        cells: list[dict[str, Any]] = [
+            {"prompt": n + 1, "step": step, "path": str(path)} for step in chosen for n, path in enumerate(found[step])
+        ]
         if cells:
             sheet = contact_sheet(pd.DataFrame(cells), ["prompt"], ["step"])
-            self.pictures.value = image_tag(png_bytes(sheet), f"pictures of {len(found[chosen[-1]])} prompts at steps {', '.join(map(str, chosen))}")  # fmt: skip
+            self.pictures.value = image_tag(
+                png_bytes(sheet), f"pictures of {len(found[chosen[-1]])} prompts at steps {', '.join(map(str, chosen))}"
+            )

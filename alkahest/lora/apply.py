@@ -28,7 +28,12 @@ def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1
     which differs by what dW adds to it. Protected tensors stay. Raises MismatchError if it is not of this model.
     """
     if not isinstance(weights, Weights) or not isinstance(lora, Lora):
-        raise AlgebraError("apply_lora", "weights and an opened LoRA are needed", found=f"{type(weights).__name__}, {type(lora).__name__}", fix="ak.apply_lora(bridge, ak.open_lora(path), strength)")  # fmt: skip
+        raise AlgebraError(
+            "apply_lora",
+            "weights and an opened LoRA are needed",
+            found=f"{type(weights).__name__}, {type(lora).__name__}",
+            fix="ak.apply_lora(bridge, ak.open_lora(path), strength)",
+        )
     if not lora.is_dora:
         return weights + scalar(strength, "apply_lora") * lora
     return Applied(weights, lora, scalar(strength, "apply_lora"))
@@ -46,10 +51,25 @@ class Applied(OfWeights):
         super().__post_init__()
         for key, shape in self.lora.targets.items():
             if self.weights.shapes.get(key) != shape:
-                raise MismatchError("apply_lora", "the LoRA is not of this model", file=self.lora.path, key=key, expected=self.weights.shapes.get(key) or nearest(key, self.weights.shapes), found=shape, fix="use a LoRA of this model")  # fmt: skip
+                raise MismatchError(
+                    "apply_lora",
+                    "the LoRA is not of this model",
+                    file=self.lora.path,
+                    key=key,
+                    expected=self.weights.shapes.get(key) or nearest(key, self.weights.shapes),
+                    found=shape,
+                    fix="use a LoRA of this model",
+                )
         for key, update in self.lora.updates.items():
             if update.dora and _by_column(self.lora, key) is None:
-                raise UnsupportedError("apply_lora", "the magnitudes fit neither the rows nor the columns", file=self.lora.path, key=key, expected=f"{update.shape[0]} or {update.shape[-1]} of them", found=update.entries["magnitude"].shape)  # fmt: skip
+                raise UnsupportedError(
+                    "apply_lora",
+                    "the magnitudes fit neither the rows nor the columns",
+                    file=self.lora.path,
+                    key=key,
+                    expected=f"{update.shape[0]} or {update.shape[-1]} of them",
+                    found=update.entries["magnitude"].shape,
+                )
 
     def at(self, key: str, rules: Rules) -> Term | None:
         weights, strength = self.weights.at(key, rules), rules.value(self.strength)
@@ -58,7 +78,14 @@ class Applied(OfWeights):
         change = Source(self.lora, key)
         if not self.lora.updates[key].dora:
             return plus(weights, times(strength, change))
-        return Apply(_dora, (weights, change), False, False, (("magnitude", _Magnitude(self.lora, key)), ("strength", strength)), key)  # fmt: skip
+        return Apply(
+            _dora,
+            (weights, change),
+            False,
+            False,
+            (("magnitude", _Magnitude(self.lora, key)), ("strength", strength)),
+            key,
+        )
 
     def dropped(self) -> list[str]:
         kept = [key for key in self.lora.updates if self.is_protected(key)]

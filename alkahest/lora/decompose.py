@@ -40,7 +40,9 @@ class Decomposition:
         return up.to(dtype).contiguous(), down.to(dtype).contiguous()
 
 
-def decomposed(matrix: Tensor, squares: float, rule: RankRule, edge: float, method: str, seed: int, key: str) -> Decomposition:  # fmt: skip
+def decomposed(
+    matrix: Tensor, squares: float, rule: RankRule, edge: float, method: str, seed: int, key: str
+) -> Decomposition:
     """As much of a float32 matrix as the rule needs; ``squares`` is its sum of squares.
 
     ``exact`` takes the eigenvectors of the smaller Gram matrix in float64. ``randomised`` widens a seeded

@@ -20,7 +20,7 @@ from alkahest.engine.record import Recipe, inputs_of, stream_hashes
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import name_leaves
 from alkahest.engine.workers import Job, Run, place_of, spread
-from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import AlgebraError, UnsupportedError, unknown
 from alkahest.files.cache import KINDS
 from alkahest.files.reader import Reader
 from alkahest.lora.decompose import METHODS
@@ -73,8 +73,10 @@ def extract_lora(
     ``ratio``; ``rank_max`` (64, as the article's tool; None for none) caps the last three. ``noise_edge=True`` stops at
     singular values that rounding of the variant's file makes by itself. Which tensors: ``include`` and ``exclude``
     patterns, ``min_dim`` (32) for both sides; those of a ``full`` pattern are kept whole, before any
-    other choice, norms, biases and pad tokens too, which load in ComfyUI only. How: ``dtype`` bf16, fp16 or fp32; ``alpha`` (default: folded in);
-    ``method`` exact, randomised (with ``seed``) or auto; ``device``, ``threads``; ``executor``, any ``concurrent.futures.Executor``, dask's
+    other choice, norms, biases and pad tokens too, which load in ComfyUI only. How: ``dtype`` bf16, fp16 or fp32;
+    ``alpha`` (default: folded in);
+    ``method`` exact, randomised (with ``seed``) or auto; ``device``, ``threads``; ``executor``, any
+    ``concurrent.futures.Executor``, dask's
     ``client.get_executor()`` among them: tensors are then shared out, each with ``threads`` of its own.
 
     LoRAs are deltas: ``extract_lora(lora, rank=16)`` resizes one and ``extract_lora(a + 0.5 * b, energy=1)`` merges
@@ -132,7 +134,9 @@ def stream_extract_lora(
     """`extract_lora` as a generator of events."""
     if not isinstance(delta, Delta):
         raise AlgebraError("extract_lora", "a delta is needed", found=type(delta).__name__, fix="variant - base")
-    rule = RankRule.checked({"rank": rank, "energy": energy, "sum": sum, "ratio": ratio}, rank_max, noise_edge, "extract_lora")  # fmt: skip
+    rule = RankRule.checked(
+        {"rank": rank, "energy": energy, "sum": sum, "ratio": ratio}, rank_max, noise_edge, "extract_lora"
+    )
     for name, pattern in (("include", include), ("exclude", exclude), ("full", full)):
         if pattern is not None:
             Pattern(pattern, delta.family).require_match(delta.shapes, name)
@@ -140,7 +144,7 @@ def stream_extract_lora(
         if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise AlgebraError("extract_lora", f"{name} must be a number above zero", found=repr(value))
     if method not in METHODS:
-        raise UnknownNameError("extract_lora", "unknown method", found=repr(method), fix=nearest(str(method), METHODS))
+        raise unknown("extract_lora", "unknown method", method, METHODS)
     from_loras = all(isinstance(leaf, DeltaLeaf) for leaf in delta.leaves())
     kept = Choice(
         include,
@@ -230,10 +234,20 @@ class _Work:
 
         asked = self.asked
         if not self.rows:
-            raise AlgebraError("extract_lora", "the delta is zero: there is nothing to extract", found=asked.delta.text(), fix="choose a variant that differs from its base")  # fmt: skip
+            raise AlgebraError(
+                "extract_lora",
+                "the delta is zero: there is nothing to extract",
+                found=asked.delta.text(),
+                fix="choose a variant that differs from its base",
+            )
         if not (self.pairs or self.whole):
             reasons = ", ".join(sorted({row["kept"] for row in self.rows.values()}))
-            raise AlgebraError("extract_lora", "nothing is left to extract", found=f"{len(self.rows)} changed tensors, all left out: {reasons}", fix="change include, exclude, min_dim or noise_edge")  # fmt: skip
+            raise AlgebraError(
+                "extract_lora",
+                "nothing is left to extract",
+                found=f"{len(self.rows)} changed tensors, all left out: {reasons}",
+                fix="change include, exclude, min_dim or noise_edge",
+            )
         report = pd.DataFrame([self.rows[key] for key in asked.delta.shapes if key in self.rows])
         report.attrs["of"] = title_of(asked.delta)
         text = f"{asked.rule.text}{asked.choice.text}" + (f", alpha={asked.alpha:g}" if asked.alpha else "")
@@ -241,8 +255,9 @@ class _Work:
         recipe = Recipe(
             f"extract_lora({asked.delta.text(names)}, {text})",
             inputs_of(names, hashes),
-            {"dtype": asked.dtype, "method": asked.method, "seed": asked.seed, "energy": _energy(report, of="LoRA")}, __version__,
-        )  # fmt: skip
+            {"dtype": asked.dtype, "method": asked.method, "seed": asked.seed, "energy": _energy(report, of="LoRA")},
+            __version__,
+        )
         return Extracted(
             self.pairs,
             self.whole,
@@ -279,7 +294,9 @@ def _energy(report: pandas.DataFrame, of: str) -> float:
 def _dtype(dtype: Any, delta: Delta) -> str:
     """What is asked for, else what the first LoRA has, else bf16."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in (*_DTYPES, "bfloat16", "float16", "float32"):
-        raise UnsupportedError("extract_lora", "a LoRA is stored in one of three dtypes", expected=", ".join(_DTYPES), found=str(dtype))  # fmt: skip
+        raise UnsupportedError(
+            "extract_lora", "a LoRA is stored in one of three dtypes", expected=", ".join(_DTYPES), found=str(dtype)
+        )
     if dtype is None:
         first = delta.leaves()[0]
         tags = {FORMATS[name].tag: name for name in _DTYPES}

@@ -18,7 +18,9 @@ _SAMPLES, _SAMPLE = 16, 1 << 16  # stretches of a tensor from which its mean ulp
 
 @dataclass(frozen=True)
 class Noise:
-    """``share`` of a delta's energy, at most 1, and ``edge``, the largest singular value that it makes; NaN if unknown."""
+    """``share`` of a delta's energy, at most 1, and ``edge``, the largest singular value that it makes; NaN if
+    unknown.
+    """
 
     share: float = math.nan
     edge: float = math.nan
@@ -28,8 +30,8 @@ def noise_of(term: Term, shape: tuple[int, int], squares: float, changed: float,
     """The rounding noise in ``factor * (variant - base)``, where both are stored numbers.
 
     An entry of the variant is off by ulp squared / 12 in the mean, or by no more than what is there, the share
-    ``changed`` of ulp squared; a base in a coarser format may add its own, as in `file_noise`. Noise of that variance has no singular
-    value much above ``sqrt(variance) * (sqrt(m) + sqrt(n))`` (Marchenko and Pastur 1967).
+    ``changed`` of ulp squared; a base in a coarser format may add its own, as in `file_noise`. Noise of that
+    variance has no singular value much above ``sqrt(variance) * (sqrt(m) + sqrt(n))`` (Marchenko and Pastur 1967).
     """
     factor, inner = without_factor(term)
     if not (isinstance(inner, Minus) and isinstance(inner.left, Source) and isinstance(inner.right, Source)):

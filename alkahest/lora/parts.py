@@ -22,7 +22,9 @@ class Parts:
         self.folder: Path | None = None if name is None else cache_folder() / "extractions" / name
 
     def load(self, key: str) -> tuple[dict[str, Any], Pair] | None:
-        """The row of the report and the factors of a tensor that was finished before; numbers stay on disk until used."""
+        """The row of the report and the factors of a tensor that was finished before; numbers stay on disk until
+        used.
+        """
         from safetensors import SafetensorError, safe_open
 
         if self.folder is None:

@@ -47,21 +47,40 @@ class RankRule:
         """The one rule that is given; AlgebraError for several, or one out of range."""
         chosen = {name: value for name, value in given.items() if value is not None}
         if len(chosen) > 1:
-            raise AlgebraError(operation, "several rank rules", found=", ".join(f"{n}={v}" for n, v in chosen.items()), fix="choose one")  # fmt: skip
+            raise AlgebraError(
+                operation,
+                "several rank rules",
+                found=", ".join(f"{n}={v}" for n, v in chosen.items()),
+                fix="choose one",
+            )
         if rank_max is not None and (type(rank_max) is not int or rank_max < 1):
-            raise AlgebraError(operation, "rank_max must be a whole number, 1 or more, or None for no cap", found=repr(rank_max))  # fmt: skip
+            raise AlgebraError(
+                operation, "rank_max must be a whole number, 1 or more, or None for no cap", found=repr(rank_max)
+            )
         if not chosen and noise_edge:
             return cls(None, math.nan, rank_max, True)
         ((name, value),) = chosen.items() or [_DEFAULT]
         if name == "rank":
             if type(value) is not int or value < 1:
-                raise AlgebraError(operation, "rank must be a whole number, 1 or more", found=repr(value), fix="energy=0.995 for a share")  # fmt: skip
+                raise AlgebraError(
+                    operation,
+                    "rank must be a whole number, 1 or more",
+                    found=repr(value),
+                    fix="energy=0.995 for a share",
+                )
             if rank_max not in (None, _RANK_MAX) and value > rank_max:
-                raise AlgebraError(operation, "rank is larger than rank_max", found=f"{value} and {rank_max}", fix="leave one out")  # fmt: skip
+                raise AlgebraError(
+                    operation, "rank is larger than rank_max", found=f"{value} and {rank_max}", fix="leave one out"
+                )
             return cls(name, value, None, noise_edge)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value <= 1:
-            raise AlgebraError(operation, f"{name} is a share, above 0 and at most 1", found=repr(value), fix=f"{name}=0.995 means 99.5 %")  # fmt: skip
+            raise AlgebraError(
+                operation,
+                f"{name} is a share, above 0 and at most 1",
+                found=repr(value),
+                fix=f"{name}=0.995 means 99.5 %",
+            )
         return cls(name, float(value), rank_max, noise_edge)
 
     @property
@@ -114,9 +133,14 @@ class RankRule:
 
 
 def lora_ranks(
-    spectra: pandas.DataFrame, *, rank: int | None = None, energy: float | None = None, sum: float | None = None, ratio: float | None = None,
+    spectra: pandas.DataFrame,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    sum: float | None = None,
+    ratio: float | None = None,
     rank_max: int | None = 64,
-) -> pandas.DataFrame:  # fmt: skip
+) -> pandas.DataFrame:
     """The report that `extract_lora` would give by a rule, from `delta_spectra`, with bf16 for the size.
 
     >>> spectra = ak.delta_spectra(variant - base, values=200)
@@ -138,10 +162,20 @@ def lora_ranks(
         most = min(rule.cap(side), len(values))
         kept = most if asked is None else min(asked, most)
         share = float((values[:kept] ** 2).sum() / squares)
-        rows.append({
-            **names_of(row.tensor, family), "shape": row.shape, "kept": "LoRA", "rank": kept, "energy": min(1.0, share), "delta_norm": row.delta_norm,
-            "noise": np.nan, "edge_rank": np.nan, "capped": asked is None or asked > kept, "nbytes": 2 * kept * (row.shape[0] + row.shape[1]),
-        })  # fmt: skip
+        rows.append(
+            {
+                **names_of(row.tensor, family),
+                "shape": row.shape,
+                "kept": "LoRA",
+                "rank": kept,
+                "energy": min(1.0, share),
+                "delta_norm": row.delta_norm,
+                "noise": np.nan,
+                "edge_rank": np.nan,
+                "capped": asked is None or asked > kept,
+                "nbytes": 2 * kept * (row.shape[0] + row.shape[1]),
+            }
+        )
     report = pd.DataFrame(rows)
     report.attrs |= spectra.attrs
     return report

@@ -74,12 +74,23 @@ class Extracted:
         kept = self.report[self.report.kept == "LoRA"]
         left = self.report[~self.report.kept.isin(["LoRA", "full"])]
         return {
-            "recipe": self.recipe.text, "tensors": len(kept), "full": len(self.full), "bytes": self.nbytes, "dtype": self.recipe.output["dtype"],
+            "recipe": self.recipe.text,
+            "tensors": len(kept),
+            "full": len(self.full),
+            "bytes": self.nbytes,
+            "dtype": self.recipe.output["dtype"],
             "ranks": [int(kept["rank"].min()), int(kept["rank"].max())] if len(kept) else None,
-            "energy": self.energy, "energy_of_lora": self.recipe.output["energy"], "capped": int(kept.capped.sum()),
-            "noise": float((kept.noise * kept.delta_norm**2).sum() / (kept.delta_norm**2).sum()) if len(kept) and not kept.noise.isna().any() else None,
-            "left_out": {reason: {"tensors": len(rows), "energy": float((rows.delta_norm**2).sum() / squares.sum())} for reason, rows in left.groupby("kept")},
-        }  # fmt: skip
+            "energy": self.energy,
+            "energy_of_lora": self.recipe.output["energy"],
+            "capped": int(kept.capped.sum()),
+            "noise": float((kept.noise * kept.delta_norm**2).sum() / (kept.delta_norm**2).sum())
+            if len(kept) and not kept.noise.isna().any()
+            else None,
+            "left_out": {
+                reason: {"tensors": len(rows), "energy": float((rows.delta_norm**2).sum() / squares.sum())}
+                for reason, rows in left.groupby("kept")
+            },
+        }
 
     def __repr__(self) -> str:
         return "\n".join([self.recipe.text, *(f"  {name:9} {text}" for name, text in self._facts())])
@@ -102,5 +113,7 @@ class Extracted:
         if about["noise"] is not None:
             facts.append(("noise", f"{about['noise']:.4f} of the delta may be rounding of the files"))
         for reason, what in about["left_out"].items():
-            facts.append(("left out", f"{what['tensors']} tensors ({reason}): {what['energy']:.4f} of all that changed"))  # fmt: skip
+            facts.append(
+                ("left out", f"{what['tensors']} tensors ({reason}): {what['energy']:.4f} of all that changed")
+            )
         return facts

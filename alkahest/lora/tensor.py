@@ -146,7 +146,9 @@ class Extraction:
             scale = 1.0 if self.alpha is None else self.alpha / tried
             up, down = (half.cpu() for half in found.split(tried, scale, FORMATS[self.dtype].torch))
             if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
-                raise NonFiniteError("extract_lora", f"the factors are too large for {self.dtype}", key=key, fix="dtype='bf16'")  # fmt: skip
+                raise NonFiniteError(
+                    "extract_lora", f"the factors are too large for {self.dtype}", key=key, fix="dtype='bf16'"
+                )
             energy = 1 - found.lost(up, down, scale) / found.squares
             if energy >= wanted or wanted == 1.0:
                 break
@@ -161,13 +163,25 @@ class Extraction:
     def _require_noise(self, noise: Noise, key: str) -> None:
         if self.rule.noise_edge and not math.isfinite(noise.edge):
             raise AlgebraError(
-                "extract_lora", "the rounding noise of this delta is not known", key=key, expected="number * (checkpoint - checkpoint)",
-                found=self.delta.text(), fix="leave noise_edge out, and choose energy= or rank=",
-            )  # fmt: skip
+                "extract_lora",
+                "the rounding noise of this delta is not known",
+                key=key,
+                expected="number * (checkpoint - checkpoint)",
+                found=self.delta.text(),
+                fix="leave noise_edge out, and choose energy= or rank=",
+            )
 
 
-def _row(kept: str, rank: int, energy: float, squares: float, noise: Noise, edge_rank: float, capped: bool, nbytes: int) -> Row:  # fmt: skip
+def _row(
+    kept: str, rank: int, energy: float, squares: float, noise: Noise, edge_rank: float, capped: bool, nbytes: int
+) -> Row:
     return {
-        "kept": kept, "rank": rank, "energy": energy, "delta_norm": math.sqrt(squares), "noise": noise.share,
-        "edge_rank": edge_rank, "capped": capped, "nbytes": nbytes,
-    }  # fmt: skip
+        "kept": kept,
+        "rank": rank,
+        "energy": energy,
+        "delta_norm": math.sqrt(squares),
+        "noise": noise.share,
+        "edge_rank": edge_rank,
+        "capped": capped,
+        "nbytes": nbytes,
+    }

@@ -1,4 +1,6 @@
-"""Write a LoRA: by default under the names that ComfyUI and diffusers both load in full, or as another program has them."""
+"""Write a LoRA: by default under the names that ComfyUI and diffusers both load in full, or as another program has
+them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import OutputError, UnsupportedError, unknown
 from alkahest.files.header import build_header
 from alkahest.files.reader import same_file
 from alkahest.files.whole import as_output_error, whole_file
@@ -53,9 +55,14 @@ class Pair:
 
 
 def save_lora(
-    path: str | os.PathLike[str], pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str = "comfyui",
-    metadata: Mapping[str, str] | None = None, *, family: Family,
-) -> Path:  # fmt: skip
+    path: str | os.PathLike[str],
+    pairs: Mapping[str, Pair],
+    full: Mapping[str, Tensor],
+    flavour: str = "comfyui",
+    metadata: Mapping[str, str] | None = None,
+    *,
+    family: Family,
+) -> Path:
     """Write pairs, and differences that are stored whole, by canonical name; `FLAVOURS` are the names to choose from.
 
     Scales become an alpha, or are folded in where a program would refuse it. Raises UnsupportedError for full
@@ -82,16 +89,29 @@ def save_lora(
 def check_target(path: str | os.PathLike[str], flavour: str, full: bool = False, inputs: Iterable[Path] = ()) -> Path:
     """Where a LoRA goes; refused before anything is computed if it cannot be written there, or so."""
     if flavour not in FLAVOURS:
-        raise UnknownNameError("save", "unknown flavour of LoRA", found=repr(flavour), fix=nearest(flavour, FLAVOURS))
+        raise unknown("save", "unknown flavour of LoRA", flavour, FLAVOURS)
     if full and flavour in ("diffusers", "peft"):
-        raise UnsupportedError("save", "full differences load in ComfyUI only", found=f"flavour {flavour!r}", fix="flavour='comfyui', or leave them out")  # fmt: skip
+        raise UnsupportedError(
+            "save",
+            "full differences load in ComfyUI only",
+            found=f"flavour {flavour!r}",
+            fix="flavour='comfyui', or leave them out",
+        )
     target = Path(path).expanduser()
     if target.suffix.lower() != ".safetensors":
-        raise OutputError("save", "a LoRA is one .safetensors file", file=target, fix="name it like supplement.safetensors")  # fmt: skip
+        raise OutputError(
+            "save", "a LoRA is one .safetensors file", file=target, fix="name it like supplement.safetensors"
+        )
     if not Path(os.path.realpath(target)).parent.is_dir():
         raise OutputError("save", "the output folder does not exist", file=target.parent, fix="create it first")
     if same := next((one for one in inputs if same_file(one, target)), None):
-        raise OutputError("save", "the output is one of the inputs", file=target, found=f"the same file as {same}", fix="save under another name")  # fmt: skip
+        raise OutputError(
+            "save",
+            "the output is one of the inputs",
+            file=target,
+            found=f"the same file as {same}",
+            fix="save under another name",
+        )
     return target
 
 
@@ -102,7 +122,9 @@ def named(
     prefix, fused, flat, (down, up) = FLAVOURS[flavour]
     thin, whole = _groups(pairs, fused, family), _groups(full, fused, family)
     if both := sorted(thin.keys() & whole.keys()):
-        raise UnsupportedError("save", "of q, k and v some are stored whole, so they cannot be fused", key=both[0], fix="flavour='comfyui'")  # fmt: skip
+        raise UnsupportedError(
+            "save", "of q, k and v some are stored whole, so they cannot be fused", key=both[0], fix="flavour='comfyui'"
+        )
     for name, keys in thin.items():
         stored = prefix + _module(name, flat)
         pair = _fused([pairs.get(key) for key in keys]) if len(keys) > 1 else pairs[keys[0]]
@@ -161,7 +183,12 @@ def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfy
     Raises UnsupportedError for a DoRA, and for a LoKr that is no smaller as a LoRA.
     """
     if lora.is_dora:
-        raise UnsupportedError("convert_lora", "a DoRA cannot be converted", file=lora.path, fix="apply it, and extract what it changed: ak.extract_lora(ak.apply_lora(w, lora) - w)")  # fmt: skip
+        raise UnsupportedError(
+            "convert_lora",
+            "a DoRA cannot be converted",
+            file=lora.path,
+            fix="apply it, and extract what it changed: ak.extract_lora(ak.apply_lora(w, lora) - w)",
+        )
     has_full = any(update.kind == "diff" for update in lora.updates.values())
     target = check_target(path, flavour, has_full, [reader.path for reader in lora.files])
     pairs, full = {}, {}
@@ -178,9 +205,13 @@ def _pair(lora: Lora, key: str, update: Update) -> Pair:
     rows, columns = update.shape[0], update.shape[-1]
     if update.kind != "lora" and (update.rank or 0) * (rows + columns) > rows * columns:
         raise UnsupportedError(
-            "convert_lora", f"this {NAMES[update.kind]} would be larger than the weight itself as a LoRA", file=lora.path, key=key,
-            found=f"rank {update.rank}", fix="choose a rank: ak.extract_lora(lora, energy=0.995)",
-        )  # fmt: skip
+            "convert_lora",
+            f"this {NAMES[update.kind]} would be larger than the weight itself as a LoRA",
+            file=lora.path,
+            key=key,
+            found=f"rank {update.rank}",
+            fix="choose a rank: ak.extract_lora(lora, energy=0.995)",
+        )
     up, down = update.halves(lambda role: lora.factor(update, role))
     # Split from a fused file, q takes only some of the directions; k and v take the others.
     used = up.any(0)

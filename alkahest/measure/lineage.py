@@ -117,7 +117,10 @@ def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
         reasons.append("nothing differs there: the two hold the same weights")
     if with_bridge:
         distance = parts.distance / parts.base_norm
-        reasons.append(f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers {percent(distance[family.main_part], 2)}")  # fmt: skip
+        reasons.append(
+            f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers "
+            f"{percent(distance[family.main_part], 2)}"
+        )
     return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons))
 
 
@@ -193,7 +196,15 @@ def _nearest(named: Mapping[str, Weights], deltas: Mapping[str, pandas.DataFrame
         main = family_of(delta.tensor).main_part
         matrices = parts.loc[[main, "refiner"]]
         distance = math.sqrt((matrices.moved**2 * matrices.base_norm**2).sum() / (matrices.base_norm**2).sum())
-        rows.append({"candidate": name, "distance": distance, "layers": parts.moved[main], "refiner": parts.moved["refiner"], "cosine": parts.cosine[main]})  # fmt: skip
+        rows.append(
+            {
+                "candidate": name,
+                "distance": distance,
+                "layers": parts.moved[main],
+                "refiner": parts.moved["refiner"],
+                "cosine": parts.cosine[main],
+            }
+        )
     table = pd.DataFrame(rows).sort_values("distance", ignore_index=True)
     first = table.iloc[0]
     text = f"{first.distance:.2g} of its norm away"
@@ -211,5 +222,10 @@ def _nearest(named: Mapping[str, Weights], deltas: Mapping[str, pandas.DataFrame
 def _models(operation: str, variant: Weights, base: Weights) -> Any:
     for one in (variant, base):
         if not isinstance(one, Weights):
-            raise AlgebraError(operation, "complete models are needed, not their difference", found=type(one).__name__, fix=f"ak.{operation}(variant, base)")  # fmt: skip
+            raise AlgebraError(
+                operation,
+                "complete models are needed, not their difference",
+                found=type(one).__name__,
+                fix=f"ak.{operation}(variant, base)",
+            )
     return variant - base

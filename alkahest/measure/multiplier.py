@@ -15,7 +15,7 @@ from alkahest.algebra.weights import Sum, Weights, ends
 from alkahest.engine.events import Event, in_turn, result_of
 from alkahest.engine.options import refuse_unknown_options
 from alkahest.engine.scalars import Rules
-from alkahest.errors import AlgebraError, MismatchError, UnknownNameError, nearest
+from alkahest.errors import AlgebraError, MismatchError, unknown
 from alkahest.measure.lineage import checked
 from alkahest.measure.rounding import ULPS, file_noise, rounding_curve, share_below
 from alkahest.measure.table import stream_delta_table
@@ -101,9 +101,16 @@ def factors(k: float) -> Factors:
 
 @refuse_unknown_options
 def needed_multiplier(
-    delta: Delta, on: Weights | None = None, basis: str = "relative", target: float | None = None,
-    reference: Delta | None = None, dtype: str | None = None, *, device: str = "cpu", threads: int | None = None,
-) -> Multiplier:  # fmt: skip
+    delta: Delta,
+    on: Weights | None = None,
+    basis: str = "relative",
+    target: float | None = None,
+    reference: Delta | None = None,
+    dtype: str | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Multiplier:
     """The k with which ``on + k * delta`` takes effect, by one of several bases.
 
     >>> k = ak.needed_multiplier(variant - base, on=bridge)
@@ -124,16 +131,29 @@ def needed_multiplier(
 
 @refuse_unknown_options
 def stream_needed_multiplier(
-    delta: Delta, on: Weights | None = None, basis: str = "relative", target: float | None = None,
-    reference: Delta | None = None, dtype: str | None = None, *, device: str = "cpu", threads: int | None = None,
-) -> Iterator[Event]:  # fmt: skip
+    delta: Delta,
+    on: Weights | None = None,
+    basis: str = "relative",
+    target: float | None = None,
+    reference: Delta | None = None,
+    dtype: str | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Iterator[Event]:
     """`needed_multiplier` as a generator of events."""
     target = _target(basis, target)
     if basis == "reference" and reference is None:
-        raise AlgebraError("needed_multiplier", "this basis compares with a delta that is known to work", fix="reference=other - its_base")  # fmt: skip
+        raise AlgebraError(
+            "needed_multiplier",
+            "this basis compares with a delta that is known to work",
+            fix="reference=other - its_base",
+        )
     _require_delta(delta)
     if on is not None and not isinstance(on, Weights):
-        raise AlgebraError("needed_multiplier", "on= is the model that the delta is added to", found=type(on).__name__, fix="on=bridge")  # fmt: skip
+        raise AlgebraError(
+            "needed_multiplier", "on= is the model that the delta is added to", found=type(on).__name__, fix="on=bridge"
+        )
     if reference is not None:
         _require_delta(reference)
     on = ends(delta)[1] if on is None else on
@@ -146,27 +166,32 @@ def stream_needed_multiplier(
     return in_turn(streams, lambda table, known=None: multiplier_of(table, basis, target, known, added))
 
 
-def multiplier_of(table: pandas.DataFrame, basis: str = "relative", target: float | None = None, reference: pandas.DataFrame | None = None, added: frozenset[str] | None = None) -> Multiplier:  # fmt: skip
+def multiplier_of(
+    table: pandas.DataFrame,
+    basis: str = "relative",
+    target: float | None = None,
+    reference: pandas.DataFrame | None = None,
+    added: frozenset[str] | None = None,
+) -> Multiplier:
     """`needed_multiplier` from delta tables (with k = 1); ``added`` names the tensors that are not protected."""
     target = _target(basis, target)
     matrices = _matrices(table, added)
     size, weights, distance = (_norm(matrices[name]) for name in ("delta_norm", "on_norm", "distance"))
-    if size == 0:
-        whole = "the delta is exactly zero" if not (table.delta_norm > 0).any() else "the delta is zero in every matrix that is not protected"  # fmt: skip
-        raise AlgebraError("needed_multiplier", whole, expected="a variant that differs from its base", found=f"{len(matrices)} matrices, all equal", fix="are variant and base the same file?")  # fmt: skip
-    if weights == 0:
-        raise AlgebraError("needed_multiplier", "the model that the delta is added to has norm zero there", fix="check on=, or the base")  # fmt: skip
+    _require_lengths(table, matrices, size, weights)
     known = math.nan if reference is None else _norm(_matrices(reference, added).delta_norm)
     goals = {name: target if name == basis else default for name, (default, _) in BASES.items()}
     bases = {
         "relative": goals["relative"] * weights / size,
         "reference": goals["reference"] * known / size,
-        "survival": _surviving(matrices, goals["survival"]),
+        "survival": _survival(matrices, goals["survival"]),
         "bridge": goals["bridge"] * distance / size if distance > 0 else math.nan,
     }
     k = bases[basis]
     if not math.isfinite(k):
-        raise AlgebraError("needed_multiplier", f"the basis {basis!r} says nothing here", found="the bridge is the base" if basis == "bridge" else "no stored weights to count rounding in", fix="another basis")  # fmt: skip
+        found = "the bridge is the base" if basis == "bridge" else "no stored weights to count rounding in"
+        raise AlgebraError(
+            "needed_multiplier", f"the basis {basis!r} says nothing here", found=found, fix="another basis"
+        )
     formula = {
         "relative": f"{target:g} |w| / |d| = {target:g} * {weights:.6g} / {size:.6g}",
         "reference": f"{target:g} |reference| / |d| = {target:g} * {known:.6g} / {size:.6g}",
@@ -175,12 +200,33 @@ def multiplier_of(table: pandas.DataFrame, basis: str = "relative", target: floa
     }[basis]
     low, high = _sizes(matrices)
     between = (k * size / high, k * size / low if low > 0 else math.inf)
-    details = {
-        "basis": basis, "target": target, "formula": f"{formula}, over {len(matrices)} unprotected matrices",
-        "range": between, "bases": bases, "per_part": _per_part(matrices, k, target if basis == "relative" else None),
-        "table": table,
-    }  # fmt: skip
-    return Multiplier(k, **details, warnings=tuple(_warnings(table, matrices, k, between)))
+    return Multiplier(
+        k,
+        basis=basis,
+        target=target,
+        formula=f"{formula}, over {len(matrices)} unprotected matrices",
+        range=between,
+        bases=bases,
+        per_part=_per_part(matrices, k, target if basis == "relative" else None),
+        table=table,
+        warnings=tuple(_warnings(table, matrices, k, between)),
+    )
+
+
+def _require_lengths(table: pandas.DataFrame, matrices: pandas.DataFrame, size: float, weights: float) -> None:
+    """Raise AlgebraError if there is nothing to multiply, or nothing to measure it by."""
+    if size == 0:
+        everywhere = not (table.delta_norm > 0).any()
+        raise AlgebraError(
+            "needed_multiplier",
+            "the delta is exactly zero" if everywhere else "the delta is zero in every matrix that is not protected",
+            expected="a variant that differs from its base",
+            found=f"{len(matrices)} matrices, all equal",
+            fix="are variant and base the same file?",
+        )
+    if weights == 0:
+        what = "the model that the delta is added to has norm zero there"
+        raise AlgebraError("needed_multiplier", what, fix="check on=, or the base")
 
 
 def auto_multiplied(expression: Weights, name: str = "k") -> tuple[Delta, Weights]:
@@ -192,7 +238,12 @@ def auto_multiplied(expression: Weights, name: str = "k") -> tuple[Delta, Weight
     """
     found = list(_multiplied(expression, name))
     if len(found) != 1 or name not in expression.params:
-        raise AlgebraError("auto", f"{name!r} must multiply one delta that is added to a model", expected=f"bridge + {name} * (variant - base)", found=expression.text())  # fmt: skip
+        raise AlgebraError(
+            "auto",
+            f"{name!r} must multiply one delta that is added to a model",
+            expected=f"bridge + {name} * (variant - base)",
+            found=expression.text(),
+        )
     return found[0]
 
 
@@ -221,11 +272,16 @@ def _require_delta(delta: object) -> None:
 
 def _target(basis: str, target: float | None) -> float:
     if basis not in BASES:
-        raise UnknownNameError("needed_multiplier", "no such basis", found=repr(basis), fix=nearest(str(basis), BASES))
+        raise unknown("needed_multiplier", "no such basis", basis, BASES)
     default, meaning = BASES[basis]
     target = default if target is None else float(target)
     if not (math.isfinite(target) and target > 0) or (basis == "survival" and target >= 1):
-        raise AlgebraError("needed_multiplier", "the target is out of range", expected=meaning + (", below 1" if basis == "survival" else ""), found=target)  # fmt: skip
+        raise AlgebraError(
+            "needed_multiplier",
+            "the target is out of range",
+            expected=meaning + (", below 1" if basis == "survival" else ""),
+            found=target,
+        )
     return target
 
 
@@ -243,7 +299,9 @@ def _matrices(table: pandas.DataFrame, added: frozenset[str] | None) -> pandas.D
     if added is not None:
         chosen = chosen[chosen.tensor.isin(added)]
     if len(chosen) == 0:
-        raise MismatchError("needed_multiplier", "every matrix is protected", fix="protect less, or mark the delta .everywhere()")  # fmt: skip
+        raise MismatchError(
+            "needed_multiplier", "every matrix is protected", fix="protect less, or mark the delta .everywhere()"
+        )
     return chosen
 
 
@@ -251,7 +309,7 @@ def _norm(norms: Any) -> float:
     return math.sqrt(float((norms**2).sum()))
 
 
-def _surviving(matrices: pandas.DataFrame, share: float) -> float:
+def _survival(matrices: pandas.DataFrame, share: float) -> float:
     """The k at which what is absorbed by nearest rounding holds ``1 - share`` of the energy."""
     energy = np.sum(list(matrices.ulp_energy), axis=0)
     if energy.sum() == 0:
@@ -278,33 +336,58 @@ def _per_part(matrices: pandas.DataFrame, k: float, target: float | None) -> pan
     for part, found in matrices.groupby("part", sort=False):
         size, weights = _norm(found.delta_norm), _norm(found.on_norm)
         own = {} if target is None else {"k": target * weights / size if size > 0 else math.nan}
-        rows.append({"part": part, "matrices": len(found), "delta_norm": size, "on_norm": weights, "relative_at_k": k * size / weights if weights > 0 else math.nan, **own})  # fmt: skip
+        rows.append(
+            {
+                "part": part,
+                "matrices": len(found),
+                "delta_norm": size,
+                "on_norm": weights,
+                "relative_at_k": k * size / weights if weights > 0 else math.nan,
+                **own,
+            }
+        )
     parts = pd.DataFrame(rows)
     parts.attrs |= matrices.attrs
     return parts
 
 
-def _warnings(table: pandas.DataFrame, matrices: pandas.DataFrame, k: float, between: tuple[float, float]) -> Iterator[str]:  # fmt: skip
+def _warnings(
+    table: pandas.DataFrame, matrices: pandas.DataFrame, k: float, between: tuple[float, float]
+) -> Iterator[str]:
     subtract, add = factors(k)
     if abs(k) > COMFY_CAP:
-        yield f"past 10.0, where ComfyUI's ModelMergeSubtract stops: subtract at {_short(subtract)}, add at {_short(add)}"  # fmt: skip
+        yield (
+            f"past 10.0, where ComfyUI's ModelMergeSubtract stops: subtract at {_short(subtract)}, add at {_short(add)}"
+        )
     if abs(add) > PRACTICAL_LIMIT:
         yield f"{_short(add)} is past 20 on the adding side, the article's practical limit"
     if between[0] < 0.9 * k or between[1] > 1.1 * k:
         most = "no limit" if math.isinf(between[1]) else f"{between[1]:.4g}"
-        yield f"rounding of the variant's file hides what the delta was: k may be anything from {between[0]:.4g} to {most}"  # fmt: skip
+        yield (
+            f"rounding of the variant's file hides what the delta was: k may be anything from {between[0]:.4g} to "
+            f"{most}"
+        )
     at = rounding_curve(matrices, [k]).iloc[0]
     if at.noise_most > 0.002:
-        yield f"at this k the file's own rounding becomes noise of {percent(at.noise_least, 1)} to {percent(at.noise_most, 1)} of the weights"  # fmt: skip
+        yield (
+            f"at this k the file's own rounding becomes noise of {percent(at.noise_least, 1)} to "
+            f"{percent(at.noise_most, 1)} of the weights"
+        )
     if at.absorbed_energy > 0.05:
-        yield f"at this k rounding the sum to nearest absorbs {percent(at.absorbed_energy, 0)} of the delta; stochastic rounding keeps it on average"  # fmt: skip
+        yield (
+            f"at this k rounding the sum to nearest absorbs {percent(at.absorbed_energy, 0)} of the delta; "
+            "stochastic rounding keeps it on average"
+        )
     untouched = int((matrices.delta_norm == 0).sum())
     if untouched:
         yield f"{untouched} of {len(matrices)} matrices are untouched"
     if not table.base_norm.isna().any():
         check = checked(table)
         if check.verdict != "importable":
-            yield f"{check.verdict}: the variant's refiner moved by {percent(check.refiner, 1)} of its norm (see refiner_check)"  # fmt: skip
+            yield (
+                f"{check.verdict}: the variant's refiner moved by {percent(check.refiner, 1)} of its norm (see "
+                "refiner_check)"
+            )
 
 
 def _short(number: float) -> str:

@@ -19,7 +19,7 @@ from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
 from alkahest.engine.workers import BLOCK, Run, why_nonfinite
-from alkahest.errors import AlgebraError, UnknownNameError, nearest
+from alkahest.errors import AlgebraError, unknown
 from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.spectrum import matrix_of, randomised_svd
 from alkahest.measure.table import names_of
@@ -36,7 +36,8 @@ COMPARISON = {
     "first_norm": "|a|",
     "second_norm": "|b|",
     "cosine": "of the angle between a and b: 1 the same direction, 0 independent, -1 opposite",
-    "sign_agreement": "share of elements that both change in the same direction, of those that both change; 0.5 is chance",
+    "sign_agreement": "share of elements that both change in the same direction, of those that both change; "
+    "0.5 is chance",
     "left_overlap": "|Ua^T Ub|^2 / rank: how much of one's output directions the other uses too, 0 to 1",
     "right_overlap": "|Va^T Vb|^2 / rank: the same of input directions",
     "interference": "|(U^T U - I) S (V^T V - I)|_1 / sum(S) with U = [Ua Ub] and so on: 0 if the two do not meet. The "
@@ -50,7 +51,8 @@ KIND = Kind("compare", 1, COMPARISON, words=("first", "second"), packages=("torc
 def compare(
     deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, *, device: str = "cpu", threads: int | None = None
 ) -> pandas.DataFrame:
-    """Compare deltas two by two: a DataFrame with a row for each tensor and pair. `COMPARISON` says what its columns are.
+    """Compare deltas two by two: a DataFrame with a row for each tensor and pair. `COMPARISON` says what its columns
+    are.
 
     >>> pairs = ak.compare({"anime": anime - turbo, "photo": photo - base})
     >>> ak.comparison_matrix(pairs, "cosine")
@@ -71,7 +73,12 @@ def stream_compare(
     run = Run(Options(device=device, threads=threads).require("compare"))
     wrong = next((name for name, delta in deltas.items() if not isinstance(delta, Delta)), None)
     if wrong is not None or len(deltas) < 2:
-        raise AlgebraError("compare", "two or more deltas are needed", found=f"{len(deltas)}" if wrong is None else f"{wrong}: {type(deltas[wrong]).__name__}", fix='ak.compare({"a": variant_a - base_a, "b": variant_b - base_b})')  # fmt: skip
+        raise AlgebraError(
+            "compare",
+            "two or more deltas are needed",
+            found=f"{len(deltas)}" if wrong is None else f"{wrong}: {type(deltas[wrong]).__name__}",
+            fix='ak.compare({"a": variant_a - base_a, "b": variant_b - base_b})',
+        )
     first = next(iter(deltas.values()))
     for other in deltas.values():
         require_same("compare", first, other)
@@ -98,7 +105,7 @@ def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pan
 
     known = [name for name in COMPARISON if name not in ("first", "second", "first_norm", "second_norm")]
     if statistic not in known:
-        raise UnknownNameError("comparison_matrix", "no such statistic", found=repr(statistic), fix=nearest(statistic, known))  # fmt: skip
+        raise unknown("comparison_matrix", "no such statistic", statistic, known)
     names = list(dict.fromkeys([*pairs["first"], *pairs["second"]]))
     itself = 1.0 if statistic != "interference" else math.nan
     square = pd.DataFrame(math.nan, index=names, columns=names)
@@ -157,7 +164,9 @@ def _known(term: Term, task: _Task, workspace: Workspace) -> _Known:
         raise why_nonfinite(term, task.key, "compare")
     is_matrix = len(task.shape) == 2 and min(task.shape) > 1 and squares > 0
     rank = min(task.rank, *task.shape) if is_matrix else 0
-    return _Known(numbers, math.sqrt(squares), randomised_svd(numbers, rank, task.seed, task.key) if is_matrix else None)  # fmt: skip
+    return _Known(
+        numbers, math.sqrt(squares), randomised_svd(numbers, rank, task.seed, task.key) if is_matrix else None
+    )
 
 
 def _pair(a: _Known | None, b: _Known | None) -> dict[str, float]:

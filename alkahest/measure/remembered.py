@@ -1,4 +1,6 @@
-"""Measured tables: made of what tasks find side by side, and remembered by the content of what they were measured from."""
+"""Measured tables: made of what tasks find side by side, and remembered by the content of what they were measured
+from.
+"""
 
 from __future__ import annotations
 

@@ -94,7 +94,10 @@ def absorbed(table: pandas.DataFrame, k: float = 1.0) -> pandas.DataFrame:
     `delta_table`: exact to a few parts in a thousand. NaN where nothing was changed.
     """
     limit = 0.5 / abs(k) if k else float("inf")
-    found = {name: [share_below(histogram, limit) for histogram in table[column]] for name, column in (("count", "ulps"), ("energy", "ulp_energy"))}  # fmt: skip
+    found = {
+        name: [share_below(histogram, limit) for histogram in table[column]]
+        for name, column in (("count", "ulps"), ("energy", "ulp_energy"))
+    }
     labels = [name for name in ("tensor", "part", "block", "module") if name in table]
     return table[labels].assign(**found)
 
@@ -122,17 +125,28 @@ def rounding_curve(table: pandas.DataFrame, ks: Sequence[float] | None = None) -
         sizes = abs(k) * _INSIDE  # every bin's moves, and the ulp squared that a bin's energy stands for
         squares = energy[:, None] / (_INSIDE**2).mean(1, keepdims=True) / _INSIDE.shape[1]
         whole = float((squares * sizes**2).sum())
-        per = {name: float((squares * found).sum()) / whole if whole else math.nan for name, found in {
-            "nearest_kept": np.rint(sizes) * sizes, "nearest_error": nearest_error(sizes), "stochastic_error": stochastic_error(sizes),
-        }.items()}  # fmt: skip
+        per = {
+            name: float((squares * found).sum()) / whole if whole else math.nan
+            for name, found in {
+                "nearest_kept": np.rint(sizes) * sizes,
+                "nearest_error": nearest_error(sizes),
+                "stochastic_error": stochastic_error(sizes),
+            }.items()
+        }
         limit = 0.5 / abs(k) if k else math.inf
-        rows.append({
-            "k": k, "size": abs(k) * delta / on if on else math.nan,
-            "absorbed_count": share_below(counts, limit), "absorbed_energy": share_below(energy, limit),
-            "nearest_kept": per["nearest_kept"], "nearest_error": math.sqrt(per["nearest_error"]),
-            "stochastic_error": math.sqrt(per["stochastic_error"]),
-            "noise_least": abs(k) * least / on if on else math.nan, "noise_most": abs(k) * most / on if on else math.nan,
-        })  # fmt: skip
+        rows.append(
+            {
+                "k": k,
+                "size": abs(k) * delta / on if on else math.nan,
+                "absorbed_count": share_below(counts, limit),
+                "absorbed_energy": share_below(energy, limit),
+                "nearest_kept": per["nearest_kept"],
+                "nearest_error": math.sqrt(per["nearest_error"]),
+                "stochastic_error": math.sqrt(per["stochastic_error"]),
+                "noise_least": abs(k) * least / on if on else math.nan,
+                "noise_most": abs(k) * most / on if on else math.nan,
+            }
+        )
     curve = pd.DataFrame(rows)
     curve.attrs |= table.attrs
     return curve

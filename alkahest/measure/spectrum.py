@@ -38,10 +38,11 @@ SPECTRUM = {
     "spectral_norm": "s1, the most that d stretches a vector by",
     "delta_norm": "F",
     "stable_rank": "F^2 / s1^2 (Rudelson and Vershynin 2007)",
-    "effective_rank": "exp(entropy of s / sum(s)) (Roy and Vetterli 2007); if only the leading s are known, the most it "
-    "can be: what is left of F^2 is taken to be spread evenly",
+    "effective_rank": "exp(entropy of s / sum(s)) (Roy and Vetterli 2007); if only the leading s are known, the "
+    "most it can be: what is left of F^2 is taken to be spread evenly",
     "noise_edge": "F / sqrt(m n) * (sqrt(m) + sqrt(n)): the s1 of noise with this norm (Marchenko and Pastur 1967)",
-    "above_edge": "s1 / noise_edge: about 1 for noise (0.95 where s is found by iteration), more for a change with a direction",
+    "above_edge": "s1 / noise_edge: about 1 for noise (0.95 where s is found by iteration), more for a change with a "
+    "direction",
     "row_norms": "the norm of each row (output) of d",
     "ratios": "how many of |d| / |w| fall into each bin of RATIOS; where d or w is 0 in none",
 }
@@ -54,9 +55,15 @@ _OVERSAMPLED = 10  # more directions than asked for (the same, section 4.2)
 
 @refuse_unknown_options
 def delta_spectra(
-    delta: Delta, on: Weights | None = None, values: int = 32, seed: int = 0, exact: bool = False, *,
-    device: str = "cpu", threads: int | None = None,
-) -> pandas.DataFrame:  # fmt: skip
+    delta: Delta,
+    on: Weights | None = None,
+    values: int = 32,
+    seed: int = 0,
+    exact: bool = False,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> pandas.DataFrame:
     """Decompose every matrix of a delta: a DataFrame with a row for each. `SPECTRUM` says what its columns are.
 
     >>> spectra = ak.delta_spectra((variant - base).only("layers.0-3"))
@@ -76,9 +83,15 @@ def delta_spectra(
 
 @refuse_unknown_options
 def stream_delta_spectra(
-    delta: Delta, on: Weights | None = None, values: int = 32, seed: int = 0, exact: bool = False, *,
-    device: str = "cpu", threads: int | None = None,
-) -> Iterator[Event]:  # fmt: skip
+    delta: Delta,
+    on: Weights | None = None,
+    values: int = 32,
+    seed: int = 0,
+    exact: bool = False,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Iterator[Event]:
     """`delta_spectra` as a generator of events."""
     run = Run(Options(device=device, threads=threads).require("delta_spectra"))
     if not isinstance(delta, Delta):
@@ -135,7 +148,9 @@ def singular_values(matrix: Tensor) -> np.ndarray[Any, Any]:
 
 
 def effective_rank(values: np.ndarray[Any, Any], norm: float, sides: int) -> float:
-    """exp(entropy of s / sum(s)) of singular values; what they lack of ``norm`` is spread over the rest of ``sides``."""
+    """exp(entropy of s / sum(s)) of singular values; what they lack of ``norm`` is spread over the rest of
+    ``sides``.
+    """
     known = values[values > 0].astype(np.float64)
     left, missing = norm**2 - float((known**2).sum()), sides - len(values)
     if missing > 0 and left > 1e-6 * norm**2:
@@ -191,12 +206,18 @@ def _row(task: _Task, workspace: Workspace) -> dict[str, Any]:
         values = randomised_svd(matrix, task.values, task.seed, task.key)[1].double().cpu().numpy()
     edge = norm / math.sqrt(rows * columns) * (math.sqrt(rows) + math.sqrt(columns))
     return {
-        **names_of(task.key, task.family), "shape": task.shape, "singular_values": values[: task.values], "spectral_norm": values[0],
-        "delta_norm": norm, "stable_rank": squares / values[0] ** 2,
-        "effective_rank": effective_rank(values, norm, min(task.shape)), "noise_edge": edge, "above_edge": values[0] / edge,
+        **names_of(task.key, task.family),
+        "shape": task.shape,
+        "singular_values": values[: task.values],
+        "spectral_norm": values[0],
+        "delta_norm": norm,
+        "stable_rank": squares / values[0] ** 2,
+        "effective_rank": effective_rank(values, norm, min(task.shape)),
+        "noise_edge": edge,
+        "above_edge": values[0] / edge,
         "row_norms": torch.linalg.vector_norm(matrix, dim=1).cpu().numpy(),
         "ratios": _ratios(matrix, task.on, task.shape, workspace),
-    }  # fmt: skip
+    }
 
 
 def _ratios(matrix: Tensor, on: Term | None, shape: tuple[int, ...], workspace: Workspace) -> np.ndarray[Any, Any]:

@@ -23,7 +23,7 @@ from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Minus, Source, Term, Times, sources
 from alkahest.engine.workers import Run, blocks, place_of, why_nonfinite
-from alkahest.errors import AlgebraError, UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import AlgebraError, UnsupportedError, unknown
 from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.rounding import absorbed
 from alkahest.measure.tally import Tally
@@ -54,11 +54,11 @@ COLUMNS = {
     "largest": "the largest magnitude in d",
     "cosine": "of the angle between v and b",
     "changed": "share of elements where d is not 0",
-    "step": "what d moves by when v moves to its neighbour as stored: root mean square of ulp(v), times the factor in d, "
-    "over the elements where d is not 0; of large tensors a quarter of a million elements or more are looked at",
+    "step": "what d moves by when v moves to its neighbour as stored: root mean square of ulp(v), times the factor in "
+    "d, over the elements where d is not 0; of large tensors a quarter of a million elements or more are looked at",
     "base_step": "the same of b",
-    "hidden": "the |d| that rounding of v may have hidden where d is 0: ulp(v) squared / 12 for each such element, times "
-    "the factor in d; likewise. 0 where the whole tensor is untouched",
+    "hidden": "the |d| that rounding of v may have hidden where d is 0: ulp(v) squared / 12 for each such element, "
+    "times the factor in d; likewise. 0 where the whole tensor is untouched",
     "ulps": "how many of |d| / ulp(w) fall into each bin of ULPS; zeros are in none. Of large tensors a quarter "
     "of a million elements or more are counted, and stand for all, unless exact=True",
     "ulp_energy": "sum of d squared over the elements in each bin, likewise",
@@ -71,16 +71,30 @@ KIND = Kind(
     whole=("elements",),
     words=("variant_storage", "base_storage"),
 )
-_PRINTED = {"elements": "{:,}", "relative": "{:.2e}", "rms": "{:.2e}", "largest": "{:.2e}", "cosine": "{:.6f}", "changed": "{:.3f}", "absorbed": "{:.3f}"}  # fmt: skip
+_PRINTED = {
+    "elements": "{:,}",
+    "relative": "{:.2e}",
+    "rms": "{:.2e}",
+    "largest": "{:.2e}",
+    "cosine": "{:.6f}",
+    "changed": "{:.3f}",
+    "absorbed": "{:.3f}",
+}
 _SAMPLED = 250_000  # elements that histograms take of a tensor, at least: shares err by 0.1 %
 _COMPILED = 1 << 26  # elements, above which compiled loops pay for being loaded
 
 
 @refuse_unknown_options
 def delta_table(
-    delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, *, exact: bool = False,
-    device: str = "cpu", threads: int | None = None,
-) -> pandas.DataFrame:  # fmt: skip
+    delta: Delta,
+    on: Weights | None = None,
+    k: float = 1.0,
+    dtype: str | None = None,
+    *,
+    exact: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> pandas.DataFrame:
     """Measure ``k * delta``: a DataFrame with a row for each tensor. `COLUMNS` says what its columns are.
 
     >>> table = ak.delta_table(variant - base)
@@ -101,9 +115,15 @@ def delta_table(
 
 @refuse_unknown_options
 def stream_delta_table(
-    delta: Delta, on: Weights | None = None, k: float = 1.0, dtype: str | None = None, *, exact: bool = False,
-    device: str = "cpu", threads: int | None = None,
-) -> Iterator[Event]:  # fmt: skip
+    delta: Delta,
+    on: Weights | None = None,
+    k: float = 1.0,
+    dtype: str | None = None,
+    *,
+    exact: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Iterator[Event]:
     """`delta_table` as a generator of events."""
     run = Run(Options(device=device, threads=threads).require("delta_table"))
     if not isinstance(delta, Delta):
@@ -135,24 +155,36 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     names = [by] if isinstance(by, str) else list(by)
     for name in names:
         if name not in ("part", "block", "module"):
-            raise UnknownNameError("rolled_up", "no such grouping", found=repr(name), fix=nearest(name, ("part", "block", "module")))  # fmt: skip
+            raise unknown("rolled_up", "no such grouping", name, ("part", "block", "module"))
     rows = []
     for group, found in table.groupby(names, sort=False):
-        norms = {name: math.sqrt(found[name].pow(2).sum(skipna=False)) for name in ("variant_norm", "base_norm", "on_norm", "distance", "delta_norm", "hidden")}  # fmt: skip
+        norms = {
+            name: math.sqrt(found[name].pow(2).sum(skipna=False))
+            for name in ("variant_norm", "base_norm", "on_norm", "distance", "delta_norm", "hidden")
+        }
         elements = int(found.elements.sum())
         changed = found.changed * found.elements
         dot = (found.cosine * found.variant_norm * found.base_norm).sum(skipna=False)
         product = norms["variant_norm"] * norms["base_norm"]
-        rows.append({
-            **dict(zip(names, group, strict=True)), "tensors": len(found), "elements": elements, **norms,
-            "rms": norms["delta_norm"] / math.sqrt(elements),
-            "relative": norms["delta_norm"] / norms["on_norm"] if norms["on_norm"] > 0 else math.nan,
-            "largest": found.largest.max(),
-            "cosine": dot / product if product > 0 else math.nan,
-            "changed": changed.sum() / elements,
-            **{name: math.sqrt((found[name] ** 2 * changed).sum() / changed.sum()) if changed.any() else math.nan for name in ("step", "base_step")},
-            "ulps": np.sum(list(found.ulps), axis=0), "ulp_energy": np.sum(list(found.ulp_energy), axis=0),
-        })  # fmt: skip
+        rows.append(
+            {
+                **dict(zip(names, group, strict=True)),
+                "tensors": len(found),
+                "elements": elements,
+                **norms,
+                "rms": norms["delta_norm"] / math.sqrt(elements),
+                "relative": norms["delta_norm"] / norms["on_norm"] if norms["on_norm"] > 0 else math.nan,
+                "largest": found.largest.max(),
+                "cosine": dot / product if product > 0 else math.nan,
+                "changed": changed.sum() / elements,
+                **{
+                    name: math.sqrt((found[name] ** 2 * changed).sum() / changed.sum()) if changed.any() else math.nan
+                    for name in ("step", "base_step")
+                },
+                "ulps": np.sum(list(found.ulps), axis=0),
+                "ulp_energy": np.sum(list(found.ulp_energy), axis=0),
+            }
+        )
     result = pd.DataFrame(rows)
     result.attrs |= table.attrs
     return result
@@ -169,7 +201,9 @@ def printed(table: pandas.DataFrame, by: str = "part") -> str:
     whole = rolled_up(table.assign(part="all"), "part").assign(block="")
     shown = pd.concat([rows, whole.rename(columns={"part": groups[0]})], ignore_index=True)
     shown["absorbed"] = absorbed(shown)["count"]
-    text: str = shown.to_string(index=False, columns=[*groups, *_PRINTED], formatters={n: f.format for n, f in _PRINTED.items()})  # fmt: skip
+    text: str = shown.to_string(
+        index=False, columns=[*groups, *_PRINTED], formatters={n: f.format for n, f in _PRINTED.items()}
+    )
     return text
 
 
@@ -244,11 +278,25 @@ def names_of(key: str, family: Family) -> dict[str, Any]:
     }
 
 
-def _task(key: str, delta: Delta, models: tuple[Weights | None, Weights | None, Weights | None], dtype: str | None, exact: bool, loops: Kernels | None) -> _Task:  # fmt: skip
+def _task(
+    key: str,
+    delta: Delta,
+    models: tuple[Weights | None, Weights | None, Weights | None],
+    dtype: str | None,
+    exact: bool,
+    loops: Kernels | None,
+) -> _Task:
     rules = Rules()
-    terms: dict[str, Term | None] = {name: model.at(key, rules) for name, model in zip(("variant", "base", "on"), models, strict=True) if model is not None}  # fmt: skip
+    terms: dict[str, Term | None] = {
+        name: model.at(key, rules)
+        for name, model in zip(("variant", "base", "on"), models, strict=True)
+        if model is not None
+    }
     terms["delta"] = delta.at(key, rules)
-    storage = {name: None if model is None else model.leading.storage.get(key) for name, model in zip(("variant", "base"), models, strict=False)}  # fmt: skip
+    storage = {
+        name: None if model is None else model.leading.storage.get(key)
+        for name, model in zip(("variant", "base"), models, strict=False)
+    }
     units = (
         {name: unit for name in ("variant", "base") if (unit := unit_of(terms[name]))}
         if models[0] and models[1]
@@ -291,7 +339,12 @@ def without_factor(term: Term | None) -> tuple[float, Term | None]:
 def _asked(dtype: str) -> tuple[Format, float]:
     name = storage_name(dtype)
     if name in SCALED:
-        raise UnsupportedError("delta_table", "a scaled form has no last place before its scale is known", found=name, fix="dtype='bf16', or a checkpoint stored that way as on=")  # fmt: skip
+        raise UnsupportedError(
+            "delta_table",
+            "a scaled form has no last place before its scale is known",
+            found=name,
+            fix="dtype='bf16', or a checkpoint stored that way as on=",
+        )
     return FORMATS[name], 1.0
 
 
@@ -328,7 +381,9 @@ def _values(terms: dict[str, Term], start: int, stop: int, workspace: Workspace)
 
 
 @contextlib.contextmanager
-def _pair(terms: dict[str, Term], start: int, stop: int, workspace: Workspace) -> Iterator[tuple[Numbers, Numbers, Numbers]]:  # fmt: skip
+def _pair(
+    terms: dict[str, Term], start: int, stop: int, workspace: Workspace
+) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
     """A block of variant, base and on, each read once: as float32, or all as the bf16 they are stored in."""
     names = ("variant", "base", "on")
     raw = all(is_bf16(terms[name]) for name in names)

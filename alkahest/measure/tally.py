@@ -48,19 +48,33 @@ class Tally:
             self.changed += count_changed(delta)
         distinct = {numbers.data_ptr(): numbers for numbers in values.values()}
         for start in range(0, delta.numel(), stride * _PIECE):
-            sampled = {place: _runs(numbers[start : start + stride * _PIECE], stride) for place, numbers in distinct.items()}  # fmt: skip
+            sampled = {
+                place: _runs(numbers[start : start + stride * _PIECE], stride) for place, numbers in distinct.items()
+            }
             self._sample({name: sampled[numbers.data_ptr()] for name, numbers in values.items()}, units, stride)
 
     def add_pair(
-        self, v: Numbers, b: Numbers, w: Numbers, units: dict[str, tuple[Format, float]], stride: int, factor: float, loops: Kernels,
-    ) -> bool:  # fmt: skip
-        """`add`, for ``factor * (v - b)`` on ``w`` in compiled loops; False, and nothing added, if float32 is too narrow."""
+        self,
+        v: Numbers,
+        b: Numbers,
+        w: Numbers,
+        units: dict[str, tuple[Format, float]],
+        stride: int,
+        factor: float,
+        loops: Kernels,
+    ) -> bool:
+        """`add`, for ``factor * (v - b)`` on ``w`` in compiled loops; False, and nothing added, if float32 is too
+        narrow.
+        """
         of_v, of_b, gap, changed, largest = loops.pair(v, b)
         squares = {"variant": of_v, "base": of_b, "on": of_b, "gap": gap, "delta": factor**2 * gap}
         if w is not b:
             squares["on"], _, squares["distance"], *_ = loops.pair(w, b)
         small = 1e-30 * v.size
-        if not all(math.isfinite(square) and (square > small or (name in ("gap", "delta") and not changed)) for name, square in squares.items()):  # fmt: skip
+        if not all(
+            math.isfinite(square) and (square > small or (name in ("gap", "delta") and not changed))
+            for name, square in squares.items()
+        ):
             return False
         for name, square in squares.items():
             self.squares[name] = self.squares.get(name, 0.0) + square

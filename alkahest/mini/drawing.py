@@ -20,9 +20,14 @@ Part = tuple[Array, Array]  # signed distance in pixels, RGB
 
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + np.float32(0.5)
 _RGB = {
-    "red": (0.90, 0.13, 0.13), "green": (0.10, 0.68, 0.20), "blue": (0.13, 0.28, 0.95), "yellow": (0.98, 0.86, 0.10),
-    "purple": (0.62, 0.16, 0.80), "white": (0.97, 0.97, 0.97), "cyan": (0.05, 0.85, 0.90),
-}  # fmt: skip
+    "red": (0.90, 0.13, 0.13),
+    "green": (0.10, 0.68, 0.20),
+    "blue": (0.13, 0.28, 0.95),
+    "yellow": (0.98, 0.86, 0.10),
+    "purple": (0.62, 0.16, 0.80),
+    "white": (0.97, 0.97, 0.97),
+    "cyan": (0.05, 0.85, 0.90),
+}
 _SKY = {  # top, bottom
     "day": ((0.30, 0.58, 0.95), (0.80, 0.91, 1.00)),
     "sunset": ((0.42, 0.27, 0.55), (1.00, 0.62, 0.25)),
@@ -132,7 +137,8 @@ def _blurred(canvas: Array, sigma: float) -> Array:
     weights /= weights.sum()
     for axis in (0, 1):
         padded = np.pad(canvas, [(4, 4) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        canvas = sum(np.float32(w) * np.take(padded, np.arange(k, k + SIZE), axis) for k, w in enumerate(weights))  # type: ignore[assignment]
+        shifted = (np.take(padded, np.arange(k, k + SIZE), axis) for k in range(len(weights)))
+        canvas = sum(np.float32(w) * one for w, one in zip(weights, shifted, strict=True))  # type: ignore[assignment]
     return canvas
 
 
@@ -293,5 +299,10 @@ def _desert(horizon: float, rng: np.random.Generator) -> list[Part]:
 
 
 _PLACE: dict[str, Callable[[float, Any], list[Part]]] = {
-    "meadow": _meadow, "beach": _beach, "mountains": _mountains, "city": _city, "forest": _forest, "desert": _desert,
-}  # fmt: skip
+    "meadow": _meadow,
+    "beach": _beach,
+    "mountains": _mountains,
+    "city": _city,
+    "forest": _forest,
+    "desert": _desert,
+}

@@ -56,7 +56,12 @@ def attributes(images: Iterable[Any], judge: Judge | None = None) -> pandas.Data
 
     stack = np.stack([np.asarray(image) for image in images])
     if stack.shape[1:] != (64, 64, 3):
-        raise MismatchError("attributes", "the judge reads pictures of the miniature family", expected="64 x 64 pixels", found=stack.shape)  # fmt: skip
+        raise MismatchError(
+            "attributes",
+            "the judge reads pictures of the miniature family",
+            expected="64 x 64 pixels",
+            found=stack.shape,
+        )
     pictures = torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
     seen = (judge or load_judge())(pictures)
     return pd.DataFrame({name: [ATTRIBUTES[name][n] for n in out.argmax(1)] for name, out in seen.items()})

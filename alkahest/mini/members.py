@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from alkahest.errors import FileFormatError, UnknownNameError, nearest
+from alkahest.errors import FileFormatError, unknown
 from alkahest.mini.shipped import FAMILY, LORAS, WEIGHTS, components, existing
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
@@ -14,14 +14,14 @@ from alkahest.sources.checkpoint import open as open_checkpoint
 def load(name: str) -> Checkpoint:
     """One member of the family as a Checkpoint: ``ak.mini.load("turbo")``."""
     if name not in FAMILY:
-        raise UnknownNameError("mini.load", "no such member of the family", found=repr(name), fix=nearest(str(name), FAMILY))  # fmt: skip
+        raise unknown("mini.load", "no such member of the family", name, FAMILY)
     return open_checkpoint(existing(WEIGHTS / f"{name}.safetensors"))
 
 
 def lora(name: str) -> Path:
     """The file of one LoRA of the family, for ``pipe.load_lora_weights``."""
     if name not in LORAS:
-        raise UnknownNameError("mini.lora", "no such LoRA in the family", found=repr(name), fix=nearest(str(name), LORAS))  # fmt: skip
+        raise unknown("mini.lora", "no such LoRA in the family", name, LORAS)
     return existing(WEIGHTS / f"{name}.safetensors")
 
 
@@ -34,7 +34,9 @@ def save_pipeline(name: str, folder: str | Path) -> Path:
     """
     member, target = load(name), Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileFormatError("mini.save_pipeline", "there is something in the way", file=target, fix="another name, or an empty folder")  # fmt: skip
+        raise FileFormatError(
+            "mini.save_pipeline", "there is something in the way", file=target, fix="another name, or an empty folder"
+        )
     shutil.copytree(components(), target, dirs_exist_ok=True)
     member.save(target / "transformer", layout="diffusers")
     return target

@@ -108,9 +108,18 @@ class Scene:
 
 
 def scenes(
-    count: int, seed: int, held_out: bool | None = False, *, subject: Choice = None, colour: Choice = None,
-    place: Choice = None, light: Choice = None, side: Choice = None, quality: Choice = None, style: Choice = None,
-) -> Iterator[Scene]:  # fmt: skip
+    count: int,
+    seed: int,
+    held_out: bool | None = False,
+    *,
+    subject: Choice = None,
+    colour: Choice = None,
+    place: Choice = None,
+    light: Choice = None,
+    side: Choice = None,
+    quality: Choice = None,
+    style: Choice = None,
+) -> Iterator[Scene]:
     """Random scenes; an attribute may be given one value, or several to choose from.
 
     >>> [scene.caption() for scene in scenes(2, seed=0, style="photo", light=("sunset", "night"))]
@@ -141,9 +150,14 @@ def scenes(
 
 
 _SEEN = {
-    "subject": SUBJECTS, "colour": COLOURS, "place": PLACES, "light": LIGHTS, "side": SIDES,
-    "quality": QUALITIES, "style": STYLES,
-}  # fmt: skip
+    "subject": SUBJECTS,
+    "colour": COLOURS,
+    "place": PLACES,
+    "light": LIGHTS,
+    "side": SIDES,
+    "quality": QUALITIES,
+    "style": STYLES,
+}
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[Scene]:

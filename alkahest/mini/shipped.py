@@ -60,5 +60,10 @@ def is_miniature(sizes: Sizes) -> bool:
 def existing(path: Path) -> Path:
     """A file that must have been shipped; FileFormatError otherwise."""
     if not path.exists():
-        raise FileFormatError("mini", "a file of the miniature family is missing", file=path, fix="install the package again, or rebuild it: alkahest mini build")  # fmt: skip
+        raise FileFormatError(
+            "mini",
+            "a file of the miniature family is missing",
+            file=path,
+            fix="install the package again, or rebuild it: alkahest mini build",
+        )
     return path

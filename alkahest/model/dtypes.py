@@ -51,10 +51,18 @@ FP8 = ("fp8_e4m3fn", "fp8_e5m2")
 SCALED = ("comfy_quant", "scaled_fp8")
 STORAGES = (*FORMATS, *SCALED)
 _ALIASES = {
-    "float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16",
-    "fp8": "fp8_e4m3fn", "float8_e4m3fn": "fp8_e4m3fn", "e4m3fn": "fp8_e4m3fn",
-    "float8_e5m2": "fp8_e5m2", "e5m2": "fp8_e5m2", "fp8_scaled": "comfy_quant",
-}  # fmt: skip
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "fp8": "fp8_e4m3fn",
+    "float8_e4m3fn": "fp8_e4m3fn",
+    "e4m3fn": "fp8_e4m3fn",
+    "float8_e5m2": "fp8_e5m2",
+    "e5m2": "fp8_e5m2",
+    "fp8_scaled": "comfy_quant",
+}
 _PIECE = 1 << 17  # elements at a time where float64 temporaries are needed
 
 

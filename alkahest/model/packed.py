@@ -37,14 +37,30 @@ class Packed:
     rotated: int = 0
 
 
-def packed_of(name: str, kind: str, about: Mapping[str, Any], entry: Entry, helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader) -> Packed:  # fmt: skip
+def packed_of(
+    name: str,
+    kind: str,
+    about: Mapping[str, Any],
+    entry: Entry,
+    helpers: Mapping[str, tuple[Reader, Entry]],
+    reader: Reader,
+) -> Packed:
     """What a packed weight is, checked from the header alone; UnsupportedError without comfy-kitchen."""
 
     def refused(problem: str, expected: object, found: object) -> FileFormatError:
-        return FileFormatError("open", problem, file=reader.path, key=name, expected=expected, found=found, fix="get the file again")  # fmt: skip
+        return FileFormatError(
+            "open", problem, file=reader.path, key=name, expected=expected, found=found, fix="get the file again"
+        )
 
     if importlib.util.find_spec("comfy_kitchen") is None:
-        raise UnsupportedError("open", f"{kind} storage needs comfy-kitchen, which is not installed", file=reader.path, key=name, found=kind, fix='pip install "alkahest[quant]", or use the bf16, fp16 or fp8 file of the same model')  # fmt: skip
+        raise UnsupportedError(
+            "open",
+            f"{kind} storage needs comfy-kitchen, which is not installed",
+            file=reader.path,
+            key=name,
+            found=kind,
+            fix='pip install "alkahest[quant]", or use the bf16, fp16 or fp8 file of the same model',
+        )
     if entry.dtype != PACKED[kind].tag or len(entry.shape) != 2:
         raise refused(f"this is no {kind} weight", f"a matrix of {PACKED[kind].tag}", f"{entry.dtype} {entry.shape}")
     rows, columns = entry.shape[0], entry.shape[1] * (2 if kind == "nvfp4" else 1)
@@ -62,7 +78,11 @@ def packed_of(name: str, kind: str, about: Mapping[str, Any], entry: Entry, help
         held = helpers[helper][1] if helper in helpers else None
         if held is None or held.dtype not in tags or math.prod(held.shape) not in counts:
             found = "none" if held is None else f"{held.dtype} {held.shape}"
-            raise refused(f"a {kind} weight without its {helper}", f"{' or '.join(map(str, counts))} of {' or '.join(tags)}", found)  # fmt: skip
+            raise refused(
+                f"a {kind} weight without its {helper}",
+                f"{' or '.join(map(str, counts))} of {' or '.join(tags)}",
+                found,
+            )
     return Packed(kind, (rows, columns), _rotation(about, columns, refused) if kind == "int8_tensorwise" else 0)
 
 
@@ -94,7 +114,9 @@ def unpacked(packed: Packed, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
             weight = weight.view(torch.int8)
             scale = raw["weight_scale"].view(torch.float32)
             scale = scale.view(()) if scale.numel() == 1 else scale.view(-1, 1)
-            params = layouts["int8_tensorwise"].Params(scale=scale, convrot=bool(packed.rotated), convrot_groupsize=packed.rotated or 256, **given)  # fmt: skip
+            params = layouts["int8_tensorwise"].Params(
+                scale=scale, convrot=bool(packed.rotated), convrot_groupsize=packed.rotated or 256, **given
+            )
     result: torch.Tensor = layouts[packed.kind].dequantize(weight, params)
     return result[: packed.shape[0], : packed.shape[1]]
 
@@ -103,4 +125,8 @@ def unpacked(packed: Packed, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _layouts() -> dict[str, Any]:
     from comfy_kitchen import tensor
 
-    return {"nvfp4": tensor.TensorCoreNVFP4Layout, "mxfp8": tensor.TensorCoreMXFP8Layout, "int8_tensorwise": tensor.TensorWiseINT8Layout}  # fmt: skip
+    return {
+        "nvfp4": tensor.TensorCoreNVFP4Layout,
+        "mxfp8": tensor.TensorCoreMXFP8Layout,
+        "int8_tensorwise": tensor.TensorWiseINT8Layout,
+    }

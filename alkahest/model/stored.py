@@ -28,7 +28,10 @@ _SCALES = ("weight_scale", "scale_weight")
 _INPUT_SCALES = ("input_scale", "scale_input")
 _HELPERS = (*_SCALES, *_INPUT_SCALES, "comfy_quant", "weight_scale_2")
 _FORMATS = {"float8_e4m3fn": "fp8_e4m3fn", "float8_e5m2": "fp8_e5m2"}
-_CONVERT = "use the bf16, fp16, fp8, nvfp4, mxfp8 or int8 file of the same model; GGUF can be dequantised with the gguf package"  # fmt: skip
+_CONVERT = (
+    "use the bf16, fp16, fp8, nvfp4, mxfp8 or int8 file of the same model; GGUF can be dequantised with the gguf "
+    "package"
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,12 @@ def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, 
     orphans = [name for name in bare if name.rpartition(".")[2] in _HELPERS and name not in used]
     if orphans:
         raise FileFormatError(
-            "open", "a scale without its weight", file=next(iter(bare.values()))[0].path, key=orphans[0],
+            "open",
+            "a scale without its weight",
+            file=next(iter(bare.values()))[0].path,
+            key=orphans[0],
             fix="the file is incomplete; get it again",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -182,20 +188,35 @@ def _form(name: str, entry: Entry, reader: Reader, declared: str | None) -> Form
         kind = f"packed {entry.dtype} without comfy_quant, which would say what it is,"
     if kind is not None:
         raise UnsupportedError(
-            "open", f"{kind} storage is not supported", file=reader.path, key=name, expected=", ".join(BY_TAG),
-            found=kind, fix=_CONVERT,
-        )  # fmt: skip
+            "open",
+            f"{kind} storage is not supported",
+            file=reader.path,
+            key=name,
+            expected=", ".join(BY_TAG),
+            found=kind,
+            fix=_CONVERT,
+        )
     if entry.dtype not in BY_TAG:
         raise UnsupportedError(
-            "open", "this dtype is not supported for weights", file=reader.path, key=name,
-            expected=", ".join(BY_TAG), found=entry.dtype, fix=_CONVERT,
-        )  # fmt: skip
+            "open",
+            "this dtype is not supported for weights",
+            file=reader.path,
+            key=name,
+            expected=", ".join(BY_TAG),
+            found=entry.dtype,
+            fix=_CONVERT,
+        )
     form = BY_TAG[entry.dtype]
     if declared is not None and form.name != _FORMATS[declared]:
         raise FileFormatError(
-            "open", "the declared format is not the stored one", file=reader.path, key=name,
-            expected=declared, found=entry.dtype, fix="get the file again",
-        )  # fmt: skip
+            "open",
+            "the declared format is not the stored one",
+            file=reader.path,
+            key=name,
+            expected=declared,
+            found=entry.dtype,
+            fix="get the file again",
+        )
     return form
 
 
@@ -206,21 +227,36 @@ def _scale(
     if not present:
         if "comfy_quant" in helpers or (required and form.name in FP8):
             raise FileFormatError(
-                "open", "an fp8 weight of a scaled file has no scale", file=reader.path, key=name,
-                expected="weight_scale or scale_weight", found="none", fix="get the file again",
-            )  # fmt: skip
+                "open",
+                "an fp8 weight of a scaled file has no scale",
+                file=reader.path,
+                key=name,
+                expected="weight_scale or scale_weight",
+                found="none",
+                fix="get the file again",
+            )
         return 1.0, None
     scale_reader, entry = helpers[present[0]]
     if math.prod(entry.shape) != 1 or entry.dtype not in ("F32", "F16", "BF16"):
         raise FileFormatError(
-            "open", "a scale has the wrong shape or dtype", file=reader.path, key=f"{name} ({present[0]})",
-            expected="one float32", found=f"{entry.dtype} {entry.shape}", fix=_CONVERT,
-        )  # fmt: skip
+            "open",
+            "a scale has the wrong shape or dtype",
+            file=reader.path,
+            key=f"{name} ({present[0]})",
+            expected="one float32",
+            found=f"{entry.dtype} {entry.shape}",
+            fix=_CONVERT,
+        )
     raw = bytearray(scale_reader.read(entry.offset, entry.nbytes))
     scale = float(torch.frombuffer(raw, dtype=BY_TAG[entry.dtype].torch).float())
     if not (math.isfinite(scale) and scale > 0):
         raise FileFormatError(
-            "open", "a scale is not a positive number", file=reader.path, key=f"{name} ({present[0]})",
-            expected="a positive number", found=scale, fix="get the file again",
-        )  # fmt: skip
+            "open",
+            "a scale is not a positive number",
+            file=reader.path,
+            key=f"{name} ({present[0]})",
+            expected="a positive number",
+            found=scale,
+            fix="get the file again",
+        )
     return scale, "comfy_quant" if present[0] == "weight_scale" else "scaled_fp8"

@@ -21,7 +21,8 @@ import sys
 PACKAGE = {package!r}
 found = importlib.util.find_spec("alkahest")
 if found is None or found.origin is None:  # not installed in ComfyUI's Python: from where it was installed
-    spec = importlib.util.spec_from_file_location("alkahest", PACKAGE + "/__init__.py", submodule_search_locations=[PACKAGE])
+    place = [PACKAGE]
+    spec = importlib.util.spec_from_file_location("alkahest", PACKAGE + "/__init__.py", submodule_search_locations=place)
     sys.modules["alkahest"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["alkahest"])
 
@@ -77,7 +78,13 @@ def _folder(comfyui: str | os.PathLike[str]) -> Path:
     for place in (root, root / "ComfyUI"):  # the portable edition has it one further down
         if (place / "custom_nodes").is_dir():
             return place / "custom_nodes" / "alkahest"
-    raise OutputError("nodes", "this is not a ComfyUI folder", file=root, expected="a folder with custom_nodes in it", fix="name the folder that ComfyUI's main.py lies in")  # fmt: skip
+    raise OutputError(
+        "nodes",
+        "this is not a ComfyUI folder",
+        file=root,
+        expected="a folder with custom_nodes in it",
+        fix="name the folder that ComfyUI's main.py lies in",
+    )
 
 
 def _require_ours(folder: Path) -> None:
@@ -85,4 +92,10 @@ def _require_ours(folder: Path) -> None:
     ours = file.is_file() and file.read_text(errors="replace").startswith(_MARK)
     free = ours or not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if folder.is_symlink() or not free:
-        raise OutputError("nodes", "there is another alkahest among the custom nodes", file=folder, expected="a folder that alkahest nodes install wrote", fix="move it away first")  # fmt: skip
+        raise OutputError(
+            "nodes",
+            "there is another alkahest among the custom nodes",
+            file=folder,
+            expected="a folder that alkahest nodes install wrote",
+            fix="move it away first",
+        )

@@ -15,18 +15,42 @@ class AlkahestMultiplier:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "variant": ("MODEL",), "base": ("MODEL",), "bridge": ("MODEL",),
-                "basis": (["relative", "survival", "bridge"], {"default": "relative", "tooltip": "relative: reach a share of the bridge's norm; survival: outlive rounding; bridge: the bridge's own distance"}),
-                "target": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.005, "round": False, "tooltip": "what the basis aims at; 0 for its default"}),
+                "variant": ("MODEL",),
+                "base": ("MODEL",),
+                "bridge": ("MODEL",),
+                "basis": (
+                    ["relative", "survival", "bridge"],
+                    {
+                        "default": "relative",
+                        "tooltip": (
+                            "relative: reach a share of the bridge's norm; survival: outlive rounding; bridge: the "
+                            "bridge's own distance"
+                        ),
+                    },
+                ),
+                "target": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.005,
+                        "round": False,
+                        "tooltip": "what the basis aims at; 0 for its default",
+                    },
+                ),
             }
-        }  # fmt: skip
+        }
 
     RETURN_TYPES = ("FLOAT", "STRING")
     RETURN_NAMES = ("multiplier", "report")
     FUNCTION = "measure"
     CATEGORY = CATEGORY
     OUTPUT_NODE = True
-    DESCRIPTION = "How far variant - base must be multiplied to take effect on the bridge, refiner left out; one pass over the three models. The report has every basis, by part, ComfyUI's factor pair and warnings."  # fmt: skip
+    DESCRIPTION = (
+        "How far variant - base must be multiplied to take effect on the bridge, refiner left out; one pass over "
+        "the three models. The report has every basis, by part, ComfyUI's factor pair and warnings."
+    )
 
     def measure(self, variant: Any, base: Any, bridge: Any, basis: str, target: float) -> dict[str, Any]:
         require_same("Alkahest Multiplier", {"variant": variant, "base": base, "bridge": bridge})
@@ -48,17 +72,32 @@ class AlkahestSupplement(SavingNode):
             "required": {
                 "base": ("MODEL", {"tooltip": "what the LoRA will be added to: the bridge"}),
                 "variant": ("MODEL", {"tooltip": "what it leads to: Base, De-Turbo, ..."}),
-                "energy": ("FLOAT", {"default": 0.995, "min": 0.01, "max": 1.0, "step": 0.001, "round": False, "tooltip": "share of the squared singular values that is kept"}),
+                "energy": (
+                    "FLOAT",
+                    {
+                        "default": 0.995,
+                        "min": 0.01,
+                        "max": 1.0,
+                        "step": 0.001,
+                        "round": False,
+                        "tooltip": "share of the squared singular values that is kept",
+                    },
+                ),
                 "rank_max": ("INT", {"default": 64, "min": 0, "max": 4096, "tooltip": "0 for no cap"}),
                 "exclude": ("STRING", {"default": "refiner"}),
                 "filename_prefix": ("STRING", {"default": "loras/supplement"}),
             }
-        }  # fmt: skip
+        }
 
     FUNCTION = "extract"
-    DESCRIPTION = "Extract variant - base as a LoRA whose names ComfyUI and diffusers both load in full. Used at low strength on the bridge it pulls it toward one lineage."  # fmt: skip
+    DESCRIPTION = (
+        "Extract variant - base as a LoRA whose names ComfyUI and diffusers both load in full. Used at low strength "
+        "on the bridge it pulls it toward one lineage."
+    )
 
-    def extract(self, base: Any, variant: Any, energy: float, rank_max: int, exclude: str, filename_prefix: str) -> dict[str, Any]:  # fmt: skip
+    def extract(
+        self, base: Any, variant: Any, energy: float, rank_max: int, exclude: str, filename_prefix: str
+    ) -> dict[str, Any]:
         require_same("Alkahest Supplement LoRA", {"base": base, "variant": variant})
         require_packages("Alkahest Supplement LoRA")
         from alkahest.lora.extract import stream_extract_lora
@@ -66,6 +105,8 @@ class AlkahestSupplement(SavingNode):
 
         path = self.path(filename_prefix)
         delta = ModelWeights(variant, "variant") - ModelWeights(base, "base")
-        lora = with_progress(stream_extract_lora(delta, energy=energy, rank_max=rank_max or None, exclude=exclude.strip() or None))  # fmt: skip
+        lora = with_progress(
+            stream_extract_lora(delta, energy=energy, rank_max=rank_max or None, exclude=exclude.strip() or None)
+        )
         lora.save(path)
         return reported(f"{path}\n{lora!r}")

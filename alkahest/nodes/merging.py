@@ -21,19 +21,46 @@ class AlkahestMerge:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "bridge": ("MODEL",), "variant": ("MODEL",), "base": ("MODEL",), "multiplier": MULTIPLIER,
-                "protect": ("STRING", {"default": "refiner", "tooltip": "what stays the bridge's: refiner, input, layers.0-9, ...; empty for nothing"}),
-                "parts": ("STRING", {"default": "", "tooltip": "more factors by part, such as layers.0-9: 1.5, embedders: 0; the last that fits counts"}),
+                "bridge": ("MODEL",),
+                "variant": ("MODEL",),
+                "base": ("MODEL",),
+                "multiplier": MULTIPLIER,
+                "protect": (
+                    "STRING",
+                    {
+                        "default": "refiner",
+                        "tooltip": "what stays the bridge's: refiner, input, layers.0-9, ...; empty for nothing",
+                    },
+                ),
+                "parts": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "more factors by part, such as layers.0-9: 1.5, embedders: 0; the last that fits "
+                        "counts",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
-        }  # fmt: skip
+        }
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "merge"
     CATEGORY = CATEGORY
-    DESCRIPTION = f"bridge + multiplier * (variant - base), keeping the bridge's refiner. The multiplier has no cap. {_PADS}"  # fmt: skip
+    DESCRIPTION = (
+        f"bridge + multiplier * (variant - base), keeping the bridge's refiner. The multiplier has no cap. {_PADS}"
+    )
 
-    def merge(self, bridge: Any, variant: Any, base: Any, multiplier: float, protect: str = "refiner", parts: str = "", unique_id: str = "") -> tuple[Any]:  # fmt: skip
+    def merge(
+        self,
+        bridge: Any,
+        variant: Any,
+        base: Any,
+        multiplier: float,
+        protect: str = "refiner",
+        parts: str = "",
+        unique_id: str = "",
+    ) -> tuple[Any]:
         require_same("Alkahest Merge", {"bridge": bridge, "variant": variant, "base": base})
         keys = patchable(bridge)
         kept, factors = selected(protect, keys, "protect"), _factors(parts, keys)
@@ -56,9 +83,14 @@ class AlkahestSubtract:
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "merge"
     CATEGORY = CATEGORY
-    DESCRIPTION = f"multiplier * (model1 - model2), without a cap. With keep_refiner the difference is zero there, so that adding it, with any node, keeps the other model's refiner. {_PADS}"  # fmt: skip
+    DESCRIPTION = (
+        "multiplier * (model1 - model2), without a cap. With keep_refiner the difference is zero there, so that "
+        f"adding it, with any node, keeps the other model's refiner. {_PADS}"
+    )
 
-    def merge(self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = "") -> tuple[Any]:  # fmt: skip
+    def merge(
+        self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = ""
+    ) -> tuple[Any]:
         require_same("Alkahest Subtract", {"model1": model1, "model2": model2})
         keys, base, merged = patchable(model1), key_patches(model2), model1.clone()
         kept = selected("refiner" if keep_refiner else "", keys, "keep refiner")
@@ -79,9 +111,14 @@ class AlkahestAdd:
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "merge"
     CATEGORY = CATEGORY
-    DESCRIPTION = f"model1 + multiplier * model2, for a difference as model2, without a cap; keep_refiner leaves model1's refiner as it is. About 20 is the practical limit on this side. {_PADS}"  # fmt: skip
+    DESCRIPTION = (
+        "model1 + multiplier * model2, for a difference as model2, without a cap; keep_refiner leaves model1's "
+        f"refiner as it is. About 20 is the practical limit on this side. {_PADS}"
+    )
 
-    def merge(self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = "") -> tuple[Any]:  # fmt: skip
+    def merge(
+        self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = ""
+    ) -> tuple[Any]:
         require_same("Alkahest Add", {"model1": model1, "model2": model2})
         keys, delta, merged = patchable(model1), key_patches(model2), model1.clone()
         kept = selected("refiner" if keep_refiner else "", keys, "keep refiner")

@@ -67,15 +67,18 @@ def selected(pattern: str, keys: list[str], operation: str) -> set[str]:
     chosen = Pattern(pattern, FAMILY)
     every = {key: canonical(key) for key in keys}
     # Pad tokens may be named too, though ComfyUI never patches them.
-    chosen.require_match([*(name for names in every.values() for name in names), *FAMILY.pads], operation)  # fmt: skip
+    chosen.require_match([*(name for names in every.values() for name in names), *FAMILY.pads], operation)
     found = set()
     for key, names in every.items():
         hits = [chosen.matches(name) for name in names]
         if any(hits) and not all(hits):
             raise UnknownNameError(
-                operation, "the pattern takes a part of a tensor that ComfyUI has as one", key=key.removeprefix(PREFIX),
-                found=repr(pattern), fix="name attention.qkv, or all of to_q, to_k and to_v",
-            )  # fmt: skip
+                operation,
+                "the pattern takes a part of a tensor that ComfyUI has as one",
+                key=key.removeprefix(PREFIX),
+                found=repr(pattern),
+                fix="name attention.qkv, or all of to_q, to_k and to_v",
+            )
         if all(hits):
             found.add(key)
     return found
@@ -84,17 +87,32 @@ def selected(pattern: str, keys: list[str], operation: str) -> set[str]:
 def require_same(operation: str, models: Mapping[str, Any]) -> None:
     """Raise MismatchError unless all models are of the family, with the same weights."""
     shapes = {
-        name: {key: tuple(value.shape) for key, value in model.model.named_parameters() if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))}
+        name: {
+            key: tuple(value.shape)
+            for key, value in model.model.named_parameters()
+            if key.startswith(PREFIX) and key.endswith((".weight", ".bias"))
+        }
         for name, model in models.items()  # parameters, because quantised ones are packed in a state dict
-    }  # fmt: skip
+    }
     first, *others = shapes
     if not FAMILY.recognises([key.removeprefix(PREFIX) for key in shapes[first]]):
-        raise MismatchError(operation, f"{first} is not a {FAMILY.title} model", expected=", ".join(FAMILY.landmarks), found=type(models[first].model).__name__)  # fmt: skip
+        raise MismatchError(
+            operation,
+            f"{first} is not a {FAMILY.title} model",
+            expected=", ".join(FAMILY.landmarks),
+            found=type(models[first].model).__name__,
+        )
     for other in others:
         for key in shapes[first].keys() | shapes[other].keys():
             one, two = shapes[first].get(key), shapes[other].get(key)
             if one != two:
-                raise MismatchError(operation, f"{other} does not have the weights of {first}", key=key.removeprefix(PREFIX), expected=one or "no such weight", found=two or nearest(key, shapes[other]))  # fmt: skip
+                raise MismatchError(
+                    operation,
+                    f"{other} does not have the weights of {first}",
+                    key=key.removeprefix(PREFIX),
+                    expected=one or "no such weight",
+                    found=two or nearest(key, shapes[other]),
+                )
 
 
 def as_it_is(weight: Any, **_: Any) -> Any:

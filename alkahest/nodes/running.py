@@ -58,4 +58,9 @@ def require_packages(operation: str) -> None:
         for name in NEEDED:
             importlib.import_module(name)
     except ImportError as error:
-        raise UnsupportedError(operation, "ComfyUI's Python lacks a package", found=str(error), fix=f"with that Python: -m pip install {' '.join(NEEDED)}") from None  # fmt: skip
+        raise UnsupportedError(
+            operation,
+            "ComfyUI's Python lacks a package",
+            found=str(error),
+            fix=f"with that Python: -m pip install {' '.join(NEEDED)}",
+        ) from None

@@ -21,9 +21,15 @@ class AlkahestSave(SavingNode):
         }
 
     FUNCTION = "save"
-    DESCRIPTION = "Save a merged model block by block. Where the graph can be read as a recipe the file is computed from the models' files, in float32, and carries the recipe with their hashes: `alkahest recipe FILE`. Else ComfyUI's model is written tensor by tensor. The names are bare native ones, which UNETLoader reads."  # fmt: skip
+    DESCRIPTION = (
+        "Save a merged model block by block. Where the graph can be read as a recipe the file is computed from the "
+        "models' files, in float32, and carries the recipe with their hashes: `alkahest recipe FILE`. Else "
+        "ComfyUI's model is written tensor by tensor. The names are bare native ones, which UNETLoader reads."
+    )
 
-    def save(self, model: Any, filename_prefix: str, prompt: Any = None, extra_pnginfo: Any = None, unique_id: str = "") -> dict[str, Any]:  # fmt: skip
+    def save(
+        self, model: Any, filename_prefix: str, prompt: Any = None, extra_pnginfo: Any = None, unique_id: str = ""
+    ) -> dict[str, Any]:
         require_packages("Alkahest Recipe Save")
         from comfy.cli_args import args
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alkahest import mini
 from alkahest.algebra.weights import Weights
-from alkahest.errors import FileFormatError, MismatchError, UnknownNameError, nearest
+from alkahest.errors import FileFormatError, MismatchError, unknown
 from alkahest.files.header import read_header
 from alkahest.files.reader import Reader
 from alkahest.model.dtypes import decode
@@ -64,9 +64,10 @@ def _default(weights: Weights) -> Path:
             if (folder / "model_index.json").is_file():
                 return folder
     raise FileFormatError(
-        "pipeline", "components are needed: text encoder, tokenizer, VAE and scheduler",
+        "pipeline",
+        "components are needed: text encoder, tokenizer, VAE and scheduler",
         fix='components="Tongyi-MAI/Z-Image" (a hub id), a pipeline folder, or a mapping of files',
-    )  # fmt: skip
+    )
 
 
 def _from_folder(source: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -76,14 +77,18 @@ def _from_folder(source: Any, dtype: torch.dtype) -> dict[str, Any]:
     if not path.is_dir() and len(Path(str(source)).parts) != 2:
         raise FileFormatError("components", "no such folder", file=source, fix="a pipeline folder or a hub id")
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise FileFormatError("components", "this folder is no diffusers pipeline", file=source, expected="model_index.json in it")  # fmt: skip
+        raise FileFormatError(
+            "components", "this folder is no diffusers pipeline", file=source, expected="model_index.json in it"
+        )
     if path.is_dir() and (absent := [name for name in NAMES if not (path / name).is_dir()]):
         raise FileFormatError("components", f"{', '.join(absent)} missing", file=source, expected=", ".join(NAMES))
     try:
         with quiet():
             loaded = ZImagePipeline.from_pretrained(str(source), transformer=None, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        raise FileFormatError("components", "these do not load", file=source, found=error, fix="a pipeline folder or a hub id") from error  # fmt: skip
+        raise FileFormatError(
+            "components", "these do not load", file=source, found=error, fix="a pipeline folder or a hub id"
+        ) from error
     return {name: getattr(loaded, name) for name in NAMES}
 
 
@@ -92,7 +97,7 @@ def _from_mapping(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
 
     for name in given:
         if name not in NAMES:
-            raise UnknownNameError("components", "no such component", found=repr(name), fix=nearest(str(name), NAMES))
+            raise unknown("components", "no such component", name, NAMES)
     # Sampling always states its shift, so any scheduler of the class will do.
     parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), **given}
     loaders = {"text_encoder": _text_encoder, "tokenizer": _tokenizer, "vae": _vae}
@@ -166,7 +171,9 @@ def _tokenizer(path: Path, dtype: torch.dtype) -> Any:
             raise OSError("no such files")  # transformers would make an empty one
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise FileFormatError("components", "this tokenizer does not load", file=folder, expected=wanted, found=error) from error  # fmt: skip
+        raise FileFormatError(
+            "components", "this tokenizer does not load", file=folder, expected=wanted, found=error
+        ) from error
     tokenizer.chat_template = CHAT_TEMPLATE  # Qwen2.5's, which ComfyUI ships, would add a system prompt
     return tokenizer
 
@@ -198,7 +205,9 @@ def _filled(module: torch.nn.Module, state: Mapping[str, Tensor], path: Path, dt
     for name, shape in wanted.items():
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "no such tensor"
-            raise MismatchError("components", "the text encoder is not a Qwen3", file=path, key=name, expected=shape, found=found)  # fmt: skip
+            raise MismatchError(
+                "components", "the text encoder is not a Qwen3", file=path, key=name, expected=shape, found=found
+            )
     module.load_state_dict({name: state[name] for name in wanted}, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -224,7 +233,11 @@ def quiet() -> Iterator[None]:
 def _check_fit(weights: Weights, parts: Mapping[str, Any]) -> None:
     text = weights.leading.architecture.text_width
     if (width := parts["text_encoder"].config.hidden_size) != text:
-        raise MismatchError("pipeline", "the text encoder does not fit the transformer", expected=f"text width {text}", found=width)  # fmt: skip
+        raise MismatchError(
+            "pipeline", "the text encoder does not fit the transformer", expected=f"text width {text}", found=width
+        )
     channels = weights.leading.architecture.latent_channels
     if (found := parts["vae"].config.latent_channels) != channels:
-        raise MismatchError("pipeline", "the VAE does not fit the transformer", expected=f"{channels} latent channels", found=found)  # fmt: skip
+        raise MismatchError(
+            "pipeline", "the VAE does not fit the transformer", expected=f"{channels} latent channels", found=found
+        )

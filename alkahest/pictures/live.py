@@ -21,7 +21,7 @@ from alkahest.engine.options import Options, byte_count
 from alkahest.engine.readable import Bits, Readable, Shapes, Workspace
 from alkahest.engine.scalars import Rules, number
 from alkahest.engine.terms import Apply, Minus, Plus, Source, Term, Times
-from alkahest.errors import UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import UnsupportedError, unknown
 from alkahest.files.reader import size_text
 from alkahest.model.dtypes import decode
 from alkahest.model.stored import Slice
@@ -56,8 +56,8 @@ class LiveModel:
     `set` recomputes the tensors that the change reaches and no others, from the inputs, so the
     result equals a fresh load of the merged file, bit for bit. Inputs of such tensors are kept as
     stored, up to ``memory`` (bytes, or text like "2GB"), and the rest is read again each time.
-    ``pipe`` is the `pipeline`, which ``dtype``, ``storage``, ``device`` and ``offload`` are for. LoRAs loaded into it are named
-    scalars as well, by their adapter names: ``live.set({"style": 0.8})``.
+    ``pipe`` is the `pipeline`, which ``dtype``, ``storage``, ``device`` and ``offload`` are for. LoRAs loaded into
+    it are named scalars as well, by their adapter names: ``live.set({"style": 0.8})``.
     """
 
     def __init__(
@@ -84,7 +84,11 @@ class LiveModel:
     def __reduce__(self) -> tuple[Any, ...]:
         # A process that is sent a live model builds its own from the files, once.
         if self._loras():
-            raise UnsupportedError("LiveModel", "LoRAs loaded into a pipeline cannot be sent to another process", found=", ".join(self._loras()))  # fmt: skip
+            raise UnsupportedError(
+                "LiveModel",
+                "LoRAs loaded into a pipeline cannot be sent to another process",
+                found=", ".join(self._loras()),
+            )
         components, options = self._made_of
         return _arrived, (self._token, self.expression, components, self.budget, options)
 
@@ -106,7 +110,7 @@ class LiveModel:
             known = {**self.expression.params, **loras}
             for name in given:
                 if name not in known:
-                    raise UnknownNameError("set", "no such named scalar or LoRA", found=repr(name), fix=nearest(name, known))  # fmt: skip
+                    raise unknown("set", "no such named scalar or LoRA", name, known)
             started = time.perf_counter()
             wanted = self.expression.bind(**{name: value for name, value in given.items() if name not in loras})
             change = self._rewrite(wanted)
@@ -142,7 +146,8 @@ class LiveModel:
                 pass
         except BaseException:
             # Half rewritten: put back what was there, so that the model is the old one or the new one.
-            for _ in fill({key: before.at(key, Rules()) for key in terms}, targets, Options(device=device, allow_nonfinite=True)):  # type: ignore[misc]  # fmt: skip
+            old = {key: term for key in terms if (term := before.at(key, Rules())) is not None}
+            for _ in fill(old, targets, Options(device=device, allow_nonfinite=True)):
                 pass
             raise
         self.expression = wanted
@@ -157,12 +162,17 @@ class LiveModel:
             if isinstance(scaling, dict) and hasattr(module, "lora_A"):
                 for name in scaling:
                     active = name in module.active_adapters
-                    found.setdefault(name, module.scaling[name] / (module.lora_alpha[name] / module.r[name]) if active else 0.0)  # fmt: skip
+                    found.setdefault(
+                        name, module.scaling[name] / (module.lora_alpha[name] / module.r[name]) if active else 0.0
+                    )
         return found
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} = {value:g}" for name, value in self.params.items()) or "no named scalars"
-        return f"LiveModel: {self.expression.text()}\n  {values}\n  holds {size_text(self.held_bytes)} of inputs, at most {size_text(self.budget)}"
+        return (
+            f"LiveModel: {self.expression.text()}\n  {values}\n  holds {size_text(self.held_bytes)} of inputs, at "
+            f"most {size_text(self.budget)}"
+        )
 
 
 _here: WeakValueDictionary[str, LiveModel] = WeakValueDictionary()

@@ -33,7 +33,8 @@ def pipeline(
 
     ``components`` gives text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, a
     pipeline to share them with, or a mapping from those names to loaded parts or ComfyUI's files:
-    ``{"text_encoder": "qwen_3_4b.safetensors", "vae": "ae.safetensors", "tokenizer": "qwen25_tokenizer/"}``. ``dtype`` is that of
+    ``{"text_encoder": "qwen_3_4b.safetensors", "vae": "ae.safetensors", "tokenizer": "qwen25_tokenizer/"}``.
+    ``dtype`` is that of
     the arithmetic: fp32 by default, bf16 above a billion parameters. ``storage="fp8_e4m3fn"`` keeps
     the transformer's Linears in fp8 and computes in ``dtype`` (diffusers' layerwise casting: half
     the memory of bf16). ``offload=True`` keeps each part on the CPU until it is needed (CUDA only).
@@ -42,7 +43,9 @@ def pipeline(
     from diffusers import ZImagePipeline
 
     if not isinstance(weights, Weights):
-        raise MismatchError("pipeline", "weights are needed", found=type(weights).__name__, fix="ak.open(...) or bridge + k * delta")  # fmt: skip
+        raise MismatchError(
+            "pipeline", "weights are needed", found=type(weights).__name__, fix="ak.open(...) or bridge + k * delta"
+        )
     if offload and not torch.accelerator.is_available():
         raise UnsupportedError("pipeline", "offloading needs a GPU to offload from", fix="leave offload out")
     size = sum(torch.Size(shape).numel() for shape in weights.shapes.values())

@@ -81,7 +81,9 @@ def picture_difference(images: Any, others: Any) -> pandas.DataFrame:
     return pd.DataFrame(rows)
 
 
-def flow_loss(pipe: Any, images: Any, prompts: Iterable[str], seed: int = 0, sigmas: Iterable[float] = (0.2, 0.4, 0.6, 0.8, 0.95)) -> pandas.DataFrame:  # fmt: skip
+def flow_loss(
+    pipe: Any, images: Any, prompts: Iterable[str], seed: int = 0, sigmas: Iterable[float] = (0.2, 0.4, 0.6, 0.8, 0.95)
+) -> pandas.DataFrame:
     """Flow-matching loss of a model on given pictures and captions at fixed noise, one row per sigma.
 
     >>> ak.flow_loss(pipe, held_out_pictures, captions).loss.mean()
@@ -94,7 +96,9 @@ def flow_loss(pipe: Any, images: Any, prompts: Iterable[str], seed: int = 0, sig
     pipe = getattr(pipe, "pipe", pipe)
     pictures, captions = [_array(image) for image in _listed(images)], list(prompts)
     if len(pictures) != len(captions):
-        raise AlkahestError("flow_loss", "as many prompts as pictures are needed", expected=len(pictures), found=len(captions))  # fmt: skip
+        raise AlkahestError(
+            "flow_loss", "as many prompts as pictures are needed", expected=len(pictures), found=len(captions)
+        )
     data = torch.cat([encode(pipe, picture) for picture in pictures])
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(seed)).to(data.device)
     embedded = [embed(pipe, caption) for caption in captions]
@@ -170,8 +174,18 @@ def _listed(images: Any) -> list[Any]:
 def _array(image: Any) -> Array:
     values = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
     if values.ndim != 3 or values.shape[2] != 3 or min(values.shape[:2]) < 4:
-        raise AlkahestError("picture_measures", "this is no picture", expected="height x width x 3, 4 pixels or more a side", found=values.shape)  # fmt: skip
+        raise AlkahestError(
+            "picture_measures",
+            "this is no picture",
+            expected="height x width x 3, 4 pixels or more a side",
+            found=values.shape,
+        )
     scaled = values / 255.0 if values.dtype == np.uint8 else values.astype(np.float64)
     if not (np.isfinite(scaled).all() and scaled.min() >= -1e-3 and scaled.max() <= 1.001):
-        raise AlkahestError("picture_measures", "pixel values out of range", expected="uint8, or floats in 0 to 1", found=f"{values.dtype} from {values.min()} to {values.max()}")  # fmt: skip
+        raise AlkahestError(
+            "picture_measures",
+            "pixel values out of range",
+            expected="uint8, or floats in 0 to 1",
+            found=f"{values.dtype} from {values.min()} to {values.max()}",
+        )
     return scaled

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alkahest.engine.events import Event
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError, nearest
+from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, unknown
 from alkahest.pictures.settings import SHIFT, Settings
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _batches(
                 denoised=denoised,
                 result=decode(pipe, latents) if last else None,
                 _pipe=pipe,
-            )  # fmt: skip
+            )
         pipe.maybe_free_model_hooks()
 
 
@@ -256,9 +256,7 @@ def set_lora_strengths(pipe: Any, loras: Mapping[str, float]) -> None:
     loaded = [name for names in pipe.get_list_adapters().values() for name in names]
     for name in loras:
         if name not in loaded:
-            raise UnknownNameError(
-                "sample", "no such LoRA in this pipeline", found=repr(name), fix=nearest(name, loaded)
-            )
+            raise unknown("sample", "no such LoRA in this pipeline", name, loaded)
     if loaded:
         names = list(dict.fromkeys(loaded))
         pipe.set_adapters(names, [float(loras.get(name, 0.0)) for name in names])
@@ -283,7 +281,12 @@ def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
     found = {"height": height or default, "width": width or default}
     for name, pixels in found.items():
         if pixels % multiple or pixels < multiple:
-            raise AlkahestError("sample", f"{name} is not a multiple of {multiple}", found=pixels, fix=f"for example {max(1, round(pixels / multiple)) * multiple}")  # fmt: skip
+            raise AlkahestError(
+                "sample",
+                f"{name} is not a multiple of {multiple}",
+                found=pixels,
+                fix=f"for example {max(1, round(pixels / multiple)) * multiple}",
+            )
     return found["height"] // pipe.vae_scale_factor, found["width"] // pipe.vae_scale_factor
 
 
@@ -291,10 +294,11 @@ def _check_finite(latents: Tensor, number: int, steps: int, sigma: float) -> Non
     bad = [n for n, picture in enumerate(latents) if not torch.isfinite(picture).all()]
     if bad:
         raise NonFiniteError(
-            "sample", f"the latents became NaN or infinite at step {number} of {steps} (sigma {sigma:.3f})",
+            "sample",
+            f"the latents became NaN or infinite at step {number} of {steps} (sigma {sigma:.3f})",
             found=f"in {len(bad)} of {len(latents)} pictures of the batch",
             fix="a smaller multiplier or cfg, or dtype='fp32'; alkahest verify finds NaN in files",
-        )  # fmt: skip
+        )
 
 
 def _html(image: Image, prompt: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alkahest.errors import AlkahestError, UnknownNameError, nearest
+from alkahest.errors import AlkahestError, unknown
 
 if TYPE_CHECKING:
     pass
@@ -55,13 +55,16 @@ class Settings:
             raise AlkahestError("sample", "steps must be a whole number from 1", found=repr(self.steps))
         if not self.cfg >= 1:
             raise AlkahestError(
-                "sample", "cfg counts as ComfyUI's does: 1 is no guidance", expected="1 or more", found=self.cfg,
+                "sample",
+                "cfg counts as ComfyUI's does: 1 is no guidance",
+                expected="1 or more",
+                found=self.cfg,
                 fix="for diffusers' guidance_scale g use cfg = g + 1",
-            )  # fmt: skip
+            )
         if not 0 < self.shift < float("inf"):
             raise AlkahestError("sample", "shift must be positive", found=self.shift)
         if self.schedule not in SCHEDULES:
-            raise UnknownNameError("sample", "no such schedule", found=repr(self.schedule), fix=nearest(str(self.schedule), SCHEDULES))  # fmt: skip
+            raise unknown("sample", "no such schedule", self.schedule, SCHEDULES)
 
     @property
     def guidance_scale(self) -> float:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 _GAP, _FONT = 4, 13
 
 
-def contact_sheet(table: pandas.DataFrame, rows: Sequence[str], columns: Sequence[str], size: int | None = None, title: str = "") -> Image:  # fmt: skip
+def contact_sheet(
+    table: pandas.DataFrame, rows: Sequence[str], columns: Sequence[str], size: int | None = None, title: str = ""
+) -> Image:
     """The pictures of ``table.path`` (files or images) in a grid, one row and column for each combination of values.
 
     ``size`` is the width of one picture in pixels, by default its own, enlarged to at least 128. Cells
@@ -87,7 +89,10 @@ def _combinations(table: pandas.DataFrame, names: Sequence[str]) -> list[tuple[A
 
 
 def _label(names: Sequence[str], values: tuple[Any, ...]) -> list[str]:
-    return [str(v) if n in ("prompt", "model") else f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in zip(names, values, strict=True)]  # fmt: skip
+    return [
+        str(v) if n in ("prompt", "model") else f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}"
+        for n, v in zip(names, values, strict=True)
+    ]
 
 
 def _fitted(text: str, width: int, font: Any) -> str:

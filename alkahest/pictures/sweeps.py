@@ -15,7 +15,7 @@ import pandas as pd
 
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.workers import spread
-from alkahest.errors import AlkahestError, MismatchError, UnknownNameError, nearest
+from alkahest.errors import AlkahestError, MismatchError, unknown
 from alkahest.files.cache import KINDS, cache_folder
 from alkahest.files.hashes import blake3_of
 from alkahest.files.whole import write_file
@@ -52,7 +52,12 @@ class Cells(pd.DataFrame):  # type: ignore[misc]
     def _constructor(self) -> type[Cells]:
         return Cells
 
-    def contact_sheet(self, rows: str | Sequence[str] | None = None, columns: str | Sequence[str] | None = None, size: int | None = None) -> Image:  # fmt: skip
+    def contact_sheet(
+        self,
+        rows: str | Sequence[str] | None = None,
+        columns: str | Sequence[str] | None = None,
+        size: int | None = None,
+    ) -> Image:
         """Pictures side by side, labelled; ``rows`` and ``columns`` name columns of the table.
 
         By default one row a prompt and seed and one column a setting. A cell that failed is grey and
@@ -92,7 +97,8 @@ def sweep(
     ``cfg``, ``shift``, ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``) to values.
     ``executor`` is any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; ``folder`` is for
     the pictures, by default in the user's cache; ``batch`` is how many are drawn at once. What follows are fixed
-    settings, by default those of `sample`, and named scalars, such as ``k=5``. A cell that was drawn before is not drawn again, so a sweep
+    settings, by default those of `sample`, and named scalars, such as ``k=5``. A cell that was drawn before is not
+    drawn again, so a sweep
     that was stopped goes on. One that fails has its reason in the column ``error``, and the rest goes on.
     Raises UnknownNameError for a name that is neither a scalar nor a setting, before anything is drawn.
     """
@@ -162,13 +168,22 @@ def _events(live: LiveModel, cells: list[Cell], executor: Executor | None, batch
     yield Event(len(cells), len(cells), "done", Cells(rows))
 
 
-def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]], seeds: Sequence[int], fixed: Mapping[str, Any], folder: Path) -> list[Cell]:  # fmt: skip
+def _cells(
+    live: LiveModel,
+    prompts: list[str],
+    over: Mapping[str, Sequence[Any]],
+    seeds: Sequence[int],
+    fixed: Mapping[str, Any],
+    folder: Path,
+) -> list[Cell]:
     if not isinstance(live, LiveModel):
-        raise MismatchError("sweep", "a LiveModel is needed", found=type(live).__name__, fix="ak.LiveModel(expression, components)")  # fmt: skip
+        raise MismatchError(
+            "sweep", "a LiveModel is needed", found=type(live).__name__, fix="ak.LiveModel(expression, components)"
+        )
     known = live.params
     for name in [*over, *fixed]:
         if name not in known and name not in SETTINGS:
-            raise UnknownNameError("sweep", "no such named scalar or setting", found=repr(name), fix=nearest(name, [*known, *SETTINGS]))  # fmt: skip
+            raise unknown("sweep", "no such named scalar or setting", name, [*known, *SETTINGS])
     axes = {name: [values] if isinstance(values, str) else list(values) for name, values in over.items()}
     if empty := [name for name, values in axes.items() if not values]:
         raise AlkahestError("sweep", "an axis has no values", found=empty[0])
@@ -185,7 +200,9 @@ def _cells(live: LiveModel, prompts: list[str], over: Mapping[str, Sequence[Any]
     return cells
 
 
-def _drawn(live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
+def _drawn(
+    live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
     todo: dict[Path, Cell] = {}
     for cell in cells:
         record = _remembered(cell.path)
@@ -224,7 +241,9 @@ def _measures(image: Image) -> dict[str, Any]:
     return {**picture_measures(image).iloc[0].to_dict(), "error": None}
 
 
-def _kept(cells: Sequence[Cell], drawn: Sequence[tuple[bytes, dict[str, Any]]]) -> Iterator[tuple[Cell, dict[str, Any]]]:  # fmt: skip
+def _kept(
+    cells: Sequence[Cell], drawn: Sequence[tuple[bytes, dict[str, Any]]]
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
     for cell, (png, record) in zip(cells, drawn, strict=True):
         if png:  # a failure is not kept: it is tried again next time
             cell.path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,12 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
     are names that a mistyped one may have meant as well.
     """
     if recipe.text.startswith("extract_lora("):
-        raise RecipeError("recipe", "this recipe makes a LoRA, not a checkpoint", found=recipe.text, fix="alkahest extract-lora, or ak.extract_lora in Python")  # fmt: skip
+        raise RecipeError(
+            "recipe",
+            "this recipe makes a LoRA, not a checkpoint",
+            found=recipe.text,
+            fix="alkahest extract-lora, or ak.extract_lora in Python",
+        )
     result = _parsed(recipe, given, beside, options)
     if not isinstance(result, Weights):
         raise RecipeError(
@@ -47,7 +52,12 @@ def build_delta(text: str, given: Mapping[str, Any], options: Sequence[str] = ()
     """The delta that recipe text means, of files given by name."""
     result = _parsed(Recipe(text), given, None, options)
     if not isinstance(result, Delta):
-        raise RecipeError("recipe", "the result is a complete model, not a difference", found=text, fix="subtract what it was made from: variant - base")  # fmt: skip
+        raise RecipeError(
+            "recipe",
+            "the result is a complete model, not a difference",
+            found=text,
+            fix="subtract what it was made from: variant - base",
+        )
     return result
 
 
@@ -55,9 +65,12 @@ def require_text(recipe: Recipe, operation: str, file: object = None) -> None:
     """Raise RecipeError for what no recipe repeats."""
     if not recipe.text:
         raise RecipeError(
-            operation, "this was trained, and no recipe repeats that", file=file, found=recipe.made,
+            operation,
+            "this was trained, and no recipe repeats that",
+            file=file,
+            found=recipe.made,
             fix="use the file itself as an input: recipes know it by its hash",
-        )  # fmt: skip
+        )
 
 
 def _parsed(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, options: Sequence[str]) -> Any:
@@ -87,9 +100,11 @@ def require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[s
             typed, known = name.replace("_", "-"), [option.replace("_", "-") for option in options]
             problem = f"--{typed} is neither an option nor a name in the expression"
             raise UnknownNameError(
-                "recipe", problem if options else f"the recipe has no {name!r}", found=recipe.text,
+                "recipe",
+                problem if options else f"the recipe has no {name!r}",
+                found=recipe.text,
                 fix=nearest(typed if options else name, [*wanted, *known]),
-            )  # fmt: skip
+            )
     return wanted
 
 
@@ -111,9 +126,12 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | 
         except RecipeError as error:
             changed = error
     raise changed or RecipeError(
-        "recipe", f"the input {name!r} was not found", file=file, found=f"{first['bytes']:,} bytes, BLAKE3 {first['blake3']}",
+        "recipe",
+        f"the input {name!r} was not found",
+        file=file,
+        found=f"{first['bytes']:,} bytes, BLAKE3 {first['blake3']}",
         fix=f"say where it is: --{name} PATH",
-    )  # fmt: skip
+    )
 
 
 def matched(checkpoint: Checkpoint | Lora, recipe: Recipe, name: str) -> Checkpoint | Lora:
@@ -127,10 +145,17 @@ def matched(checkpoint: Checkpoint | Lora, recipe: Recipe, name: str) -> Checkpo
     names = {entry["blake3"]: entry["file"] for entry in recorded}
     if sorted(digests.values()) != sorted(names):
         raise RecipeError(
-            "recipe", f"{name!r} is not the file that the recipe was made with", file=checkpoint.path,
-            expected=", ".join(f"{entry['file']} {entry['bytes']:,} bytes BLAKE3 {entry['blake3'][:16]}..." for entry in recorded),
-            found=", ".join(f"{r.size:,} bytes{digest and f' BLAKE3 {digest[:16]}...'}" for r, digest in digests.items()), fix="find the original file, or write a new recipe",
-        )  # fmt: skip
+            "recipe",
+            f"{name!r} is not the file that the recipe was made with",
+            file=checkpoint.path,
+            expected=", ".join(
+                f"{entry['file']} {entry['bytes']:,} bytes BLAKE3 {entry['blake3'][:16]}..." for entry in recorded
+            ),
+            found=", ".join(
+                f"{r.size:,} bytes{digest and f' BLAKE3 {digest[:16]}...'}" for r, digest in digests.items()
+            ),
+            fix="find the original file, or write a new recipe",
+        )
     # A renamed input is the same input: the new output records the name that the old one did.
     checkpoint.file_names = {reader: names[digest] for reader, digest in digests.items()}
     return checkpoint

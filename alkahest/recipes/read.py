@@ -32,7 +32,13 @@ def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[
     if len(found) == 1:
         return what, found[0]
     known = [f"{one.node} ({one.saved_as or one.text})" for one in found if isinstance(one, WorkflowRecipe)]
-    raise RecipeError("recipe", "the workflow makes several models", file=path, found=", ".join(known)[:1000], fix="choose one: --node ID, or node= in Python")  # fmt: skip
+    raise RecipeError(
+        "recipe",
+        "the workflow makes several models",
+        file=path,
+        found=", ".join(known)[:1000],
+        fix="choose one: --node ID, or node= in Python",
+    )
 
 
 def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Sequence[Recipe]]:

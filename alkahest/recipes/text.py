@@ -24,13 +24,31 @@ from alkahest.sources.made_up_weights import made_up
 
 _GRAMMAR = "checkpoints, numbers, + - * /, protect, only, without, scaled, everywhere, lerp, methods"
 _METHODS = {
-    "protect": Weights, "only": Delta, "without": Delta, "everywhere": Delta, "scaled": Delta,
-}  # fmt: skip
+    "protect": Weights,
+    "only": Delta,
+    "without": Delta,
+    "everywhere": Delta,
+    "scaled": Delta,
+}
 # What a recipe may call, and the merge methods that a notebook registers besides.
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    lerp, weighted_sum, param, made_up, apply_lora, slerp, karcher, cosine_add, train_difference,
-    ties, dare, della, breadcrumbs, sce, model_stock, nuslerp,
-)  # fmt: skip
+    lerp,
+    weighted_sum,
+    param,
+    made_up,
+    apply_lora,
+    slerp,
+    karcher,
+    cosine_add,
+    train_difference,
+    ties,
+    dare,
+    della,
+    breadcrumbs,
+    sce,
+    model_stock,
+    nuslerp,
+)
 
 
 def parse(text: str, names: Mapping[str, Any]) -> Any:
@@ -175,6 +193,9 @@ class _Reader:
     ) -> RecipeError:
         shown = ast.get_source_segment(self.text, node) or ast.dump(node)
         return RecipeError(
-            "recipe", problem, found=f"{shown[:200]!r} at column {node.col_offset + 1}",
-            expected=expected, fix=fix,
-        )  # fmt: skip
+            "recipe",
+            problem,
+            found=f"{shown[:200]!r} at column {node.col_offset + 1}",
+            expected=expected,
+            fix=fix,
+        )

@@ -1,4 +1,6 @@
-"""Whether a file is what it says: sound, of the inputs that it names, and the same to the byte when it is made again."""
+"""Whether a file is what it says: sound, of the inputs that it names, and the same to the byte when it is made
+again.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,9 @@ def _nonfinite(checkpoint: Checkpoint, key: str, workspace: Workspace) -> int:
 
 def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
     if isinstance(given, (int, float)):
-        raise RecipeError("recipe", f"{name!r} is a file, and a number is given for it", found=str(given), fix=f"--{name} PATH")  # fmt: skip
+        raise RecipeError(
+            "recipe", f"{name!r} is a file, and a number is given for it", found=str(given), fix=f"--{name} PATH"
+        )
     if given:  # somebody says that this is the input: if it is not, that is their error, not the file's
         return f"{matched(open_input(given, name=name), recipe, name).path}, unchanged"
     try:

@@ -98,13 +98,19 @@ class Checkpoint(Leaf, Mapping[str, torch.Tensor]):
     def check_finite(self, key: str, operation: str) -> None:
         if bad := int((~torch.isfinite(self[key].float())).sum()):
             raise NonFiniteError(
-                operation, "an input holds NaN or infinity", file=self.slices[key].stored.reader.path, key=key,
-                expected="finite numbers", found=f"{bad:,} of them in this tensor",
+                operation,
+                "an input holds NaN or infinity",
+                file=self.slices[key].stored.reader.path,
+                key=key,
+                expected="finite numbers",
+                found=f"{bad:,} of them in this tensor",
                 fix="get the file again, or allow_nonfinite=True to keep them",
-            )  # fmt: skip
+            )
 
     def _unpacked(self, piece: Slice) -> torch.Tensor:
-        """The numbers of a packed tensor; the last two weights are kept whole, because blocks and rows are asked for one by one."""
+        """The numbers of a packed tensor; the last two weights are kept whole, because blocks and rows are asked for
+        one by one.
+        """
         stored, first = piece.stored, piece.start
         with _UNPACKING:
             if stored.name not in self._whole:
@@ -128,10 +134,14 @@ class Checkpoint(Leaf, Mapping[str, torch.Tensor]):
         piece = self.slices[key]
         if piece.stored.packed is not None:
             return self._unpacked(piece).clone().view(self._shapes[key])
-        raw = torch.frombuffer(
-            bytearray(piece.stored.reader.read(piece.offset, piece.elements * piece.stored.form.itemsize)),
-            dtype=torch.uint8,
-        ) if piece.elements else torch.empty(0, dtype=torch.uint8)  # fmt: skip
+        raw = (
+            torch.frombuffer(
+                bytearray(piece.stored.reader.read(piece.offset, piece.elements * piece.stored.form.itemsize)),
+                dtype=torch.uint8,
+            )
+            if piece.elements
+            else torch.empty(0, dtype=torch.uint8)
+        )
         if piece.stored.spelling is None:
             return raw.view(piece.stored.form.torch).view(self._shapes[key])
         values = torch.empty(piece.elements)
@@ -270,9 +280,13 @@ def _slices(family: Family, stored: Mapping[str, Stored], file: Path) -> dict[st
         for key, elements in zip(keys, _elements(family, name, weight, keys, file), strict=True):
             if key in slices:
                 raise FileFormatError(
-                    "open", "the same tensor is there twice, under two names", file=file, key=key,
-                    found=f"{slices[key].stored.name} and {name}", fix="the file mixes two layouts; get it again",
-                )  # fmt: skip
+                    "open",
+                    "the same tensor is there twice, under two names",
+                    file=file,
+                    key=key,
+                    found=f"{slices[key].stored.name} and {name}",
+                    fix="the file mixes two layouts; get it again",
+                )
             slices[key] = Slice(weight, start, elements)
             start += elements
     return slices
@@ -285,9 +299,13 @@ def _elements(family: Family, name: str, weight: Stored, keys: tuple[str, ...], 
     rows = family.rows(keys, weight.shape[0]) if weight.shape else None
     if rows is None:
         raise FileFormatError(
-            "open", "a fused tensor cannot be cut into its parts", file=file, key=name,
-            expected=f"a multiple of {len(keys)} rows", found=weight.shape,
-        )  # fmt: skip
+            "open",
+            "a fused tensor cannot be cut into its parts",
+            file=file,
+            key=name,
+            expected=f"a multiple of {len(keys)} rows",
+            found=weight.shape,
+        )
     return [count * math.prod(weight.shape[1:]) for count in rows]
 
 

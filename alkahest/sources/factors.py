@@ -22,7 +22,11 @@ from alkahest.files.header import Entry
 
 _LONGEST = 1 << 20  # rows or columns that a weight can have: factors of a small file must not ask for terabytes
 # Kind -> the pairs of roles whose product takes the place of a whole factor.
-_PAIRS = {"lora": (("up", "down"),), "hada": (("w1_a", "w1_b"), ("w2_a", "w2_b")), "lokr": (("w1_a", "w1_b"), ("w2_a", "w2_b"))}  # fmt: skip
+_PAIRS = {
+    "lora": (("up", "down"),),
+    "hada": (("w1_a", "w1_b"), ("w2_a", "w2_b")),
+    "lokr": (("w1_a", "w1_b"), ("w2_a", "w2_b")),
+}
 NAMES = {"lora": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "full difference"}
 
 Read = Callable[[str], Tensor]  # a factor by its role, float32, as a matrix
@@ -112,17 +116,40 @@ def shape_of(kind: str, entries: Mapping[str, Entry], names: Mapping[str, str], 
         if left in entries:
             inner = (_matrix(entries[left].shape)[1], _matrix(entries[right].shape)[0])
             if inner[0] != inner[1]:
-                raise FileFormatError("open_lora", "the halves of a pair do not fit", file=file, key=names[left], expected=f"{inner[1]} columns, the rank of {names[right]}", found=f"{inner[0]} columns", fix="the file is damaged; get it again")  # fmt: skip
+                raise FileFormatError(
+                    "open_lora",
+                    "the halves of a pair do not fit",
+                    file=file,
+                    key=names[left],
+                    expected=f"{inner[1]} columns, the rank of {names[right]}",
+                    found=f"{inner[0]} columns",
+                    fix="the file is damaged; get it again",
+                )
     if kind == "lora":
         shape = (_matrix(entries["up"].shape)[0], _matrix(entries["down"].shape)[1])
     elif kind == "hada":
         shape, other = ((side(entries, w, 0), side(entries, w, 1)) for w in ("w1", "w2"))
         if shape != other:
-            raise FileFormatError("open_lora", "the factors of a LoHa differ in shape", file=file, key=names["w1_a"], expected=shape, found=other, fix="the file is damaged; get it again")  # fmt: skip
+            raise FileFormatError(
+                "open_lora",
+                "the factors of a LoHa differ in shape",
+                file=file,
+                key=names["w1_a"],
+                expected=shape,
+                found=other,
+                fix="the file is damaged; get it again",
+            )
     else:
         shape = (side(entries, "w1", 0) * side(entries, "w2", 0), side(entries, "w1", 1) * side(entries, "w2", 1))
     if max(shape) > _LONGEST:
-        raise FileFormatError("open_lora", "impossible size", file=file, key=next(iter(names.values())), found=shape, expected=f"sides of at most {_LONGEST:,}")  # fmt: skip
+        raise FileFormatError(
+            "open_lora",
+            "impossible size",
+            file=file,
+            key=next(iter(names.values())),
+            found=shape,
+            expected=f"sides of at most {_LONGEST:,}",
+        )
     return shape
 
 
@@ -142,17 +169,41 @@ def _require_pairs(kind: str, entries: Mapping[str, Entry], names: Mapping[str, 
     if kind in ("lora", "hada"):
         needed |= {role for pair in _PAIRS[kind] for role in pair}
     for role in sorted(needed - entries.keys()):
-        raise FileFormatError("open_lora", "half of a pair is missing", file=file, key=next(iter(names.values())), expected=f"its {role}", found=f"only {', '.join(entries)}", fix="the file is incomplete; get it again")  # fmt: skip
+        raise FileFormatError(
+            "open_lora",
+            "half of a pair is missing",
+            file=file,
+            key=next(iter(names.values())),
+            expected=f"its {role}",
+            found=f"only {', '.join(entries)}",
+            fix="the file is incomplete; get it again",
+        )
     if kind == "lokr":
         for whole, half in (("w1", "w1_a"), ("w2", "w2_a")):
             if (whole in entries) == (half in entries):
-                raise FileFormatError("open_lora", f"a LoKr needs {whole}, whole or as a product, once", file=file, key=next(iter(names.values())), found=", ".join(entries), fix="the file is damaged; get it again")  # fmt: skip
+                raise FileFormatError(
+                    "open_lora",
+                    f"a LoKr needs {whole}, whole or as a product, once",
+                    file=file,
+                    key=next(iter(names.values())),
+                    found=", ".join(entries),
+                    fix="the file is damaged; get it again",
+                )
     for role, entry in entries.items():
         if role not in ("alpha", "magnitude", "diff", "bias") and (
             len(entry.shape) < 2 or math.prod(entry.shape[2:]) != 1
         ):
-            raise FileFormatError("open_lora", "a factor must be a matrix", file=file, key=names[role], expected="2 dimensions", found=entry.shape)  # fmt: skip
+            raise FileFormatError(
+                "open_lora",
+                "a factor must be a matrix",
+                file=file,
+                key=names[role],
+                expected="2 dimensions",
+                found=entry.shape,
+            )
         if role in ("diff", "bias") and not entry.shape:
-            raise FileFormatError("open_lora", "a difference must have a shape", file=file, key=names[role], found="a single number")  # fmt: skip
+            raise FileFormatError(
+                "open_lora", "a difference must have a shape", file=file, key=names[role], found="a single number"
+            )
         if 0 in entry.shape:
             raise FileFormatError("open_lora", "a factor is empty", file=file, key=names[role], found=entry.shape)

@@ -63,9 +63,11 @@ class Lora(DeltaLeaf):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         if self.is_dora:
             raise AlgebraError(
-                "open_lora", "a DoRA depends on the weights that it meets, so it is no delta", file=self.path,
+                "open_lora",
+                "a DoRA depends on the weights that it meets, so it is no delta",
+                file=self.path,
                 fix="ak.apply_lora(weights, lora, strength)",
-            )  # fmt: skip
+            )
         return self.targets
 
     @cached_property
@@ -81,7 +83,9 @@ class Lora(DeltaLeaf):
     @property
     def factor_dtype(self) -> str:
         """The dtype of its first factor, as safetensors names it."""
-        return next(entry.dtype for update in self.updates.values() for role, entry in update.entries.items() if role != "alpha")  # fmt: skip
+        return next(
+            entry.dtype for update in self.updates.values() for role, entry in update.entries.items() if role != "alpha"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +127,15 @@ class Lora(DeltaLeaf):
         update = self.updates[key]
         for role, name in update.names.items():
             if role != "alpha" and (bad := int((~torch.isfinite(self.factor(update, role))).sum())):
-                raise NonFiniteError(operation, "a LoRA holds NaN or infinity", file=self.path, key=name, expected="finite numbers", found=f"{bad:,} of them in this tensor", fix="get the file again")  # fmt: skip
+                raise NonFiniteError(
+                    operation,
+                    "a LoRA holds NaN or infinity",
+                    file=self.path,
+                    key=name,
+                    expected="finite numbers",
+                    found=f"{bad:,} of them in this tensor",
+                    fix="get the file again",
+                )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Lora) and self._identity == other._identity
@@ -146,13 +158,20 @@ class Lora(DeltaLeaf):
         kinds = Counter(NAMES[update.kind] for update in self.updates.values())
         ranks = [update.rank for update in self.updates.values() if update.rank is not None]
         return {
-            "path": str(self.path), "names": dict(self.flavours.most_common()), "kinds": dict(kinds.most_common()),
-            "dora": self.is_dora, "targets": len(self.updates), "bytes": self.nbytes,
+            "path": str(self.path),
+            "names": dict(self.flavours.most_common()),
+            "kinds": dict(kinds.most_common()),
+            "dora": self.is_dora,
+            "targets": len(self.updates),
+            "bytes": self.nbytes,
             "ranks": [min(ranks), max(ranks)] if ranks else None,
             "scales": sorted({round(update.scale, 6) for update in self.updates.values()}),
-            "without_alpha": sum("alpha" not in u.entries and u.kind in ("lora", "hada") for u in self.updates.values()) if not self.settings["known"] else 0,
-            "parts": dict(Counter(self.family.part_of(key).split(".")[0] for key in self.updates)), "recipe": "alkahest" in self.metadata,
-        }  # fmt: skip
+            "without_alpha": sum("alpha" not in u.entries and u.kind in ("lora", "hada") for u in self.updates.values())
+            if not self.settings["known"]
+            else 0,
+            "parts": dict(Counter(self.family.part_of(key).split(".")[0] for key in self.updates)),
+            "recipe": "alkahest" in self.metadata,
+        }
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -178,10 +197,12 @@ def open_lora(source: str | os.PathLike[str], *, name: str | None = None) -> Lor
     if not any(map(is_lora, located.tensors)):
         checkpoint = holds_model(located.tensors.keys())
         raise UnsupportedError(
-            "open_lora", "this is a checkpoint, not a LoRA" if checkpoint else "this is not a LoRA", file=located.path,
+            "open_lora",
+            "this is a checkpoint, not a LoRA" if checkpoint else "this is not a LoRA",
+            file=located.path,
             found=", ".join(list(located.tensors)[:3]) or "nothing",
             fix="ak.open(path); a LoRA of it is ak.extract_lora(variant - base)" if checkpoint else "name a LoRA file",
-        )  # fmt: skip
+        )
     return Lora(located, name)
 
 
@@ -216,23 +237,47 @@ def _updates(
         flavours.update({next(iter(found.values()))[2].flavour})
 
 
-def _of_module(keys: tuple[str, ...], found: dict[str, tuple[str, Entry, Name]], located: Located, family: Family, settings: Mapping[str, Any]) -> Iterator[tuple[str, Update]]:  # fmt: skip
+def _of_module(
+    keys: tuple[str, ...],
+    found: dict[str, tuple[str, Entry, Name]],
+    located: Located,
+    family: Family,
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[str, Update]]:
     names = {role: stored for role, (stored, _, _) in found.items()}
     entries = {role: entry for role, (_, entry, _) in found.items()}
     kinds = sorted({name.kind for _, _, name in found.values()} - {""})
     if len(kinds) != 1:
         raise FileFormatError(
-            "open_lora", "a module has two kinds of update" if kinds else "an alpha without its LoRA", file=located.path,
-            key=", ".join(names.values()), found=" and ".join(NAMES[kind] for kind in kinds) or None, fix="the file is damaged or was put together wrongly; get it again",
-        )  # fmt: skip
+            "open_lora",
+            "a module has two kinds of update" if kinds else "an alpha without its LoRA",
+            file=located.path,
+            key=", ".join(names.values()),
+            found=" and ".join(NAMES[kind] for kind in kinds) or None,
+            fix="the file is damaged or was put together wrongly; get it again",
+        )
     for role, entry in entries.items():
         if entry.dtype not in BY_TAG and not (role == "alpha" and entry.dtype in _NUMBERS):
-            raise UnsupportedError("open_lora", "this number format is not handled", file=located.path, key=names[role], expected=", ".join(BY_TAG), found=entry.dtype)  # fmt: skip
+            raise UnsupportedError(
+                "open_lora",
+                "this number format is not handled",
+                file=located.path,
+                key=names[role],
+                expected=", ".join(BY_TAG),
+                found=entry.dtype,
+            )
     (kind,) = kinds
     rows, *rest = shape_of(kind, entries, names, located.path)
     heights = family.rows(keys, rows)
     if heights is None:
-        raise FileFormatError("open_lora", "a fused qkv whose rows cannot be split into its parts", file=located.path, key=next(iter(names.values())), found=f"{rows} rows", fix="the file is damaged; get it again")  # fmt: skip
+        raise FileFormatError(
+            "open_lora",
+            "a fused qkv whose rows cannot be split into its parts",
+            file=located.path,
+            key=next(iter(names.values())),
+            found=f"{rows} rows",
+            fix="the file is damaged; get it again",
+        )
     scale = scale_of(kind, entries, _alpha(located, entries, names, keys[0], settings))
     if settings["use_rslora"] and "alpha" not in entries and kind == "lora":
         scale *= math.sqrt(entries["down"].shape[0])
@@ -242,7 +287,9 @@ def _of_module(keys: tuple[str, ...], found: dict[str, tuple[str, Entry, Name]],
         first += height
 
 
-def _alpha(located: Located, entries: Mapping[str, Entry], names: Mapping[str, str], key: str, settings: Mapping[str, Any]) -> float | None:  # fmt: skip
+def _alpha(
+    located: Located, entries: Mapping[str, Entry], names: Mapping[str, str], key: str, settings: Mapping[str, Any]
+) -> float | None:
     if "alpha" not in entries:
         module = key.removesuffix(".weight")
         patterns = {name: value for name, value in settings["alpha_pattern"].items() if module.endswith(name)}
@@ -250,7 +297,9 @@ def _alpha(located: Located, entries: Mapping[str, Entry], names: Mapping[str, s
         return None if chosen is None else float(chosen)
     entry = entries["alpha"]
     if math.prod(entry.shape) != 1:
-        raise FileFormatError("open_lora", "alpha must be one number", file=located.path, key=names["alpha"], found=f"shape {entry.shape}")  # fmt: skip
+        raise FileFormatError(
+            "open_lora", "alpha must be one number", file=located.path, key=names["alpha"], found=f"shape {entry.shape}"
+        )
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     reader = next(reader for reader, one in located.tensors.values() if one is entry)
     reader.read_into(raw.numpy().data, entry.offset)
@@ -260,12 +309,16 @@ def _alpha(located: Located, entries: Mapping[str, Entry], names: Mapping[str, s
         value = torch.empty(1)
         decode(raw, BY_TAG[entry.dtype], value)
     if not math.isfinite(float(value)):
-        raise FileFormatError("open_lora", "alpha is not a finite number", file=located.path, key=names["alpha"], found=float(value))  # fmt: skip
+        raise FileFormatError(
+            "open_lora", "alpha is not a finite number", file=located.path, key=names["alpha"], found=float(value)
+        )
     return float(value)
 
 
 def _settings(located: Located) -> dict[str, Any]:
-    """PEFT's own settings, which hold alpha: in the metadata as diffusers writes them, or beside the file as PEFT does."""
+    """PEFT's own settings, which hold alpha: in the metadata as diffusers writes them, or beside the file as PEFT
+    does.
+    """
     found: Any = None
     try:
         if ADAPTER in located.metadata:
@@ -276,7 +329,13 @@ def _settings(located: Located) -> dict[str, Any]:
             reader = Reader(beside)
             found = json.loads(reader.read(0, min(reader.size, 1 << 20)))
     except (ValueError, RecursionError):
-        raise FileFormatError("open_lora", "the adapter's settings cannot be read", file=located.path, expected="JSON", fix="get the file again") from None  # fmt: skip
+        raise FileFormatError(
+            "open_lora",
+            "the adapter's settings cannot be read",
+            file=located.path,
+            expected="JSON",
+            fix="get the file again",
+        ) from None
     given = (
         {str(name).removeprefix("transformer."): value for name, value in found.items()}
         if isinstance(found, dict)
@@ -285,11 +344,21 @@ def _settings(located: Located) -> dict[str, Any]:
     patterns = given.get("alpha_pattern") or {}
     numbers = [given.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [math.nan])]
     if not all(one is None or (isinstance(one, (int, float)) and math.isfinite(one)) for one in numbers):
-        raise FileFormatError("open_lora", "the adapter's settings make no sense", file=located.path, key="lora_alpha, alpha_pattern", expected="finite numbers", found=str(numbers)[:80], fix="get the file again")  # fmt: skip
+        raise FileFormatError(
+            "open_lora",
+            "the adapter's settings make no sense",
+            file=located.path,
+            key="lora_alpha, alpha_pattern",
+            expected="finite numbers",
+            found=str(numbers)[:80],
+            fix="get the file again",
+        )
     return {
-        "lora_alpha": given.get("lora_alpha"), "use_rslora": bool(given.get("use_rslora")), "known": bool(given),
+        "lora_alpha": given.get("lora_alpha"),
+        "use_rslora": bool(given.get("use_rslora")),
+        "known": bool(given),
         "alpha_pattern": {str(name): value for name, value in patterns.items() if value is not None},
-    }  # fmt: skip
+    }
 
 
 def _parsed(stored: str, family: Family, file: Path) -> Name:
@@ -302,7 +371,14 @@ def _parsed(stored: str, family: Family, file: Path) -> Name:
 
 
 def _twice(key: str, first: str, second: str, file: Path) -> FileFormatError:
-    return FileFormatError("open_lora", "two tensors of the file mean the same thing", file=file, key=key, found=f"{first} and {second}", fix="two LoRAs were put into one file; add them up instead: a + b")  # fmt: skip
+    return FileFormatError(
+        "open_lora",
+        "two tensors of the file mean the same thing",
+        file=file,
+        key=key,
+        found=f"{first} and {second}",
+        fix="two LoRAs were put into one file; add them up instead: a + b",
+    )
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:

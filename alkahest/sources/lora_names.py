@@ -19,26 +19,60 @@ from alkahest.errors import UnknownNameError, UnsupportedError, nearest
 from alkahest.model.families import Family, best_family
 
 DOTTED = {
-    "base_model.model.": "PEFT", "model.diffusion_model.": "ComfyUI", "diffusion_model.": "ComfyUI",
+    "base_model.model.": "PEFT",
+    "model.diffusion_model.": "ComfyUI",
+    "diffusion_model.": "ComfyUI",
     "transformer.": "diffusers",
-}  # fmt: skip
+}
 FLAT = {"lora_unet_": "kohya", "lora_transformer_": "OneTrainer", "lycoris_": "LyCORIS"}
 # What stands after the module's name -> the part that the tensor plays. Pairs multiply: up @ down and so on.
 ROLES = {
-    "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
-    "lora_down.weight": "down", "lora_up.weight": "up", "lora.down.weight": "down", "lora.up.weight": "up",
-    "hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b",
-    "lokr_w1": "w1", "lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b", "lokr_w2": "w2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b",
-    "diff": "diff", "w_norm": "diff", "diff_b": "bias", "b_norm": "bias", "alpha": "alpha",
-    "dora_scale": "magnitude", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "hada_w1_a": "w1_a",
+    "hada_w1_b": "w1_b",
+    "hada_w2_a": "w2_a",
+    "hada_w2_b": "w2_b",
+    "lokr_w1": "w1",
+    "lokr_w1_a": "w1_a",
+    "lokr_w1_b": "w1_b",
+    "lokr_w2": "w2",
+    "lokr_w2_a": "w2_a",
+    "lokr_w2_b": "w2_b",
+    "diff": "diff",
+    "w_norm": "diff",
+    "diff_b": "bias",
+    "b_norm": "bias",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector.default.weight": "magnitude",
-}  # fmt: skip
+}
 REFUSED = {
-    "lora_mid.weight": "a convolution's LoRA", "hada_t1": "a convolution's LoHa", "hada_t2": "a convolution's LoHa",
-    "lokr_t2": "a convolution's LoKr", "oft_blocks": "OFT", "oft_diag": "OFT", "boft_blocks": "BOFT", "set_weight": "a replacement of weights",
-    "reshape_weight": "a change of shape", "lora_B.bias": "a LoRA with biases", "lora_up.bias": "a LoRA with biases",
-    "scalar": "a learned scalar", "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA",
-}  # fmt: skip
+    "lora_mid.weight": "a convolution's LoRA",
+    "hada_t1": "a convolution's LoHa",
+    "hada_t2": "a convolution's LoHa",
+    "lokr_t2": "a convolution's LoKr",
+    "oft_blocks": "OFT",
+    "oft_diag": "OFT",
+    "boft_blocks": "BOFT",
+    "set_weight": "a replacement of weights",
+    "reshape_weight": "a change of shape",
+    "lora_B.bias": "a LoRA with biases",
+    "lora_up.bias": "a LoRA with biases",
+    "scalar": "a learned scalar",
+    "a1.weight": "GLoRA",
+    "a2.weight": "GLoRA",
+    "b1.weight": "GLoRA",
+    "b2.weight": "GLoRA",
+}
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_encoders.", "te_", "lora_prior_te")
 
 
@@ -58,20 +92,36 @@ def parsed(stored: str, family: Family) -> Name:
     >>> name = parsed("lora_unet_layers_0_attention_qkv.alpha", zimage.FAMILY); name.keys[0], name.role
     ('layers.0.attention.to_q.weight', 'alpha')
 
-    Raises UnknownNameError with the nearest name if it fits nothing, UnsupportedError for what is known but not handled.
+    Raises UnknownNameError with the nearest name if it fits nothing, UnsupportedError for what is known but not
+    handled.
     """
     rest, suffix = _without_suffix(stored)
     if suffix in REFUSED:
-        raise UnsupportedError("open_lora", f"{REFUSED[suffix]} is not handled", key=stored, fix="LoRA, LoHa, LoKr, DoRA and full differences are")  # fmt: skip
+        raise UnsupportedError(
+            "open_lora",
+            f"{REFUSED[suffix]} is not handled",
+            key=stored,
+            fix="LoRA, LoHa, LoKr, DoRA and full differences are",
+        )
     flavour, module = _without_prefix(rest)
     if module.startswith(_TEXT_ENCODER):
-        raise UnsupportedError("open_lora", "this part is for a text encoder, and would be lost", key=stored, fix="remove the text encoder's tensors from the file")  # fmt: skip
+        raise UnsupportedError(
+            "open_lora",
+            "this part is for a text encoder, and would be lost",
+            key=stored,
+            fix="remove the text encoder's tensors from the file",
+        )
     keys = _keys(module, ROLES.get(suffix, ""), family)
     if suffix not in ROLES or not keys:
         raise UnknownNameError(
-            "open_lora", f"this name fits no module of {family.title}" if suffix in ROLES else "this is no tensor of a LoRA", key=stored,
-            found=module, fix=nearest(_dotted(module, family), _known_near(module, family)) if suffix in ROLES else nearest(suffix, ROLES),
-        )  # fmt: skip
+            "open_lora",
+            f"this name fits no module of {family.title}" if suffix in ROLES else "this is no tensor of a LoRA",
+            key=stored,
+            found=module,
+            fix=nearest(_dotted(module, family), _known_near(module, family))
+            if suffix in ROLES
+            else nearest(suffix, ROLES),
+        )
     kind = next((kind for kind in ("hada", "lokr", "lora") if suffix.startswith(kind)), "")
     return Name(flavour, keys, "diff" if ROLES[suffix] in ("diff", "bias") else kind, ROLES[suffix])
 

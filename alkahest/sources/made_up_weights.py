@@ -31,9 +31,11 @@ class MadeUp(Leaf):
         delta = number(delta, "made_up")
         if not (1 <= layers <= 200 and 32 <= width <= 16384 and width % 32 == 0):
             raise AlgebraError(
-                "made_up", "impossible size", expected="1 to 200 layers, width a multiple of 32 up to 16384",
+                "made_up",
+                "impossible size",
+                expected="1 to 200 layers, width a multiple of 32 up to 16384",
                 found=f"layers={layers}, width={width}",
-            )  # fmt: skip
+            )
         self.name = name
         self.settings = {"layers": layers, "seed": seed, "delta": delta, "width": width}
         self.architecture = Architecture(

@@ -30,9 +30,15 @@ def add_lora(model: Any, config: Config, family: Family) -> None:
     )
     fixed = config.fixed(family)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [name for name in linears if targets.matches(f"{name}.weight") and not (fixed and fixed.matches(f"{name}.weight"))]  # fmt: skip
+    chosen = [
+        name
+        for name in linears
+        if targets.matches(f"{name}.weight") and not (fixed and fixed.matches(f"{name}.weight"))
+    ]
     if not chosen:
-        raise UnknownNameError("finetune", "no Linear is left for a LoRA", found=f"targets {targets.text!r}, frozen {config.frozen!r}")  # fmt: skip
+        raise UnknownNameError(
+            "finetune", "no Linear is left for a LoRA", found=f"targets {targets.text!r}, frozen {config.frozen!r}"
+        )
     rank, alpha = _size(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from alkahest.errors import FileFormatError, UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import FileFormatError, UnsupportedError, unknown
 from alkahest.files.toml import Bounds, dataclass_of, read_toml, value_of
 from alkahest.mini.scenes import ATTRIBUTES
 from alkahest.model.families import Family
@@ -40,13 +40,25 @@ EXPORTS = ("", "bf16", "fp16", "fp32")
 DECAYS = ("constant", "cosine")
 DATA = ("folder", "scenes", "drawn")
 _STAGE_BOUNDS = {
-    "steps": Bounds(1), "batch": Bounds(1), "lr": Bounds(0), "shift": Bounds(1e-6), "std": Bounds(0), "warmup": Bounds(0),
-    "resolution": Bounds(16), "drop": Bounds(0, 1),
-}  # fmt: skip
+    "steps": Bounds(1),
+    "batch": Bounds(1),
+    "lr": Bounds(0),
+    "shift": Bounds(1e-6),
+    "std": Bounds(0),
+    "warmup": Bounds(0),
+    "resolution": Bounds(16),
+    "drop": Bounds(0, 1),
+}
 _RUN_BOUNDS = {
-    "accumulate": Bounds(1), "save_every": Bounds(1), "measure_every": Bounds(1), "held_out": Bounds(0), "clip": Bounds(0),
-    "ema": Bounds(0, below=1), "weight_decay": Bounds(0), "seed": Bounds(0),
-}  # fmt: skip
+    "accumulate": Bounds(1),
+    "save_every": Bounds(1),
+    "measure_every": Bounds(1),
+    "held_out": Bounds(0),
+    "clip": Bounds(0),
+    "ema": Bounds(0, below=1),
+    "weight_decay": Bounds(0),
+    "seed": Bounds(0),
+}
 FROZEN = {"refiners": "refiner", "layers_only": "input, final", "nothing": ""}  # presets: what they freeze
 
 
@@ -148,7 +160,7 @@ def config_of(given: Mapping[str, Any], folder: Path = Path(), file: object = No
             "finetune", "a run needs stages", file=file, expected="[[stage]]", fix="[[stage]]\\nname = ..."
         )
     stages = tuple(_stage(number, one, file) for number, one in enumerate(listed, 1))
-    config = dataclass_of(Config, top, "finetune", file, "the run", stages=stages, folder=folder)
+    config = dataclass_of(Config, top, "finetune", file, "the run", {"stages": stages, "folder": folder})
     _check_run(config, file)
     _check_mixes(config, file)
     for name, what in config.data.items():
@@ -178,10 +190,12 @@ def _check_run(config: Config, file: object) -> None:
         Bounds(0, below=1).require(beta, "finetune", file, "the run", f"betas[{number}]")
     if config.fused and (config.accumulate > 1 or config.clip):
         raise UnsupportedError(
-            "finetune", "a fused backward has each gradient only once and by itself", file=file,
+            "finetune",
+            "a fused backward has each gradient only once and by itself",
+            file=file,
             found=f"accumulate={config.accumulate}, clip={config.clip}",
             fix="accumulate = 1 and clip = 0, or fused = false",
-        )  # fmt: skip
+        )
     if config.lora and not config.export:
         raise UnsupportedError(
             "finetune", "a LoRA is given out as a file", file=file, found='export = ""', fix='export = "bf16"'
@@ -193,7 +207,7 @@ def _check_mixes(config: Config, file: object) -> None:
         for name, share in stage.mix.items():
             if name not in config.data:
                 problem = f"stage {stage.name!r} mixes data that is not there"
-                raise UnknownNameError("finetune", problem, file=file, found=repr(name), fix=nearest(name, config.data))
+                raise unknown("finetune", problem, name, config.data, file=file)
             Bounds(0).require(share, "finetune", file, f"stage {stage.name!r}", f"mix: {name}")
         if not sum(stage.mix.values()) > 0:
             raise UnsupportedError(
@@ -203,7 +217,7 @@ def _check_mixes(config: Config, file: object) -> None:
 
 def _require_among(value: str, name: str, options: Sequence[str], file: object) -> None:
     if value not in options:
-        raise UnknownNameError("finetune", f"unknown {name}", file=file, found=repr(value), fix=nearest(value, options))
+        raise unknown("finetune", f"unknown {name}", value, options, file=file)
 
 
 def _check_data(name: str, what: object, config: Config, file: object) -> None:
@@ -226,7 +240,7 @@ def _check_drawn(drawn: _Drawn, config: Config, file: object, where: str) -> Non
     for model, settings in drawn.models.items():
         if model not in config.inputs:
             problem = f"{where} is drawn by a model that is no input"
-            raise UnknownNameError("finetune", problem, file=file, found=repr(model), fix=nearest(model, config.inputs))
+            raise unknown("finetune", problem, model, config.inputs, file=file)
         dataclass_of(Sampling, settings, "finetune", file, f"{where}: {model}").settings  # noqa: B018
     if drawn.scenes is not None:
         dataclass_of(_Scenes, drawn.scenes, "finetune", file, f"{where}: scenes").require_values(file, where)
@@ -278,10 +292,4 @@ class _Scenes:
             given = getattr(self, name)
             for value in [given] if isinstance(given, str) else given:
                 if value not in known:
-                    raise UnknownNameError(
-                        "finetune",
-                        f"{where}: {name} has no such value",
-                        file=file,
-                        found=repr(value),
-                        fix=nearest(value, known),
-                    )
+                    raise unknown("finetune", f"{where}: {name} has no such value", value, known, file=file)

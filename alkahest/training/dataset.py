@@ -58,7 +58,10 @@ class Dataset:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
-        lines += [f"  {len(names)} skipped: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for reason, names in reasons.items()]  # fmt: skip
+        lines += [
+            f"  {len(names)} skipped: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for reason, names in reasons.items()
+        ]
         return "\n".join(lines)
 
 
@@ -86,7 +89,13 @@ def from_folder(folder: str | Path) -> Dataset:
         examples.append(Example(name, caption, "", partial(_opened, picture)))
     if not examples:
         found = f"{len(skipped)} pictures without a caption" if skipped else "no pictures"
-        raise FileFormatError("dataset", "there is nothing to train on", file=path, expected=f"{', '.join(SUFFIXES)} with a .txt beside each, or {_TABLES[0]}", found=found)  # fmt: skip
+        raise FileFormatError(
+            "dataset",
+            "there is nothing to train on",
+            file=path,
+            expected=f"{', '.join(SUFFIXES)} with a .txt beside each, or {_TABLES[0]}",
+            found=found,
+        )
     readers = [Reader(path / example.name) for example in examples]
     hashes = blake3_of(readers)
     named = [Example(e.name, e.caption, digest, e.open) for e, digest in zip(examples, hashes, strict=True)]
@@ -95,19 +104,37 @@ def from_folder(folder: str | Path) -> Dataset:
 
 @refuse_unknown_options
 def from_scenes(
-    count: int, seed: int, held_out: bool | None = False, *, subject: Choice = None, colour: Choice = None,
-    place: Choice = None, light: Choice = None, side: Choice = None, quality: Choice = None, style: Choice = None,
-) -> Dataset:  # fmt: skip
-    """Scenes of the miniature world with their training captions; the choices are those of `alkahest.mini.scenes.scenes`.
+    count: int,
+    seed: int,
+    held_out: bool | None = False,
+    *,
+    subject: Choice = None,
+    colour: Choice = None,
+    place: Choice = None,
+    light: Choice = None,
+    side: Choice = None,
+    quality: Choice = None,
+    style: Choice = None,
+) -> Dataset:
+    """Scenes of the miniature world with their training captions; the choices are those of
+    `alkahest.mini.scenes.scenes`.
 
     >>> from_scenes(2000, seed=1, style="anime", subject=("man", "woman"))
     """
     drawn = list(
         scenes(
-            count, seed, held_out, subject=subject, colour=colour, place=place, light=light, side=side, quality=quality,
+            count,
+            seed,
+            held_out,
+            subject=subject,
+            colour=colour,
+            place=place,
+            light=light,
+            side=side,
+            quality=quality,
             style=style,
         )
-    )  # fmt: skip
+    )
     given = {
         "held_out": held_out or None,
         "subject": subject,
@@ -119,31 +146,56 @@ def from_scenes(
         "style": style,
     }
     what = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-    examples = [Example(f"scene {number}", scene.training_caption(), hashlib.blake2b(repr(scene).encode(), digest_size=16).hexdigest(), partial(_drawn, scene)) for number, scene in enumerate(drawn)]  # fmt: skip
+    examples = [
+        Example(
+            f"scene {number}",
+            scene.training_caption(),
+            hashlib.blake2b(repr(scene).encode(), digest_size=16).hexdigest(),
+            partial(_drawn, scene),
+        )
+        for number, scene in enumerate(drawn)
+    ]
     return Dataset(f"scenes ({what})" if what else "scenes", examples)
 
 
 @refuse_unknown_options
 def make_dataset(
-    models: Mapping[str, Any], prompts: Sequence[str], folder: str | Path, *, batch: int = 8, negative_prompt: str = "",
-    steps: int = 24, cfg: float = 2.0, shift: float = SHIFT, schedule: str = "diffusers", cfg_normalization: float = 0.0,
-    width: int | None = None, height: int | None = None,
-) -> Iterator[Event]:  # fmt: skip
+    models: Mapping[str, Any],
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    batch: int = 8,
+    negative_prompt: str = "",
+    steps: int = 24,
+    cfg: float = 2.0,
+    shift: float = SHIFT,
+    schedule: str = "diffusers",
+    cfg_normalization: float = 0.0,
+    width: int | None = None,
+    height: int | None = None,
+) -> Iterator[Event]:
     """Have models draw a dataset, each every prompt: a generator of events; the result is the `Dataset`.
 
     >>> for event in make_dataset({"turbo": turbo, "base": base}, prompts, "drawn", steps=8): print(event)
 
     ``models`` are pipelines or (pipeline, settings of `ak.sample`) by name; the other settings are
-    for all that name none of their own. Writes ``NAME-00000.png`` and ``.txt``; pictures that are there are not drawn again.
+    for all that name none of their own. Writes ``NAME-00000.png`` and ``.txt``; pictures that are there are not
+    drawn again.
     """
     path = Path(folder).expanduser()
     if not prompts:
         raise AlkahestError("make_dataset", "there are no prompts", fix="a file with a prompt a line")
     path.mkdir(parents=True, exist_ok=True)
     how = {
-        "negative_prompt": negative_prompt, "steps": steps, "cfg": cfg, "shift": shift, "schedule": schedule,
-        "cfg_normalization": cfg_normalization, "width": width, "height": height,
-    }  # fmt: skip
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "cfg": cfg,
+        "shift": shift,
+        "schedule": schedule,
+        "cfg_normalization": cfg_normalization,
+        "width": width,
+        "height": height,
+    }
     total, done = len(models) * len(prompts), 0
     for name, model in models.items():
         pipe, its = model if isinstance(model, tuple) else (model, {})
@@ -151,7 +203,9 @@ def make_dataset(
             numbers = range(first, min(first + batch, len(prompts)))
             missing = [n for n in numbers if not (path / f"{name}-{n:05}.txt").exists()]
             if missing:
-                drawn = sample(pipe, [prompts[n] for n in missing], **{**how, **its, "seed": missing, "batch": batch}).images  # fmt: skip
+                drawn = sample(
+                    pipe, [prompts[n] for n in missing], **{**how, **its, "seed": missing, "batch": batch}
+                ).images
                 for number, image in zip(missing, drawn, strict=True):
                     buffer = io.BytesIO()
                     image.save(buffer, "PNG")
@@ -171,10 +225,24 @@ def _table(folder: Path) -> dict[str, str]:
             continue
         try:
             with path.open(encoding="utf-8", newline="") as lines:
-                rows = [json.loads(line) for line in lines if line.strip()] if path.suffix == ".jsonl" else list(csv.DictReader(lines))  # fmt: skip
-            return {str(row["file_name"]): str(next(row[column] for column in _CAPTIONS if row.get(column))) for row in rows if any(map(row.get, _CAPTIONS))}  # fmt: skip
+                rows = (
+                    [json.loads(line) for line in lines if line.strip()]
+                    if path.suffix == ".jsonl"
+                    else list(csv.DictReader(lines))
+                )
+            return {
+                str(row["file_name"]): str(next(row[column] for column in _CAPTIONS if row.get(column)))
+                for row in rows
+                if any(map(row.get, _CAPTIONS))
+            }
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
-            raise FileFormatError("dataset", "the metadata table cannot be read", file=path, expected=f"file_name and one of {', '.join(_CAPTIONS)}", found=error) from None  # fmt: skip
+            raise FileFormatError(
+                "dataset",
+                "the metadata table cannot be read",
+                file=path,
+                expected=f"file_name and one of {', '.join(_CAPTIONS)}",
+                found=error,
+            ) from None
     return {}
 
 

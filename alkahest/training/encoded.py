@@ -71,7 +71,12 @@ class Encoded:
         if known is None:
             known = _load(path)
             if known is None:
-                raise FileFormatError("dataset", "an encoded example is gone or damaged", file=path, fix="start again: it will be encoded anew")  # fmt: skip
+                raise FileFormatError(
+                    "dataset",
+                    "an encoded example is gone or damaged",
+                    file=path,
+                    fix="start again: it will be encoded anew",
+                )
             self._known[path] = known
             self._nbytes += known.nbytes
             while self._nbytes > _REMEMBERED and len(self._known) > 1:
@@ -91,7 +96,9 @@ def encode(dataset: Dataset, pipe: Any, resolution: int, multiple: int | None = 
     """
     step = multiple or (64 if resolution >= 512 else 16)
     if resolution % 16 or step % 16 or resolution < step:
-        raise UnsupportedError("dataset", "resolution and multiple must be multiples of 16", found=f"{resolution}, {step}")  # fmt: skip
+        raise UnsupportedError(
+            "dataset", "resolution and multiple must be multiples of 16", found=f"{resolution}, {step}"
+        )
     vae, text = fingerprint(pipe.vae), fingerprint(pipe.text_encoder)
     total, done = 2 * len(dataset), 0
     captions = list(dict.fromkeys(["", *(example.caption for example in dataset.examples)]))
@@ -116,7 +123,9 @@ def encode(dataset: Dataset, pipe: Any, resolution: int, multiple: int | None = 
     waiting.flush()
     if not items:
         raise FileFormatError("dataset", "no picture could be read", found=next(iter(skipped.values()), "nothing"))
-    found = [Item(e.name, path, where[e.caption], (*size, _rounded(_shape(where[e.caption])[0]))) for e, path, size in items]  # fmt: skip
+    found = [
+        Item(e.name, path, where[e.caption], (*size, _rounded(_shape(where[e.caption])[0]))) for e, path, size in items
+    ]
     empty = _load(where[""])
     assert empty is not None  # it was just made
     yield Event(total, total, "done", Encoded(dataset.name, found, empty, skipped))
@@ -153,7 +162,9 @@ def latents_of(vae: Any, images: Sequence[Image]) -> Tensor:
 
 def chat(tokenizer: Any, caption: str) -> str:
     """A caption as the pipeline gives it to the text encoder."""
-    text: str = tokenizer.apply_chat_template([{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True)  # fmt: skip
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
     return text
 
 
@@ -165,7 +176,9 @@ def embeddings(tokenizer: Any, encoder: nn.Module, captions: Sequence[str]) -> l
     for first in range(0, len(unique), 256):
         chosen = unique[first : first + 256]
         texts = [chat(tokenizer, text) for text in chosen]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(encoder.device)  # fmt: skip
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(
+            encoder.device
+        )
         states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
         for text, state, mask in zip(chosen, states, tokens.attention_mask.bool(), strict=True):
             found[text] = state[mask].clone()

@@ -35,7 +35,9 @@ _MINI = "mini:"
 
 
 def open_inputs(config: Config) -> dict[str, Checkpoint]:
-    """The checkpoints that a run names, opened: ``mini:NAME`` is one of the miniature family, all else a path or hub id."""
+    """The checkpoints that a run names, opened: ``mini:NAME`` is one of the miniature family, all else a path or hub
+    id.
+    """
     inputs = {}
     for name, source in config.inputs.items():
         if source.startswith(_MINI):
@@ -58,7 +60,9 @@ def start_of(config: Config) -> Weights:
     """What a run starts from, as an expression over its inputs."""
     start = parse(config.start, open_inputs(config))
     if not isinstance(start, Weights):
-        raise RecipeError("finetune", "the start is not a complete model", found=config.start, fix="add the delta to a checkpoint")  # fmt: skip
+        raise RecipeError(
+            "finetune", "the start is not a complete model", found=config.start, fix="add the delta to a checkpoint"
+        )
     return start
 
 
@@ -72,7 +76,9 @@ def reset_tensors(model: nn.Module, pattern: Pattern, seed: int) -> None:
                 parallel.assign(parameter, torch.from_numpy(numbers).view(parameter.shape) * spread)
 
 
-def prepared(config: Config, start: Weights, folder: Path, device: str) -> Generator[TrainingStep, None, tuple[dict[tuple[str, int], Encoded], Any]]:  # fmt: skip
+def prepared(
+    config: Config, start: Weights, folder: Path, device: str
+) -> Generator[TrainingStep, None, tuple[dict[tuple[str, int], Encoded], Any]]:
     """Draw and encode the data, then load the model: events; returns data by name and resolution, and the pipeline.
 
     The text encoder has left the device by then: a model that is trained needs the room.
@@ -91,7 +97,9 @@ def prepared(config: Config, start: Weights, folder: Path, device: str) -> Gener
                 if name not in datasets:
                     datasets[name] = yield from _dataset(name, config, folder, pipe)
                 if (name, stage.resolution) not in encoded:
-                    encoded[name, stage.resolution] = yield from _told(config, f"encoding {name}", encode(datasets[name], pipe, stage.resolution))  # fmt: skip
+                    encoded[name, stage.resolution] = yield from _told(
+                        config, f"encoding {name}", encode(datasets[name], pipe, stage.resolution)
+                    )
     for prompt in (*config.prompts, "", str(config.sampling.get("negative_prompt", ""))):
         embed(pipe, prompt)  # remembered for the pictures to come
     pipe.text_encoder.to("cpu")
@@ -153,7 +161,9 @@ def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[Tr
         try:
             prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise FileFormatError("finetune", "the prompts cannot be read", file=path, found=error, fix="a text file with a prompt a line") from None  # fmt: skip
+            raise FileFormatError(
+                "finetune", "the prompts cannot be read", file=path, found=error, fix="a text file with a prompt a line"
+            ) from None
     models = _Models(given["models"], open_inputs(config), pipe)
     found: Dataset = yield from _told(config, f"drawing {name}", make_dataset(models, prompts, folder / "data" / name))
     return found

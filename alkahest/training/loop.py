@@ -91,18 +91,34 @@ def _check_processes(config: Config) -> None:
     if count == 1:
         return
     if config.optimiser != "adamw":
-        raise UnsupportedError("finetune", f"{config.optimiser} needs whole tensors, and {count} processes have rows of them", fix='optimiser = "adamw"')  # fmt: skip
+        raise UnsupportedError(
+            "finetune",
+            f"{config.optimiser} needs whole tensors, and {count} processes have rows of them",
+            fix='optimiser = "adamw"',
+        )
     if config.lora:
-        raise UnsupportedError("finetune", "a LoRA is trained by one process", found=f"{count} processes", fix="one process: it needs no more memory than the weights and a little")  # fmt: skip
+        raise UnsupportedError(
+            "finetune",
+            "a LoRA is trained by one process",
+            found=f"{count} processes",
+            fix="one process: it needs no more memory than the weights and a little",
+        )
     for stage in config.stages:
         if stage.batch % count:
-            raise UnsupportedError("finetune", f"stage {stage.name!r}: {count} processes cannot share its batch equally", found=f"batch = {stage.batch}", fix=f"a multiple of {count}")  # fmt: skip
+            raise UnsupportedError(
+                "finetune",
+                f"stage {stage.name!r}: {count} processes cannot share its batch equally",
+                found=f"batch = {stage.batch}",
+                fix=f"a multiple of {count}",
+            )
 
 
 class _Training:
     """One process's share of a run."""
 
-    def __init__(self, config: Config, start: Weights, pipe: Any, encoded: Mapping[tuple[str, int], Encoded], folder: Path) -> None:  # fmt: skip
+    def __init__(
+        self, config: Config, start: Weights, pipe: Any, encoded: Mapping[tuple[str, int], Encoded], folder: Path
+    ) -> None:
         self.config, self.start, self.pipe, self.folder = config, start, pipe, folder
         self.model = pipe.transformer
         if config.reset:
@@ -112,7 +128,9 @@ class _Training:
         parameters = dict(self.model.named_parameters())
         self.trained = {name: p for name, p in parameters.items() if config.trains(name, start.family)}
         if not self.trained:
-            raise AlkahestError("finetune", "everything is frozen", found=config.frozen, fix="freeze less, such as 'refiner'")  # fmt: skip
+            raise AlkahestError(
+                "finetune", "everything is frozen", found=config.frozen, fix="freeze less, such as 'refiner'"
+            )
         fixed = [name for name in parameters if name not in self.trained]
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in self.trained)
@@ -120,7 +138,11 @@ class _Training:
             self.model.enable_gradient_checkpointing()
         self.frozen = Frozen(self.model, fixed)
         self.updates = Updates(self.trained, config)
-        self.ema = {name: parallel.local(p.detach()).float().cpu().clone() for name, p in self.trained.items()} if config.ema else {}  # fmt: skip
+        self.ema = (
+            {name: parallel.local(p.detach()).float().cpu().clone() for name, p in self.trained.items()}
+            if config.ema
+            else {}
+        )
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.how = Arithmetic(self.model.device, dtype, config.precision == "mixed")
         sides = {key: split(one, config.held_out) for key, one in encoded.items()}
@@ -169,7 +191,9 @@ class _Training:
             picked = [(order.datasets[number], example) for number, example in batch.picks[first : first + share]]
             latents = [dataset.latents(example) for dataset, example in picked]
             captions = [dataset.embedding(example) for dataset, example in picked]
-            made = noised(latents, captions, picked[0][0].empty, stage, config.seed, self.step, part * stage.batch + first)  # fmt: skip
+            made = noised(
+                latents, captions, picked[0][0].empty, stage, config.seed, self.step, part * stage.batch + first
+            )
             loss = losses(self.model, made, self.how).mean()
             value = parallel.mean(float(loss.detach()))
             if not math.isfinite(value):
@@ -186,7 +210,12 @@ class _Training:
     def _lost(self, value: float) -> NonFiniteError:
         saved = existing(self.folder / "checkpoints")
         good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
-        return NonFiniteError("finetune", f"the loss is no number any more at step {self.step + 1}", found=value, fix=f"a smaller lr, or clip above 0; {good}")  # fmt: skip
+        return NonFiniteError(
+            "finetune",
+            f"the loss is no number any more at step {self.step + 1}",
+            found=value,
+            fix=f"a smaller lr, or clip above 0; {good}",
+        )
 
     def _measured(self, key: str, loss: float) -> TrainingStep:
         self.model.eval()
@@ -201,7 +230,11 @@ class _Training:
 
     def _save(self) -> None:
         self.frozen.check(self.step)
-        about = {"config": self.config.digest, "frozen": self.frozen.digest, "orders": [order.state for order in self.orders]}  # fmt: skip
+        about = {
+            "config": self.config.digest,
+            "frozen": self.frozen.digest,
+            "orders": [order.state for order in self.orders],
+        }
         state: dict[str, Tensor] = {f"trained|{name}": p for name, p in self.trained.items()}
         state |= {f"optimiser|{name}": value for name, value in self.updates.state()}
         state |= {f"ema|{name}": parallel.like(value, self.trained[name]) for name, value in self.ema.items()}
@@ -231,13 +264,20 @@ class _Training:
         for name, ours in (("config", self.config.digest), ("frozen", self.frozen.digest)):
             if found[name] != ours:
                 what = "of another configuration" if name == "config" else "started from other weights"
-                raise MismatchError("finetune", f"the checkpoints in this folder are {what}", file=saved, fix="name another folder, or restore the configuration and inputs")  # fmt: skip
+                raise MismatchError(
+                    "finetune",
+                    f"the checkpoints in this folder are {what}",
+                    file=saved,
+                    fix="name another folder, or restore the configuration and inputs",
+                )
         needed = [f"trained|{name}" for name in self.trained] + [f"ema|{name}" for name in self.ema]
         needed += found.get("names", [])  # of the optimiser too
         state = load_checkpoint(saved, self._place, needed)
         for name, running in self.ema.items():
             running.copy_(parallel.local(state[f"ema|{name}"]))
-        self.updates.load({name.removeprefix("optimiser|"): value for name, value in state.items() if name.startswith("optimiser|")})  # fmt: skip
+        self.updates.load(
+            {name.removeprefix("optimiser|"): value for name, value in state.items() if name.startswith("optimiser|")}
+        )
         for order, position in zip(self.orders, found["orders"], strict=True):
             order.go_to(position)
         self.step = found["step"]

@@ -39,16 +39,30 @@ class Mode:
 
     @property
     def text(self) -> str:
-        return f"{self.optimiser}, {'fp32 master' if self.precision == 'mixed' else 'bf16'}{', fused' if self.fused else ''}"
+        return (
+            f"{self.optimiser}, "
+            f"{'fp32 master' if self.precision == 'mixed' else 'bf16'}{', fused' if self.fused else ''}"
+        )
 
 
-MODES = [Mode(optimiser, precision, fused) for precision in ("bf16", "mixed") for optimiser in ("adafactor", "adamw8bit", "adamw") for fused in (True, False)]  # fmt: skip
+MODES = [
+    Mode(optimiser, precision, fused)
+    for precision in ("bf16", "mixed")
+    for optimiser in ("adafactor", "adamw8bit", "adamw")
+    for fused in (True, False)
+]
 
 
 def memory_plan(
-    weights: Weights, vram: float | None = None, *, frozen: str = "refiner", resolution: int = 1024, batch: int = 1,
-    checkpointing: bool = True, processes: int = 1,
-) -> pandas.DataFrame:  # fmt: skip
+    weights: Weights,
+    vram: float | None = None,
+    *,
+    frozen: str = "refiner",
+    resolution: int = 1024,
+    batch: int = 1,
+    checkpointing: bool = True,
+    processes: int = 1,
+) -> pandas.DataFrame:
     """GiB that each way to train needs on one GPU: a DataFrame, smallest first, ``fits`` where ``vram`` is given.
 
     >>> memory_plan(ak.open("z_image_bf16.safetensors"), vram=24)[["mode", "total", "card", "fits"]]
@@ -62,7 +76,9 @@ def memory_plan(
     import pandas as pd
 
     if resolution < 16 or batch < 1 or processes < 1:
-        raise AlkahestError("plan", "resolution, batch and processes must be positive", found=f"{resolution}, {batch}, {processes}")  # fmt: skip
+        raise AlkahestError(
+            "plan", "resolution, batch and processes must be positive", found=f"{resolution}, {batch}, {processes}"
+        )
     shapes = weights.shapes
     frozen = FROZEN.get(frozen, frozen)
     pattern = Pattern(frozen, weights.family).require_match(shapes, "plan") if frozen else None
@@ -89,14 +105,30 @@ def out_of_memory(error: Exception, config: Config, weights: Weights) -> Alkahes
         return None
     stage = max(config.stages, key=lambda one: one.resolution**2 * one.batch)
     vram = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
-    table = memory_plan(weights, vram, frozen=config.frozen, resolution=stage.resolution, batch=stage.batch, checkpointing=config.checkpointing, processes=parallel.size())  # fmt: skip
+    table = memory_plan(
+        weights,
+        vram,
+        frozen=config.frozen,
+        resolution=stage.resolution,
+        batch=stage.batch,
+        checkpointing=config.checkpointing,
+        processes=parallel.size(),
+    )
     least = memory_plan(weights, frozen=config.frozen, resolution=stage.resolution, processes=parallel.size()).iloc[0]
     fitting = table[table.fits]["mode"].tolist() if vram is not None else []
-    fix = f"these fit {vram:.0f} GiB: {'; '.join(fitting)}" if fitting else f"checkpointing = true, batch = 1 and {least['mode']} take the least: {least.total:.1f} GiB"  # fmt: skip
-    return AlkahestError("finetune", "out of memory", found=told.splitlines()[0][:160], fix=f"{fix}; alkahest finetune --plan says more")  # fmt: skip
+    fix = (
+        f"these fit {vram:.0f} GiB: {'; '.join(fitting)}"
+        if fitting
+        else f"checkpointing = true, batch = 1 and {least['mode']} take the least: {least.total:.1f} GiB"
+    )
+    return AlkahestError(
+        "finetune", "out of memory", found=told.splitlines()[0][:160], fix=f"{fix}; alkahest finetune --plan says more"
+    )
 
 
-def _parts(mode: Mode, shapes: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]], processes: int) -> dict[str, float]:  # fmt: skip
+def _parts(
+    mode: Mode, shapes: Mapping[str, tuple[int, ...]], trained: Mapping[str, tuple[int, ...]], processes: int
+) -> dict[str, float]:
     count, frozen = (sum(map(math.prod, some.values())) for some in (trained, shapes))
     frozen -= count
     largest = max(map(math.prod, trained.values()))

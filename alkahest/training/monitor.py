@@ -99,7 +99,15 @@ class Monitor:
             chosen = list(range(first, min(first + 16, len(held))))
             for bucket in {held.items[n].bucket for n in chosen}:
                 same = [n for n in chosen if held.items[n].bucket == bucket]
-                made = noised([held.latents(n) for n in same], [held.embedding(n) for n in same], held.empty, stage, self.config.seed, -1, first)  # fmt: skip
+                made = noised(
+                    [held.latents(n) for n in same],
+                    [held.embedding(n) for n in same],
+                    held.empty,
+                    stage,
+                    self.config.seed,
+                    -1,
+                    first,
+                )
                 total += float(losses(self.pipe.transformer, made, self.how).sum())
         return total / len(held)
 
@@ -124,7 +132,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UnsupportedError("finetune", "TensorBoard is not installed", fix='pip install "alkahest[train]"') from None  # fmt: skip
+            raise UnsupportedError(
+                "finetune", "TensorBoard is not installed", fix='pip install "alkahest[train]"'
+            ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Any] | None = None) -> None:
@@ -149,7 +159,13 @@ class _Wandb:
         self._wandb = wandb
         folder.mkdir(parents=True, exist_ok=True)
         # The run's folder names it, so that one that goes on is the same run there.
-        self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "alkahest"), id=f"{folder.name}-{config.digest}", name=folder.name, dir=str(folder), resume="allow")  # fmt: skip
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "alkahest"),
+            id=f"{folder.name}-{config.digest}",
+            name=folder.name,
+            dir=str(folder),
+            resume="allow",
+        )
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Any] | None = None) -> None:
         shown = {prompt: self._wandb.Image(image) for prompt, image in (pictures or {}).items()}

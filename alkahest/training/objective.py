@@ -26,7 +26,15 @@ class Noised:
     sigma: Tensor
 
 
-def noised(latents: Sequence[Tensor], captions: Sequence[Tensor], empty: Tensor, stage: Stage, seed: int, step: int, first: int = 0) -> Noised:  # fmt: skip
+def noised(
+    latents: Sequence[Tensor],
+    captions: Sequence[Tensor],
+    empty: Tensor,
+    stage: Stage,
+    seed: int,
+    step: int,
+    first: int = 0,
+) -> Noised:
     """Mix a batch with noise.
 
     ``x = (1 - sigma) data + sigma noise``; the model is told ``1 - sigma`` and must say ``data - noise``, as
@@ -41,7 +49,13 @@ def noised(latents: Sequence[Tensor], captions: Sequence[Tensor], empty: Tensor,
     data = torch.stack(list(latents)).float()
     noise = torch.from_numpy(np.stack([rng.standard_normal(data.shape[1:], np.float32) for rng in rngs]))
     mixed = torch.lerp(data, noise, sigma[:, None, None, None])
-    return Noised(mixed, 1 - sigma, [empty if gone else text for gone, text in zip(dropped, captions, strict=True)], data - noise, sigma)  # fmt: skip
+    return Noised(
+        mixed,
+        1 - sigma,
+        [empty if gone else text for gone, text in zip(dropped, captions, strict=True)],
+        data - noise,
+        sigma,
+    )
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

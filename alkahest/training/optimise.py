@@ -71,7 +71,10 @@ class Updates:
         """Every tensor of the optimisers' state, named for a file."""
         for name, optimiser in self._optimisers.items():
             for key, value in optimiser.state[self._masters[name]].items():
-                yield f"{name}|{key}", parallel.like(value, self._parameters[name]) if isinstance(value, Tensor) else torch.tensor(value)  # fmt: skip
+                yield (
+                    f"{name}|{key}",
+                    parallel.like(value, self._parameters[name]) if isinstance(value, Tensor) else torch.tensor(value),
+                )
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up the state that `state` gave, to the bit."""
@@ -116,5 +119,7 @@ def _maker(config: Config) -> Callable[[nn.Parameter], torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise UnsupportedError("finetune", "bitsandbytes is not installed", fix='pip install "alkahest[train]", or optimiser = "adamw"') from None  # fmt: skip
+        raise UnsupportedError(
+            "finetune", "bitsandbytes is not installed", fix='pip install "alkahest[train]", or optimiser = "adamw"'
+        ) from None
     return lambda p: AdamW8bit([p], **common, betas=config.betas)

@@ -114,5 +114,7 @@ def assign(tensor: Tensor, values: Tensor) -> None:
     """Put whole values into a tensor, of which this process may have some rows."""
     if isinstance(tensor, DTensor):
         # Every process has the same values, so each takes its rows and none is asked for them.
-        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()  # fmt: skip
+        values = distribute_tensor(
+            values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+        ).to_local()
     local(tensor).copy_(values)

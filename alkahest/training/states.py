@@ -46,7 +46,13 @@ def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Ma
                     json.dumps({"step": step, **about, "names": sorted(state)}, indent=1)
                 )
     except (SafetensorError, CheckpointException) as error:
-        raise OutputError("finetune", "the checkpoint could not be written", file=target, found=str(error)[:200], fix="free some space: the run goes on from the checkpoint before") from None  # fmt: skip
+        raise OutputError(
+            "finetune",
+            "the checkpoint could not be written",
+            file=target,
+            found=str(error)[:200],
+            fix="free some space: the run goes on from the checkpoint before",
+        ) from None
     if parallel.rank() == 0:
         for old in existing(folder)[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
@@ -93,7 +99,9 @@ def about_checkpoint(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from None
 
 
-def load_checkpoint(path: Path, place: Callable[[str, tuple[int, ...], torch.dtype], Tensor | None], needed: Iterable[str]) -> dict[str, Tensor]:  # fmt: skip
+def load_checkpoint(
+    path: Path, place: Callable[[str, tuple[int, ...], torch.dtype], Tensor | None], needed: Iterable[str]
+) -> dict[str, Tensor]:
     """Read one checkpoint's numbers back, whatever number of processes wrote it; FileFormatError if it is damaged.
 
     ``place`` gives the tensor to read a name into, or None if nothing of this name and shape belongs to the run.
@@ -140,16 +148,22 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileFormatError(
-            "finetune", "this checkpoint cannot be read at the moment", file=path, found=reason(error),
+            "finetune",
+            "this checkpoint cannot be read at the moment",
+            file=path,
+            found=reason(error),
             fix="see to the disk; the checkpoint may be sound",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _damaged(path: Path, what: object) -> FileFormatError:
     return FileFormatError(
-        "finetune", "this checkpoint is damaged", file=path, found=str(what)[:200],
+        "finetune",
+        "this checkpoint is damaged",
+        file=path,
+        found=str(what)[:200],
         fix="delete it: the run goes on from the one before",
-    )  # fmt: skip
+    )
 
 
 def hash_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -177,7 +191,13 @@ class Frozen:
     def check(self, step: int) -> None:
         """Raise MismatchError if a byte of them is not what it was."""
         if self.now != self.digest:
-            raise MismatchError("finetune", f"frozen tensors have moved by step {step}", expected=self.digest, found=self.now, fix="something outside of the run writes into the model")  # fmt: skip
+            raise MismatchError(
+                "finetune",
+                f"frozen tensors have moved by step {step}",
+                expected=self.digest,
+                found=self.now,
+                fix="something outside of the run writes into the model",
+            )
 
     def __repr__(self) -> str:
         return f"{len(self._tensors)} frozen tensors, {size_text(sum(t.nbytes for t in self._tensors.values()))}"

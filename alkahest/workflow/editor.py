@@ -76,8 +76,14 @@ class _Scope:
     promoted: Mapping[tuple[str, str], Any] = field(default_factory=dict)  # (node, widget) -> value from outside
 
     def __post_init__(self) -> None:
-        self.nodes = {str(_get(node, "id", (int, str), self.file)): node for node in _list(self.graph, "nodes", dict, self.file)}  # fmt: skip
-        self.ends = [_ends(link, self.file) for link in _list(self.graph, "links", (list, dict, type(None)), self.file) if link is not None]  # fmt: skip
+        self.nodes = {
+            str(_get(node, "id", (int, str), self.file)): node for node in _list(self.graph, "nodes", dict, self.file)
+        }
+        self.ends = [
+            _ends(link, self.file)
+            for link in _list(self.graph, "links", (list, dict, type(None)), self.file)
+            if link is not None
+        ]
         self.links = {one: (origin, slot) for one, origin, slot, _, _ in self.ends}
 
 
@@ -85,7 +91,9 @@ def flattened(workflow: Mapping[str, Any], file: object) -> Iterator[tuple[str, 
     """Every node that the server would see: id, class, and inputs by name."""
     definitions = workflow.get("definitions") or {}
     subgraphs = definitions.get("subgraphs") or [] if isinstance(definitions, dict) else []
-    known = {str(one.get("id")): one for one in subgraphs if isinstance(one, dict)} if isinstance(subgraphs, list) else {}  # fmt: skip
+    known = (
+        {str(one.get("id")): one for one in subgraphs if isinstance(one, dict)} if isinstance(subgraphs, list) else {}
+    )
     editor = _Editor(known, file)
     yield from editor.nodes_of(_Scope(file, workflow))
 
@@ -101,7 +109,9 @@ class _Editor:
                 continue
             self.count += 1
             if self.count > _MAX_NODES:
-                raise RecipeError("workflow", "the workflow has too many nodes", file=self.file, expected=f"at most {_MAX_NODES:,}")  # fmt: skip
+                raise RecipeError(
+                    "workflow", "the workflow has too many nodes", file=self.file, expected=f"at most {_MAX_NODES:,}"
+                )
             if kind in self.subgraphs:
                 yield from self.nodes_of(self.inside(scope, one, node))
             else:
@@ -109,7 +119,12 @@ class _Editor:
 
     def inside(self, scope: _Scope, one: str, node: Mapping[str, Any]) -> _Scope:
         if scope.prefix.count(":") >= _MAX_DEPTH:
-            raise RecipeError("workflow", "subgraphs are nested without end", file=self.file, found=f"a subgraph within itself at {scope.prefix[:60]}...")  # fmt: skip
+            raise RecipeError(
+                "workflow",
+                "subgraphs are nested without end",
+                file=self.file,
+                found=f"a subgraph within itself at {scope.prefix[:60]}...",
+            )
         definition = self.subgraphs[_kind(node, self.file)]
         inner = _Scope(self.file, definition, f"{scope.prefix}{one}:", scope, node)
         inner.promoted = _promoted(inner, scope.promoted, one)
@@ -141,7 +156,13 @@ class _Editor:
         """What feeds a link: a `Link` to a node that the server sees, a literal, or `Absent`."""
         place = (scope.prefix, link)
         if place in seen:
-            raise RecipeError("workflow", "links run in a circle", file=self.file, found=f"link {link} leads back to itself", fix="the editor cannot run this either; take the loop out")  # fmt: skip
+            raise RecipeError(
+                "workflow",
+                "links run in a circle",
+                file=self.file,
+                found=f"link {link} leads back to itself",
+                fix="the editor cannot run this either; take the loop out",
+            )
         if not isinstance(link, (int, str)) or link not in scope.links:
             return Absent(f"its link {link!r} does not exist")
         origin, slot = scope.links[link]
@@ -152,20 +173,30 @@ class _Editor:
             return Absent(f"it comes from node {scope.prefix}{origin}, which does not exist")
         return self.output(scope, origin, node, slot, (*seen, place))
 
-    def output(self, scope: _Scope, one: str, node: Mapping[str, Any], slot: int, seen: tuple[tuple[str, Any], ...]) -> Any:  # fmt: skip
+    def output(
+        self, scope: _Scope, one: str, node: Mapping[str, Any], slot: int, seen: tuple[tuple[str, Any], ...]
+    ) -> Any:
         kind, mode, name = _kind(node, self.file), node.get("mode", 0), f"{scope.prefix}{one}"
         slots = _list(node, "inputs", dict, self.file)
         if mode == _MUTED:
             return Absent(f"node {name} ({kind}) is muted")
         if mode == _BYPASSED:
             through = _through(node, slots, slot, self.file)
-            return self.source(scope, through["link"], seen) if through else Absent(f"node {name} ({kind}) is bypassed and has no input of that type")  # fmt: skip
+            return (
+                self.source(scope, through["link"], seen)
+                if through
+                else Absent(f"node {name} ({kind}) is bypassed and has no input of that type")
+            )
         values = node.get("widgets_values")
         first = values[0] if isinstance(values, list) and values else None
         if kind == "PrimitiveNode":
             return first
         if kind == "Reroute":
-            return self.source(scope, slots[0]["link"], seen) if slots and slots[0].get("link") is not None else Absent(f"node {name} (Reroute) has no input")  # fmt: skip
+            return (
+                self.source(scope, slots[0]["link"], seen)
+                if slots and slots[0].get("link") is not None
+                else Absent(f"node {name} (Reroute) has no input")
+            )
         if kind == "GetNode":
             return self.named(scope, first, name, seen)
         if kind in self.subgraphs:

@@ -37,7 +37,12 @@ def find_model(file: ModelFile, models: str | os.PathLike[str], workflow: object
     """
     root = Path(models).expanduser()
     if not root.is_dir():
-        raise FileFormatError("workflow", "the folder of models does not exist", file=root, fix="name ComfyUI's models folder, or one that holds the files")  # fmt: skip
+        raise FileFormatError(
+            "workflow",
+            "the folder of models does not exist",
+            file=root,
+            fix="name ComfyUI's models folder, or one that holds the files",
+        )
     relative = _inside(file, workflow)
     bases = [base for base in (root / "models", root) if base.is_dir()]
     places = [base / folder for base in bases for folder in FOLDERS[file.folder]] + bases
@@ -47,9 +52,12 @@ def find_model(file: ModelFile, models: str | os.PathLike[str], workflow: object
                 return place / relative
     known = [name for place in [*places[:-1], root] if place.is_dir() for name in islice(_names(place), _MOST)]
     raise FileFormatError(
-        "workflow", f"{file.node} loads a file that is not here", file=root, expected=str(file),
+        "workflow",
+        f"{file.node} loads a file that is not here",
+        file=root,
+        expected=str(file),
         fix=f"{nearest(file.name, known)}. Put it there, or give its path by name",
-    )  # fmt: skip
+    )
 
 
 def _inside(file: ModelFile, workflow: object) -> Path:
@@ -57,13 +65,20 @@ def _inside(file: ModelFile, workflow: object) -> Path:
     parts = re.split(r"[\\/]", file.name)
     if not file.name.strip() or "\0" in file.name or ":" in parts[0] or any(part in ("", ".", "..") for part in parts):
         raise RecipeError(
-            "workflow", f"{file.node} names a file outside the models folder", file=workflow,
-            expected="a name below the folder, such as z-image/base.safetensors", found=repr(file.name)[:300],
+            "workflow",
+            f"{file.node} names a file outside the models folder",
+            file=workflow,
+            expected="a name below the folder, such as z-image/base.safetensors",
+            found=repr(file.name)[:300],
             fix="put the file into the folder, and choose it there",
-        )  # fmt: skip
+        )
     return Path(*parts)
 
 
 def _names(place: Path) -> Iterator[str]:
     for folder, _, files in os.walk(place):
-        yield from (os.path.relpath(os.path.join(folder, name), place).replace(os.sep, "/") for name in sorted(files) if name.endswith(".safetensors"))  # fmt: skip
+        yield from (
+            os.path.relpath(os.path.join(folder, name), place).replace(os.sep, "/")
+            for name in sorted(files)
+            if name.endswith(".safetensors")
+        )

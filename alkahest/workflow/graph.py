@@ -35,7 +35,13 @@ Graph = dict[str, Node]
 def json_in(reader: Reader) -> Any:
     """The JSON in a file, as ComfyUI writes it, NaN included; RecipeError for anything else."""
     if reader.size > MAX_BYTES:
-        raise RecipeError("workflow", "this is too long for a workflow", file=reader.path, expected=f"at most {MAX_BYTES:,} bytes", found=f"{reader.size:,}")  # fmt: skip
+        raise RecipeError(
+            "workflow",
+            "this is too long for a workflow",
+            file=reader.path,
+            expected=f"at most {MAX_BYTES:,} bytes",
+            found=f"{reader.size:,}",
+        )
     return parsed_json(reader.read(0, reader.size), reader.path)
 
 
@@ -44,7 +50,9 @@ def parsed_json(text: bytes, file: object) -> Any:
     try:
         return json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise RecipeError("workflow", "this is not valid JSON", file=file, found=str(error)[:200] or "nesting too deep") from None  # fmt: skip
+        raise RecipeError(
+            "workflow", "this is not valid JSON", file=file, found=str(error)[:200] or "nesting too deep"
+        ) from None
 
 
 def read_graph(value: Any, file: object = None) -> Graph:
@@ -53,22 +61,33 @@ def read_graph(value: Any, file: object = None) -> Graph:
         try:
             return {one: Node(one, kind, inputs) for one, kind, inputs in flattened(value, file)}
         except RecursionError:
-            raise RecipeError("workflow", "the graph is too deep", file=file, expected="at most some hundred reroutes in a row") from None  # fmt: skip
+            raise RecipeError(
+                "workflow", "the graph is too deep", file=file, expected="at most some hundred reroutes in a row"
+            ) from None
     if isinstance(value, dict) and isinstance(value.get("prompt"), dict):  # as it is sent to the server
         value = value["prompt"]
-    if not isinstance(value, dict) or not any(isinstance(node, dict) and "class_type" in node for node in value.values()):  # fmt: skip
+    if not isinstance(value, dict) or not any(
+        isinstance(node, dict) and "class_type" in node for node in value.values()
+    ):
         raise RecipeError(
-            "workflow", "this is not a ComfyUI workflow", file=file,
+            "workflow",
+            "this is not a ComfyUI workflow",
+            file=file,
             expected="the editor's form, with nodes and links, or the API form, with a class_type for each node",
-            found=f"JSON with {', '.join(map(repr, list(value)[:5])) if isinstance(value, dict) else type(value).__name__}",
-        )  # fmt: skip
+            found=(
+                "JSON with "
+                f"{', '.join(map(repr, list(value)[:5])) if isinstance(value, dict) else type(value).__name__}"
+            ),
+        )
     return {one: _api_node(one, node, file) for one, node in value.items()}
 
 
 def _api_node(one: str, node: Any, file: object) -> Node:
     kind, inputs = (node.get("class_type"), node.get("inputs", {})) if isinstance(node, dict) else (None, None)
     if not isinstance(kind, str) or not isinstance(inputs, dict):
-        raise RecipeError("workflow", f"node {one} is damaged", file=file, expected="class_type and inputs", found=str(node)[:200])  # fmt: skip
+        raise RecipeError(
+            "workflow", f"node {one} is damaged", file=file, expected="class_type and inputs", found=str(node)[:200]
+        )
     return Node(one, kind, {name: _api_input(value) for name, value in inputs.items()})
 
 

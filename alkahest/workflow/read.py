@@ -45,7 +45,12 @@ def graph_in(metadata: Mapping[str, str], file: object) -> Graph:
     for name in ("prompt", "workflow"):
         if metadata.get(name, "").strip() not in ("", "{}", "null"):
             return read_graph(parsed_json(metadata[name].encode("utf-8", "surrogatepass"), file), file)
-    raise RecipeError("workflow", "there is no workflow in this file", file=file, expected="prompt or workflow, which ComfyUI writes unless it is told --disable-metadata")  # fmt: skip
+    raise RecipeError(
+        "workflow",
+        "there is no workflow in this file",
+        file=file,
+        expected="prompt or workflow, which ComfyUI writes unless it is told --disable-metadata",
+    )
 
 
 def _own(recipes: list[WorkflowRecipe], path: Path) -> list[WorkflowRecipe]:

@@ -26,10 +26,32 @@ SAVERS = {"ModelSave": "native", "CheckpointSave": None, "AlkahestSave": "native
 _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider", "BasicGuider", "DualCFGGuider")
 # Nodes of ComfyUI that change how a model is sampled, and none of its weights.
 _PASSING = (
-    "ModelSamplingAuraFlow", "ModelSamplingSD3", "ModelSamplingFlux", "RescaleCFG", "RenormCFG", "CFGNorm", "CFGZeroStar",
-    "EasyCache", "LazyCache", "TorchCompileModel", "DifferentialDiffusion", "SkipLayerGuidanceDiT", "FreSca", "MahiroCFG",
-)  # fmt: skip
-_OTHER_FAMILIES = ("ModelMergeSD", "ModelMergeFlux", "ModelMergeAuraflow", "ModelMergeMochi", "ModelMergeLTXV", "ModelMergeCosmos", "ModelMergeWAN", "ModelMergeQwen", "ImageOnlyCheckpointLoader")  # fmt: skip
+    "ModelSamplingAuraFlow",
+    "ModelSamplingSD3",
+    "ModelSamplingFlux",
+    "RescaleCFG",
+    "RenormCFG",
+    "CFGNorm",
+    "CFGZeroStar",
+    "EasyCache",
+    "LazyCache",
+    "TorchCompileModel",
+    "DifferentialDiffusion",
+    "SkipLayerGuidanceDiT",
+    "FreSca",
+    "MahiroCFG",
+)
+_OTHER_FAMILIES = (
+    "ModelMergeSD",
+    "ModelMergeFlux",
+    "ModelMergeAuraflow",
+    "ModelMergeMochi",
+    "ModelMergeLTXV",
+    "ModelMergeCosmos",
+    "ModelMergeWAN",
+    "ModelMergeQwen",
+    "ImageOnlyCheckpointLoader",
+)
 _OTHER_ENCODERS = ("DualCLIPLoader", "TripleCLIPLoader", "QuadrupleCLIPLoader")
 # With these ComfyUI makes of qwen_3_4b what Z-Image needs.
 _ENCODER_TYPES = ("lumina2", "stable_diffusion", "qwen_image")
@@ -57,17 +79,24 @@ class WorkflowRecipe(Recipe):
 
 
 def recipes_of(graph: Graph, source: Path | None = None, node: str | None = None) -> list[WorkflowRecipe]:
-    """One recipe for every node that saves a model, or for one of them; if there is none, for every model that is sampled."""
+    """One recipe for every node that saves a model, or for one of them; if there is none, for every model that is
+    sampled.
+    """
     found = [node for node in graph.values() if node.kind in SAVERS]
     found = found or [node for node in graph.values() if node.kind in _SAMPLERS]
     if not found:
         raise RecipeError(
-            "workflow", "the workflow neither saves nor samples a model", file=source,
-            expected=", ".join([*SAVERS, *_SAMPLERS[:3]]), found=", ".join(sorted({node.kind for node in graph.values()}))[:500],
-        )  # fmt: skip
+            "workflow",
+            "the workflow neither saves nor samples a model",
+            file=source,
+            expected=", ".join([*SAVERS, *_SAMPLERS[:3]]),
+            found=", ".join(sorted({node.kind for node in graph.values()}))[:500],
+        )
     chosen = [one for one in found if node in (None, one.id)]
     if not chosen:
-        raise RecipeError("workflow", f"no node {node} saves a model", file=source, fix=nearest(str(node), [one.id for one in found]))  # fmt: skip
+        raise RecipeError(
+            "workflow", f"no node {node} saves a model", file=source, fix=nearest(str(node), [one.id for one in found])
+        )
     made = [_Reading(graph, source).recipe(one) for one in chosen]
     if found[0].kind in SAVERS:
         return made
@@ -98,10 +127,15 @@ class _Reading:
         self.require_family(node)
         saved_as = node.inputs.get("filename_prefix", "") if node.kind in SAVERS else ""
         return WorkflowRecipe(
-            value.text, output=output, node=node.id, saved_as=saved_as if isinstance(saved_as, str) else "",
-            files=self.files, notes=list(dict.fromkeys(self.notes)), computed=tuple(self.computed.values()),
+            value.text,
+            output=output,
+            node=node.id,
+            saved_as=saved_as if isinstance(saved_as, str) else "",
+            files=self.files,
+            notes=list(dict.fromkeys(self.notes)),
+            computed=tuple(self.computed.values()),
             source=self.source,
-        )  # fmt: skip
+        )
 
     def model(self, node: Node, name: str) -> Value:
         """What arrives at an input of type MODEL."""
@@ -120,7 +154,12 @@ class _Reading:
             )
         if origin.id in self._path:
             circle = " -> ".join([*self._path[self._path.index(origin.id) :], origin.id])
-            raise self.refused(node, "the graph runs in a circle", found=circle, fix="ComfyUI cannot run this either; take the loop out")  # fmt: skip
+            raise self.refused(
+                node,
+                "the graph runs in a circle",
+                found=circle,
+                fix="ComfyUI cannot run this either; take the loop out",
+            )
         if len(self._path) >= _MAX_DEPTH:
             raise self.refused(node, "the graph is too deep", expected=f"at most {_MAX_DEPTH} nodes in a row")
         self._path.append(origin.id)
@@ -138,17 +177,25 @@ class _Reading:
         if node.kind.startswith(_OTHER_FAMILIES):
             raise self.refused(node, "this node is for another family of models", expected="Z-Image")
         raise self.refused(
-            node, f"what this node does to a model is not known, and {after} takes its output",
+            node,
+            f"what this node does to a model is not known, and {after} takes its output",
             expected=", ".join([*_NODES, *_PASSING[:3], "..."]),
-            fix="it is a group node of an older editor: unpack it there and save again" if node.kind.startswith("workflow")
+            fix="it is a group node of an older editor: unpack it there and save again"
+            if node.kind.startswith("workflow")
             else "take it out, or save the model before it and start from that file",
-        )  # fmt: skip
+        )
 
     def pass_through(self, node: Node) -> None:
-        settings = ", ".join(f"{name} = {value}" for name, value in node.inputs.items() if isinstance(value, (int, float)))  # fmt: skip
-        self.notes.append(f"{node} changes how the model is sampled, not its weights{f': {settings}' if settings else ''}")  # fmt: skip
+        settings = ", ".join(
+            f"{name} = {value}" for name, value in node.inputs.items() if isinstance(value, (int, float))
+        )
+        self.notes.append(
+            f"{node} changes how the model is sampled, not its weights{f': {settings}' if settings else ''}"
+        )
         if node.kind == "ModelSamplingSD3":
-            self.notes.append(f"{node} is wrong for Z-Image: it passes times a thousand times too large; use ModelSamplingAuraFlow")  # fmt: skip
+            self.notes.append(
+                f"{node} is wrong for Z-Image: it passes times a thousand times too large; use ModelSamplingAuraFlow"
+            )
 
     def number(self, node: Node, name: str, default: float | None = None) -> float:
         value = self.literal(node, name, default)
@@ -157,7 +204,11 @@ class _Reading:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise self.refused(node, f"{name} is not a number", found=f"{value!r:.200}" if number != math.inf else "more than a number can be")  # fmt: skip
+            raise self.refused(
+                node,
+                f"{name} is not a number",
+                found=f"{value!r:.200}" if number != math.inf else "more than a number can be",
+            )
         return number
 
     def literal(self, node: Node, name: str, default: Any = None) -> Any:
@@ -166,7 +217,12 @@ class _Reading:
         while isinstance(value, Link) and seen < _MAX_DEPTH:
             origin, seen = self.graph.get(value.node), seen + 1
             if origin is None or not origin.kind.startswith("Primitive"):
-                raise self.refused(node, f"{name} is computed while the graph runs", found=f"it comes from {origin or 'node ' + value.node}", fix="type the number in")  # fmt: skip
+                raise self.refused(
+                    node,
+                    f"{name} is computed while the graph runs",
+                    found=f"it comes from {origin or 'node ' + value.node}",
+                    fix="type the number in",
+                )
             value = origin.inputs.get("value")
         if isinstance(value, Absent):
             raise self.refused(node, f"{name} is missing: {value.why}")
@@ -196,7 +252,9 @@ class _Reading:
                 origin and leading and (leading.folder, leading.name) == ("checkpoints", origin.inputs.get("ckpt_name"))
             )
             if origin is None or origin.kind != "CheckpointLoaderSimple" or not led:
-                self.notes.append(f"{node} also saves a {name} from {origin or 'nowhere'}, which a recipe does not carry")  # fmt: skip
+                self.notes.append(
+                    f"{node} also saves a {name} from {origin or 'nowhere'}, which a recipe does not carry"
+                )
 
     def require_family(self, node: Node) -> None:
         """Refuse a model that is used with a text encoder as Z-Image has none; its own files are not opened here."""
@@ -208,7 +266,12 @@ class _Reading:
                     continue
                 kind = origin.inputs.get("type", "lumina2") if origin.kind == "CLIPLoader" else "lumina2"
                 if origin.kind in _OTHER_ENCODERS or kind not in _ENCODER_TYPES:
-                    raise self.refused(origin, "this text encoder is for another family of models", expected="Z-Image: CLIPLoader with type lumina2", found=f"{origin.kind} {kind}")  # fmt: skip
+                    raise self.refused(
+                        origin,
+                        "this text encoder is for another family of models",
+                        expected="Z-Image: CLIPLoader with type lumina2",
+                        found=f"{origin.kind} {kind}",
+                    )
                 seen.add(origin.id)
                 waiting.append(origin.id)
 
@@ -227,7 +290,9 @@ def _numbered(stem: str) -> Iterator[str]:
 def _unet(reading: _Reading, node: Node) -> Value:
     dtype = reading.literal(node, "weight_dtype", "default")
     if dtype != "default":
-        reading.notes.append(f"{node} loads in {dtype}; the recipe takes the file as it is, so results differ by that rounding")  # fmt: skip
+        reading.notes.append(
+            f"{node} loads in {dtype}; the recipe takes the file as it is, so results differ by that rounding"
+        )
     return values.model(reading.file(node, "diffusion_models", "unet_name"))
 
 
@@ -236,14 +301,19 @@ def _checkpoint(reading: _Reading, node: Node) -> Value:
 
 
 def _subtract(reading: _Reading, node: Node) -> Value:
-    return values.subtracted(reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, "multiplier"))  # fmt: skip
+    return values.subtracted(
+        reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, "multiplier")
+    )
 
 
 def _add(reading: _Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
     made = values.added(first, second)
     if first.kind == DELTA and second.kind == WEIGHTS and not first.terms:
-        reading.notes.append(f"{node} has the difference as model1, so ComfyUI would keep that one's pad tokens; the recipe keeps model2's")  # fmt: skip
+        reading.notes.append(
+            f"{node} has the difference as model1, so ComfyUI would keep that one's pad tokens; the recipe keeps "
+            "model2's"
+        )
     return made
 
 
@@ -254,7 +324,10 @@ def _simple(reading: _Reading, node: Node, ratio: str = "ratio") -> Value:
 def _blocks(reading: _Reading, node: Node) -> Value:
     # Its ratios are for tensors that begin with input, middle or out. Z-Image has none, so the first is for all.
     if len({reading.number(node, name, 1.0) for name in ("input", "middle", "out")}) > 1:
-        reading.notes.append(f"{node}: no tensor of Z-Image is called input, middle or out, so the first ratio is used for all, in ComfyUI too")  # fmt: skip
+        reading.notes.append(
+            f"{node}: no tensor of Z-Image is called input, middle or out, so the first ratio is used for all, in "
+            "ComfyUI too"
+        )
     return _simple(reading, node, "input")
 
 
@@ -295,7 +368,12 @@ def _our_subtract(reading: _Reading, node: Node) -> Value:
 def _our_add(reading: _Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
     if (first.kind, second.kind) != (WEIGHTS, DELTA):
-        raise reading.refused(node, "this node adds a difference to a model", expected="model1 a model, model2 a difference", found=f"{first.kind} and {second.kind}")  # fmt: skip
+        raise reading.refused(
+            node,
+            "this node adds a difference to a model",
+            expected="model1 a model, model2 a difference",
+            found=f"{first.kind} and {second.kind}",
+        )
     kept = values.without(second, "refiner") if reading.literal(node, "keep_refiner", True) else second
     return values.plus(first, values.times(_factor(reading, node), kept))
 
@@ -328,7 +406,12 @@ def parts_of(text: str) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not colon or not pattern.strip() or not math.isfinite(value):
-            raise RecipeError("parts", "a part and its factor cannot be read", expected="such as layers.0-9: 1.5, embedders: 0", found=piece[:200])  # fmt: skip
+            raise RecipeError(
+                "parts",
+                "a part and its factor cannot be read",
+                expected="such as layers.0-9: 1.5, embedders: 0",
+                found=piece[:200],
+            )
         found.pop(pattern.strip(), None)  # the last that fits counts
         found[pattern.strip()] = value
     return found

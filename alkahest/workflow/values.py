@@ -29,7 +29,9 @@ class Value:
 
     def __post_init__(self) -> None:
         if len(self.text) > MAX_TEXT:
-            raise RecipeError("workflow", "the recipe of this graph is too long", expected=f"at most {MAX_TEXT:,} characters")  # fmt: skip
+            raise RecipeError(
+                "workflow", "the recipe of this graph is too long", expected=f"at most {MAX_TEXT:,} characters"
+            )
 
     def wrapped(self, least: int) -> str:
         return self.text if self.level >= least else f"({self.text})"
@@ -112,7 +114,9 @@ def total(first: tuple[tuple[str, float], ...], second: tuple[tuple[str, float],
     factors = sum(factor for _, factor in terms)
     texts, shares = ", ".join(text for text, _ in terms), ", ".join(text_of(factor) for _, factor in terms)
     is_model = bool(first and second) and abs(factors - 1.0) < 1e-9
-    return Value(f"weighted_sum([{texts}], [{shares}])", ATOM, WEIGHTS if is_model else TOTAL, terms if first and second else ())  # fmt: skip
+    return Value(
+        f"weighted_sum([{texts}], [{shares}])", ATOM, WEIGHTS if is_model else TOTAL, terms if first and second else ()
+    )
 
 
 def _scaled(value: Value, factor: float) -> tuple[tuple[str, float], ...]:

@@ -29,7 +29,9 @@ _LORA_LIMIT = 100.0
 PADS = "ComfyUI merges no pad tokens: they stay the first model's"
 
 
-def write_workflow(expression: Weights, path: str | os.PathLike[str], prefix: str = "diffusion_models/alkahest") -> list[str]:  # fmt: skip
+def write_workflow(
+    expression: Weights, path: str | os.PathLike[str], prefix: str = "diffusion_models/alkahest"
+) -> list[str]:
     """Write an expression as a ComfyUI workflow (API form, which the editor opens too) that saves the model.
 
     >>> ak.write_workflow(bridge + 171.1 * (variant - base), "merge.json")
@@ -47,7 +49,12 @@ def write_workflow(expression: Weights, path: str | os.PathLike[str], prefix: st
 def graph_of(expression: Weights, prefix: str = "diffusion_models/alkahest") -> tuple[dict[str, Any], list[str]]:
     """The graph of `write_workflow`, and its notes."""
     if not isinstance(expression, Weights):
-        raise AlgebraError("workflow", "a workflow saves a complete model", found=type(expression).__name__, fix="add the delta to a checkpoint")  # fmt: skip
+        raise AlgebraError(
+            "workflow",
+            "a workflow saves a complete model",
+            found=type(expression).__name__,
+            fix="add the delta to a checkpoint",
+        )
     writing = _Writing()
     last = writing.weights(expression)
     writing.node("ModelSave", model=last, filename_prefix=prefix)
@@ -90,13 +97,17 @@ class _Writing:
         first, protect = self.weights(one.operands[0]), ", ".join(dict.fromkeys(one.protection))
         shares = [_value(share) for share in one.shares]
         if one.is_lerp and not protect and 0.0 <= shares[0] <= 1.0:
-            return self.node("ModelMergeSimple", model1=first, model2=self.weights(one.operands[1]), ratio=1.0 - shares[0])  # fmt: skip
+            return self.node(
+                "ModelMergeSimple", model1=first, model2=self.weights(one.operands[1]), ratio=1.0 - shares[0]
+            )
         mixed = first
         for share, other in zip(shares, one.operands[1:], strict=True):
             if protect:
                 mixed = self.merge(mixed, self.weights(other), first, share, protect, "")
             else:
-                mixed = self.node("ModelMergeAdd", model1=mixed, model2=self.subtracted(self.weights(other), first, share))  # fmt: skip
+                mixed = self.node(
+                    "ModelMergeAdd", model1=mixed, model2=self.subtracted(self.weights(other), first, share)
+                )
         return mixed
 
     def added(self, start: list[Any], factor: float, delta: Delta, protect: str, weights: Weights) -> list[Any]:
@@ -137,7 +148,9 @@ class _Writing:
             raise AlgebraError(
                 "workflow", f"Alkahest Merge takes a multiplier of at most {OUR_LIMIT:g}", found=f"{factor:g}"
             )
-        return self.node("AlkahestMerge", bridge=bridge, variant=variant, base=base, multiplier=factor, protect=protect, parts=parts)  # fmt: skip
+        return self.node(
+            "AlkahestMerge", bridge=bridge, variant=variant, base=base, multiplier=factor, protect=protect, parts=parts
+        )
 
     def subtracted(self, variant: list[Any], base: list[Any], factor: float) -> list[Any]:
         """``factor * (variant - base)`` by core nodes, however large the factor."""
@@ -155,15 +168,21 @@ class _Writing:
             changed = self.node("LoraLoaderModelOnly", model=start, lora_name=name, strength_model=1.0)
             return self.merge(start, changed, start, factor, protect, "")
         if abs(factor) > _LORA_LIMIT:
-            raise AlgebraError("workflow", "LoraLoaderModelOnly takes a strength of at most 100", found=f"{factor:g} * {lora.text()}")  # fmt: skip
+            raise AlgebraError(
+                "workflow", "LoraLoaderModelOnly takes a strength of at most 100", found=f"{factor:g} * {lora.text()}"
+            )
         return self.node("LoraLoaderModelOnly", model=start, lora_name=name, strength_model=factor)
 
     def checkpoint(self, one: Checkpoint) -> list[Any]:
         if len(one.files) > 1 or one.layout != "native":
             raise OutputError(
-                "workflow", "ComfyUI cannot load this checkpoint", file=one.path, expected="one file with native names",
-                found=f"{one.layout}, {len(one.files)} files", fix=f"alkahest convert {one.path} -o {one.name}.safetensors",
-            )  # fmt: skip
+                "workflow",
+                "ComfyUI cannot load this checkpoint",
+                file=one.path,
+                expected="one file with native names",
+                found=f"{one.layout}, {len(one.files)} files",
+                fix=f"alkahest convert {one.path} -o {one.name}.safetensors",
+            )
         path = one.files[0].path
         if one.companions:
             return self.node("CheckpointLoaderSimple", ckpt_name=_file_name(path, "checkpoints", one.name))
@@ -210,6 +229,9 @@ def _file_name(path: Path, folder: str, name: str) -> str:
 
 def _unsaid(one: Expression) -> AlgebraError:
     return AlgebraError(
-        "workflow", "no ComfyUI node says this", found=f"{type(one).__name__}: {one.text()}"[:500],
-        expected="files, sums with differences and LoRAs, lerp, weighted_sum", fix="save that part as a file, and start from it",
-    )  # fmt: skip
+        "workflow",
+        "no ComfyUI node says this",
+        found=f"{type(one).__name__}: {one.text()}"[:500],
+        expected="files, sums with differences and LoRAs, lerp, weighted_sum",
+        fix="save that part as a file, and start from it",
+    )

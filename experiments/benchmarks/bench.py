@@ -1,11 +1,11 @@
 """Every claim of speed, measured beside the other tools and the floor: `make bench`.
 
     python experiments/benchmarks/bench.py                    # all sizes but the full one; an hour on two cores
-    python experiments/benchmarks/bench.py --full             # and 12.3 GB a file, for ours and the floor; 50 GB of disk
-    python experiments/benchmarks/bench.py --layers 1 --rounds 1 --only merge
+    python experiments/benchmarks/bench.py --full             # and 12.3 GB a file, for ours and the floor; 50 GB of
+    disk python experiments/benchmarks/bench.py --layers 1 --rounds 1 --only merge
 
-Made-up files of true shapes. Each run is a fresh process; the tools take turns, round by round, so that all meet the same
-machine, with warm page cache and (merges) with cold. The other tools are installed into a venv of their own. What
+Made-up files of true shapes. Each run is a fresh process; the tools take turns, round by round, so that all meet the
+same machine, with warm page cache and (merges) with cold. The other tools are installed into a venv of their own. What
 comes out is results/bench.csv, one row a run, the table in README.md, and results/bench.svg.
 """
 
@@ -43,13 +43,23 @@ class Tool:
 
 
 TOOLS = {
-    "merge": [Tool("floor", "floor.py", "merge"), Tool("alkahest", "ours.py", "merge"), Tool("torch", "peers.py", "torch"), Tool("mergekit", "peers.py", "mergekit"), Tool("sd-mecha", "peers.py", "sd-mecha")],
+    "merge": [
+        Tool("floor", "floor.py", "merge"),
+        Tool("alkahest", "ours.py", "merge"),
+        Tool("torch", "peers.py", "torch"),
+        Tool("mergekit", "peers.py", "mergekit"),
+        Tool("sd-mecha", "peers.py", "sd-mecha"),
+    ],
     "table": [Tool("floor", "floor.py", "read"), Tool("alkahest", "ours.py", "table")],
-    "lora": [Tool("alkahest", "ours.py", "lora"), Tool("torch.linalg.svd", "peers.py", "svd"), Tool("peft", "peers.py", "peft")],
+    "lora": [
+        Tool("alkahest", "ours.py", "lora"),
+        Tool("torch.linalg.svd", "peers.py", "svd"),
+        Tool("peft", "peers.py", "peft"),
+    ],
     "open": [Tool("alkahest", "ours.py", "open")],
     "live": [Tool("floor", "floor.py", "pass"), Tool("alkahest", "ours.py", "live")],
     "import": [Tool("torch", "ours.py", "import torch"), Tool("alkahest", "ours.py", "import")],
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -105,14 +115,38 @@ def measured_at(size: str, options: argparse.Namespace, python: Path) -> list[di
             for tool in tools[:2]:
                 cost = run(tool, folder, options.threads, python)
                 if what == "merge" and cache != "warm" and tool.name == "alkahest":
-                    rows.append({"what": what, "size": size, "GB": stored, "cache": "first time", "round": 0, "tool": tool.name, **cost})  # fmt: skip
+                    rows.append(
+                        {
+                            "what": what,
+                            "size": size,
+                            "GB": stored,
+                            "cache": "first time",
+                            "round": 0,
+                            "tool": tool.name,
+                            **cost,
+                        }
+                    )
             for number in range(rounds):
                 for tool in turns(tools, number):
                     if cache == "cold":
                         forget(folder)
                     cost = run(tool, folder, options.threads, python)
-                    rows.append({"what": what, "size": size, "GB": stored, "cache": cache, "round": number, "tool": tool.name, **cost})  # fmt: skip
-                    print(f"{size} {what} {cache} {tool.name:17}", {name: round(value, 2) for name, value in cost.items()}, flush=True)  # fmt: skip
+                    rows.append(
+                        {
+                            "what": what,
+                            "size": size,
+                            "GB": stored,
+                            "cache": cache,
+                            "round": number,
+                            "tool": tool.name,
+                            **cost,
+                        }
+                    )
+                    print(
+                        f"{size} {what} {cache} {tool.name:17}",
+                        {name: round(value, 2) for name, value in cost.items()},
+                        flush=True,
+                    )
     return rows
 
 
@@ -125,7 +159,9 @@ def caches(what: str, size: float) -> list[str]:
 
 
 def turns(tools: list[Tool], number: int) -> list[Tool]:
-    """One round: floor and ours, which are quick, before each of the others, and every second time the other way round."""
+    """One round: floor and ours, which are quick, before each of the others, and every second time the other way
+    round.
+    """
     first, others = tools[:2], tools[2:] or [None]
     order = []
     for turn, other in enumerate(others, number):
@@ -135,9 +171,22 @@ def turns(tools: list[Tool], number: int) -> list[Tool]:
 
 def run(tool: Tool, folder: Path, threads: int, python: Path) -> dict[str, float]:
     """What one run costs, in a process of its own whose caches are empty but for the hashes of the inputs."""
-    environment = {**os.environ, "ALKAHEST_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)])}  # fmt: skip
+    environment = {
+        **os.environ,
+        "ALKAHEST_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": str(threads),
+        "TQDM_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
+    }
     shutil.rmtree(folder / "cache/tables", ignore_errors=True)  # a remembered table is no measurement
-    command = [str(python if tool.script == "peers.py" else sys.executable), str(HERE / tool.script), tool.job, str(folder), str(threads)]  # fmt: skip
+    command = [
+        str(python if tool.script == "peers.py" else sys.executable),
+        str(HERE / tool.script),
+        tool.job,
+        str(folder),
+        str(threads),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{tool.name}: {done.stderr[-3000:]}{done.stdout[-1000:]}")
@@ -148,7 +197,9 @@ def run(tool: Tool, folder: Path, threads: int, python: Path) -> dict[str, float
 
 
 def make(folder: Path, layers: int, width: int) -> None:
-    """bridge, variant and base, unless they are there; the variant differs by 32 directions in each matrix and by noise."""
+    """bridge, variant and base, unless they are there; the variant differs by 32 directions in each matrix and by
+    noise.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = {"bridge": {"seed": 1}, "variant": {"delta": 0.02}, "base": {}}
     free, needed = shutil.disk_usage(folder).free, 4.3e9 * layers * (width / 3840) ** 2 * 0.36 + 6e9
@@ -176,11 +227,27 @@ def peers_python(folder: Path) -> Path:
 
 
 def machine(threads: int) -> dict[str, object]:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())  # fmt: skip
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     import torch
 
-    return {"processor": model, "cores": os.cpu_count(), "threads": threads, "memory": f"{memory:.0f} GB", "system": platform.platform(), "torch": torch.__version__, "alkahest": ak.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory": f"{memory:.0f} GB",
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "alkahest": ak.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 if __name__ == "__main__":

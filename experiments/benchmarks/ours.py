@@ -67,13 +67,23 @@ def prepare_live() -> None:
 
 
 def small_parts() -> dict[str, Any]:
-    """A text encoder, tokenizer and VAE that fit a real transformer and weigh nothing: only the transformer is rewritten."""
+    """A text encoder, tokenizer and VAE that fit a real transformer and weigh nothing: only the transformer is
+    rewritten.
+    """
     from diffusers import AutoencoderKL
     from transformers import Qwen3Config, Qwen3Model
 
     import alkahest as ak
 
-    config = Qwen3Config(vocab_size=8, hidden_size=2560, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=8,
+        hidden_size=2560,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=16, norm_num_groups=2)
     return {"text_encoder": Qwen3Model(config), "tokenizer": ak.mini.components() / "tokenizer", "vae": vae}
 
@@ -99,7 +109,13 @@ def with_torch() -> None:
 if __name__ == "__main__":
     run_job(
         {
-            "merge": (prepare, merge), "table": (prepare, table), "lora": (prepare, lora), "whole lora": (prepare, whole_lora), "open": (prepare, open_and_print),
-            "live": (prepare_live, live_set), "import": (with_torch, import_alkahest), "import torch": (nothing, import_torch),
+            "merge": (prepare, merge),
+            "table": (prepare, table),
+            "lora": (prepare, lora),
+            "whole lora": (prepare, whole_lora),
+            "open": (prepare, open_and_print),
+            "live": (prepare_live, live_set),
+            "import": (with_torch, import_alkahest),
+            "import torch": (nothing, import_torch),
         }
-    )  # fmt: skip
+    )

@@ -32,7 +32,9 @@ def mecha_merge(folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     a, b, c = (sd_mecha.model(folder / f"{name}.safetensors") for name in NAMES)
     recipe = a + (b - c) * K
-    sd_mecha.merge(recipe, output=folder / "out.safetensors", output_dtype=torch.bfloat16, merge_device="cpu", threads=threads)  # fmt: skip
+    sd_mecha.merge(
+        recipe, output=folder / "out.safetensors", output_dtype=torch.bfloat16, merge_device="cpu", threads=threads
+    )
 
 
 def mergekit_merge(folder: Path, threads: int) -> None:
@@ -124,7 +126,10 @@ if __name__ == "__main__":
     sys.path = [place for place in sys.path if place]
     run_job(
         {
-            "torch": (prepare, torch_merge), "sd-mecha": (prepare_mecha, mecha_merge), "mergekit": (prepare_mergekit, mergekit_merge),
-            "svd": (prepare, svd), "peft": (prepare_peft, peft),
+            "torch": (prepare, torch_merge),
+            "sd-mecha": (prepare_mecha, mecha_merge),
+            "mergekit": (prepare_mergekit, mergekit_merge),
+            "svd": (prepare, svd),
+            "peft": (prepare_peft, peft),
         }
-    )  # fmt: skip
+    )

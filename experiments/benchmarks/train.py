@@ -29,7 +29,9 @@ GIB = 1 << 30
 HERE = Path(__file__).parent
 
 
-def step_memory(mode: str, layers: int, resolution: int, checkpointing: bool, device: str, threads: int) -> dict[str, float]:  # fmt: skip
+def step_memory(
+    mode: str, layers: int, resolution: int, checkpointing: bool, device: str, threads: int
+) -> dict[str, float]:
     """GiB at the peak of a step, what the plan says, and seconds of the second step."""
     import torch
 
@@ -45,7 +47,16 @@ def step_memory(mode: str, layers: int, resolution: int, checkpointing: bool, de
     torch.set_num_threads(threads)
     weights = ak.made_up(layers=layers)
     stage = {"mix": {"x": 1.0}, "steps": 2, "lr": 1e-5}
-    config = config_of({"start": "x", "inputs": {}, "data": {"x": {"folder": "."}}, "stage": [stage], "frozen": "layers_only", **MODES[mode]})  # fmt: skip
+    config = config_of(
+        {
+            "start": "x",
+            "inputs": {},
+            "data": {"x": {"folder": "."}},
+            "stage": [stage],
+            "frozen": "layers_only",
+            **MODES[mode],
+        }
+    )
     before = memory_now(device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = empty_transformer(weights, torch.bfloat16, device=device)
@@ -71,7 +82,11 @@ def step_memory(mode: str, layers: int, resolution: int, checkpointing: bool, de
         if device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    row = memory_plan(weights, frozen="layers_only", resolution=resolution, checkpointing=checkpointing).set_index("mode").loc[mode]  # fmt: skip
+    row = (
+        memory_plan(weights, frozen="layers_only", resolution=resolution, checkpointing=checkpointing)
+        .set_index("mode")
+        .loc[mode]
+    )
     said = {name: float(row[name]) for name in ("weights", "gradients", "optimiser", "activations")}
     return {"measured": (peak_memory(device) - before) / GIB, "planned": sum(said.values()), "seconds": seconds, **said}
 
@@ -95,7 +110,11 @@ def peak_memory(device: str) -> int:
     """The peak since `forget_peak`, less the files that are mapped."""
     import torch
 
-    return _status("VmHWM") - _status("RssFile") - _status("RssShmem") if device == "cpu" else torch.cuda.max_memory_allocated()  # fmt: skip
+    return (
+        _status("VmHWM") - _status("RssFile") - _status("RssShmem")
+        if device == "cpu"
+        else torch.cuda.max_memory_allocated()
+    )
 
 
 def _status(name: str) -> int:
@@ -113,16 +132,32 @@ def main() -> None:
     options = parser.parse_args()
     if options.only:
         mode, layers, checkpointing = options.only
-        print(json.dumps(step_memory(mode, int(layers), options.resolution, checkpointing == "1", options.device, options.threads)))  # fmt: skip
+        print(
+            json.dumps(
+                step_memory(
+                    mode, int(layers), options.resolution, checkpointing == "1", options.device, options.threads
+                )
+            )
+        )
         return
     rows = []
-    print(f"{platform.processor() or platform.machine()}, {options.device}, {options.threads} threads, {options.resolution} x {options.resolution}, batch 1")  # fmt: skip
+    print(
+        f"{platform.processor() or platform.machine()}, {options.device}, {options.threads} threads, "
+        f"{options.resolution} x {options.resolution}, batch 1"
+    )
     print(f"{'mode':26} {'checkpointing':14} {'layers':>6} {'measured GiB':>13} {'planned GiB':>12} {'s a step':>9}")
     for mode in MODES:
         for checkpointing in ("1", "0"):
             found = []
             for layers in options.layers:
-                shared = ["--resolution", str(options.resolution), "--device", options.device, "--threads", str(options.threads)]  # fmt: skip
+                shared = [
+                    "--resolution",
+                    str(options.resolution),
+                    "--device",
+                    options.device,
+                    "--threads",
+                    str(options.threads),
+                ]
                 command = [sys.executable, __file__, *shared, "--only", mode, str(layers), checkpointing]
                 # glibc keeps what it frees below 32 MB in gaps of its heap, which no GPU's allocator has: return it.
                 environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -135,12 +170,17 @@ def main() -> None:
     with (HERE / f"train-{options.device}-{options.resolution}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows)  # fmt: skip
+        writer.writerows(
+            {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
 
 
 def show(mode: str, checkpointing: str, layers: str, found: dict[str, float]) -> None:
     told = "yes" if checkpointing == "1" else "no"
-    print(f"{mode:26} {told:14} {layers:>6} {found['measured']:13.2f} {found['planned']:12.2f} {found['seconds']:9.1f}", flush=True)  # fmt: skip
+    print(
+        f"{mode:26} {told:14} {layers:>6} {found['measured']:13.2f} {found['planned']:12.2f} {found['seconds']:9.1f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_types_of_the_algebra(models: tuple[ak.Checkpoint, ...]) -> None:
         (lambda a, v, b: (a + ak.param("k", 1) * (v - b) + ak.param("k", 2) * (v - b)).params, "two values"),
     ],
 )
-def test_what_has_no_meaning_is_an_error_that_teaches(attempt, message: str, models: tuple[ak.Checkpoint, ...]) -> None:  # type: ignore[no-untyped-def]
+def test_what_has_no_meaning_is_an_error_that_teaches(attempt, message: str, models: tuple[ak.Checkpoint, ...]) -> None:
     with pytest.raises(AlgebraError, match=f"(?s){message}"):
         attempt(*models)
 
@@ -80,9 +80,12 @@ def test_unknown_names_offer_the_nearest(models: tuple[ak.Checkpoint, ...]) -> N
     bridge, variant, base = models
     delta = variant - base
     for attempt in (
-        lambda: bridge.protect("refinr"), lambda: delta.only("refinr"), lambda: delta.without("refinr"),
-        lambda: delta.scaled({"refinr": 2}), lambda: bridge.part("refinr"),
-    ):  # fmt: skip
+        lambda: bridge.protect("refinr"),
+        lambda: delta.only("refinr"),
+        lambda: delta.without("refinr"),
+        lambda: delta.scaled({"refinr": 2}),
+        lambda: bridge.part("refinr"),
+    ):
         with pytest.raises(UnknownNameError, match="did you mean 'refiner'"):
             attempt()
     with pytest.raises(UnknownNameError, match="no such parameter"):

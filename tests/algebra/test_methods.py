@@ -99,7 +99,8 @@ def test_methods_nest_and_respect_protection_and_masks(models: list[ak.Checkpoin
     merged = a.protect("refiner") + 2 * ak.ties([ak.dare(v - b, drop=0.5), (a - b).only("layers")], density=1)
     assert merged.at("noise_refiner.0.ffn_norm1.weight", Rules()) == a.at("noise_refiner.0.ffn_norm1.weight", Rules())
     assert merged.text() == (
-        "bridge.protect('refiner') + 2 * ties([dare(variant - base, drop=0.5, seed=0), (bridge - base).only('layers')], density=1)"
+        "bridge.protect('refiner') + 2 * ties([dare(variant - base, drop=0.5, seed=0), (bridge - "
+        "base).only('layers')], density=1)"
     )
 
 
@@ -116,7 +117,7 @@ def test_methods_nest_and_respect_protection_and_masks(models: list[ak.Checkpoin
         (lambda a, v, b: ak.dare(v - b, drop="x"), AlgebraError, "number is needed"),
     ],
 )
-def test_misuse_is_told(attempt, error: type[Exception], message: str, models: list[ak.Checkpoint]) -> None:  # type: ignore[no-untyped-def]
+def test_misuse_is_told(attempt, error: type[Exception], message: str, models: list[ak.Checkpoint]) -> None:
     with pytest.raises(error, match=message):
         attempt(*models)
 
@@ -226,7 +227,12 @@ def test_nuslerp_by_rows_and_whole(models: list[ak.Checkpoint]) -> None:
     torch.testing.assert_close(ours, expected.view(-1), rtol=1e-4, atol=1e-6)
     whole = computed(ak.nuslerp(v - b, a - b, t=0.3)).double()
     angle = torch.arccos((x * y).sum() / (x.norm() * y.norm()))
-    torch.testing.assert_close(whole, ((torch.sin(0.7 * angle) * x + torch.sin(0.3 * angle) * y) / torch.sin(angle)).view(-1), rtol=1e-4, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(
+        whole,
+        ((torch.sin(0.7 * angle) * x + torch.sin(0.3 * angle) * y) / torch.sin(angle)).view(-1),
+        rtol=1e-4,
+        atol=1e-6,
+    )
     same = computed(ak.nuslerp(v - b, 2 * (v - b), t=0.5, rows=1)).double()
     torch.testing.assert_close(same, 1.5 * x.view(-1), rtol=1e-5, atol=1e-7)
 
@@ -275,18 +281,25 @@ def test_train_difference(models: list[ak.Checkpoint]) -> None:
     x, y, z = flat(a), flat(v), flat(b)
     near, far = (y - z).abs(), (y - x).abs()
     expected = x + 1.8 * 0.5 * torch.where(near + far > 0, (y - z) * far / (near + far).clamp(min=1e-30), 0)
-    torch.testing.assert_close(computed(ak.train_difference(a, v, b, alpha=0.5)).double(), expected, rtol=1e-5, atol=1e-7)  # fmt: skip
+    torch.testing.assert_close(
+        computed(ak.train_difference(a, v, b, alpha=0.5)).double(), expected, rtol=1e-5, atol=1e-7
+    )
     assert torch.equal(computed(ak.train_difference(v, v, b)), v[KEY].float().view(-1))  # it has learned all of it
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "a + 0.7 * ties([della(v - b, seed=1), della(a - b, seed=2)], density=1)", "a + breadcrumbs(v - b, smallest=0.5)", "a + sce([v - b, a - b], top=0.2)",
-        "a + model_stock([v - b, a - b])", "a + nuslerp(v - b, a - b, t=0.2, rows=1)", "karcher([a, v, b])", "cosine_add(a, v)",
+        "a + 0.7 * ties([della(v - b, seed=1), della(a - b, seed=2)], density=1)",
+        "a + breadcrumbs(v - b, smallest=0.5)",
+        "a + sce([v - b, a - b], top=0.2)",
+        "a + model_stock([v - b, a - b])",
+        "a + nuslerp(v - b, a - b, t=0.2, rows=1)",
+        "karcher([a, v, b])",
+        "cosine_add(a, v)",
         "train_difference(a.protect('refiner'), v, b)",
     ],
-)  # fmt: skip
+)
 def test_they_stream_and_come_back_from_their_recipes(text: str, models: list[ak.Checkpoint], tmp_path: Path) -> None:
     from alkahest.recipes.text import parse
 
@@ -301,10 +314,14 @@ def test_they_stream_and_come_back_from_their_recipes(text: str, models: list[ak
 @pytest.mark.parametrize(
     "make",
     [
-        lambda d: ak.della(d, drop=0.95, window=0.2), lambda d: ak.della(d, drop=0.05, window=0.2), lambda d: ak.breadcrumbs(d, smallest=1.5),
-        lambda d: ak.breadcrumbs(d, largest=-0.1), lambda d: ak.sce([d], top=0), lambda d: ak.ties([d], density=0),
+        lambda d: ak.della(d, drop=0.95, window=0.2),
+        lambda d: ak.della(d, drop=0.05, window=0.2),
+        lambda d: ak.breadcrumbs(d, smallest=1.5),
+        lambda d: ak.breadcrumbs(d, largest=-0.1),
+        lambda d: ak.sce([d], top=0),
+        lambda d: ak.ties([d], density=0),
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range(make: object, models: list[ak.Checkpoint]) -> None:
     _, v, b = models
     with pytest.raises(AlgebraError, match="out of range"):

@@ -17,7 +17,14 @@ import nbformat
 import pytest
 
 TOKEN = "for-tests"
-_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +49,26 @@ def lab(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
     # A home of its own: no settings or workspaces of whoever runs the tests.
-    environment = {**os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_DATA_DIR": str(home), "JUPYTERLAB_SETTINGS_DIR": str(home / "lab" / "user-settings"), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={TOKEN}", "--LabApp.news_url=None", f"--ServerApp.root_dir={folder}"]  # fmt: skip
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "JUPYTER_CONFIG_DIR": str(home),
+        "JUPYTER_DATA_DIR": str(home),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "lab" / "user-settings"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        f"--IdentityProvider.token={TOKEN}",
+        "--LabApp.news_url=None",
+        f"--ServerApp.root_dir={folder}",
+    ]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
@@ -76,7 +101,14 @@ def opened(lab: tuple[str, Path], chromium: str) -> Iterator[Callable[..., Any]]
         pages: dict[str, Any] = {}
 
         def notebook(name: str, *cells: str, dark: bool = False, source: Path | None = None) -> Any:
-            made = nbformat.read(source, as_version=4) if source else nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})  # fmt: skip
+            made = (
+                nbformat.read(source, as_version=4)
+                if source
+                else nbformat.v4.new_notebook(
+                    cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
+                    metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+                )
+            )
             nbformat.write(made, folder / f"{name}.ipynb")
             page = browser.new_page(viewport={"width": 1300, "height": 1500})
             pages[name] = page

@@ -31,10 +31,16 @@ def test_every_figure_is_there(path: Path, browser: Any, tmp_path: Path) -> None
     text, _ = exporter.from_notebook_node(notebook)
     (tmp_path / "notebook.html").write_text(text)
     page = browser.new_page()
-    page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(("file:", "data:")) else route.abort())  # fmt: skip
+    page.route(
+        "**/*", lambda route: route.continue_() if route.request.url.startswith(("file:", "data:")) else route.abort()
+    )
     page.goto((tmp_path / "notebook.html").as_uri(), wait_until="domcontentloaded")
-    sizes = page.evaluate("() => Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth, () => 0)))")  # fmt: skip
-    stored = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]  # fmt: skip
+    sizes = page.evaluate(
+        "() => Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth, () => 0)))"
+    )
+    stored = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
     assert len(sizes) >= len(stored)
     assert all(width > 0 for width in sizes)
     assert stored

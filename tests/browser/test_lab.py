@@ -13,7 +13,10 @@ import alkahest as ak
 
 pytestmark = pytest.mark.browser
 WAIT = 60_000  # milliseconds: a kernel's start and imports, beside other tests
-FAMILY = "import alkahest as ak\nfrom alkahest.lab import panels, plots\nv, b, w = (ak.mini.load(n) for n in ('base-weak', 'base', 'turbo'))"  # fmt: skip
+FAMILY = (
+    "import alkahest as ak\nfrom alkahest.lab import panels, plots\nv, b, w = (ak.mini.load(n) for n in "
+    "('base-weak', 'base', 'turbo'))"
+)
 
 
 def picture(page: Any, words: str) -> Any:
@@ -32,7 +35,7 @@ def typed(page: Any, label: str, text: str) -> Any:
 def test_a_typed_multiplier_is_used_as_typed(opened: Callable[..., Any], tmp_path: Path) -> None:
     delta, on = ak.mini.load("base-weak") - ak.mini.load("base"), ak.mini.load("turbo").protect("refiner")
     k, survival = (float(ak.needed_multiplier(delta, on=on, basis=basis)) for basis in ("relative", "survival"))
-    page = opened("multiplier", FAMILY, "panels.multiplier_panel(v - b, on=w.protect('refiner'))")  # fmt: skip
+    page = opened("multiplier", FAMILY, "panels.multiplier_panel(v - b, on=w.protect('refiner'))")
     page.get_by_role("button", name="Measure").click(timeout=WAIT)
     picture(page, f"k = {k:.4g}")
     assert page.get_by_text(f"subtract 10 x add {k / 10:.4g}").first.is_visible()
@@ -50,7 +53,13 @@ def test_a_typed_multiplier_is_used_as_typed(opened: Callable[..., Any], tmp_pat
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_delta_browser_and_a_still_plot(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
-    page = opened(f"browser-{dark}", FAMILY, "table = ak.delta_table(ak.mini.load('base-variant') - b)\npanels.delta_browser(table)", "plots.survival(ak.rounding_curve(table))", dark=dark)  # fmt: skip
+    page = opened(
+        f"browser-{dark}",
+        FAMILY,
+        "table = ak.delta_table(ak.mini.load('base-variant') - b)\npanels.delta_browser(table)",
+        "plots.survival(ak.rounding_curve(table))",
+        dark=dark,
+    )
     picture(page, "relative of each of 131 tensors")
     page.get_by_label("view", exact=True).select_option("heatmap")
     picture(page, "relative of 15 modules over 8 blocks")
@@ -82,21 +91,30 @@ def test_a_job_is_started_cancelled_and_started_again(opened: Callable[..., Any]
     assert cancel.is_disabled()
 
 
-MERGE = "panels.live_merge(ak.mini.load('tb1'), {'heart': ak.mini.load('turbo-variant') - ak.mini.load('deturbo')}, ['a red heart by day'], loras={'style': ak.open_lora(ak.mini.lora('turbo-lora'))}, sampling={'steps': 4, 'cfg': 1})"  # fmt: skip
+MERGE = (
+    "panels.live_merge(ak.mini.load('tb1'), {'heart': ak.mini.load('turbo-variant') - ak.mini.load('deturbo')}, ['a "
+    "red heart by day'], loras={'style': ak.open_lora(ak.mini.lora('turbo-lora'))}, sampling={'steps': 4, 'cfg': 1})"
+)
 # What has the focus, as a screen reader names it.
 FOCUSED = """() => {
     const at = document.activeElement;
-    const label = at.labels && at.labels.length ? at.labels[0].innerText : at.getAttribute('aria-label') || at.innerText;
-    return (at.getAttribute('role') || at.tagName.toLowerCase()) + ': ' + (label || '').trim();
+    const label = at.labels && at.labels.length ? at.labels[0].innerText : at.getAttribute('aria-label') ||
+    at.innerText; return (at.getAttribute('role') || at.tagName.toLowerCase()) + ': ' + (label || '').trim();
 }"""
 
 
 def errors(page: Any) -> int:
-    return int(page.locator("[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']").count())  # fmt: skip
+    return int(
+        page.locator(
+            "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
+        ).count()
+    )
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_the_first_notebook_runs_and_its_live_merge_follows(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:  # fmt: skip
+def test_the_first_notebook_runs_and_its_live_merge_follows(
+    opened: Callable[..., Any], tmp_path: Path, dark: bool
+) -> None:
     page = opened(f"start-{dark}", source=FOLDER / "00-start-here.ipynb", dark=dark)
     page.locator(".jp-Cell").last.scroll_into_view_if_needed()
     before = picture(page, "base.protect('refiner') + (base_weak - base): 1.").get_attribute("src")
@@ -122,7 +140,26 @@ def test_a_live_merge_by_keyboard_alone(opened: Callable[..., Any], tmp_path: Pa
         seen.append(page.evaluate(FOCUSED))
         if seen[-1].endswith("Save model"):
             break
-    wanted = ["k of heart", "heart: by part", "strength of style", "style: by part", "protect refiner", "seed", "steps", "cfg", "shift", "prompts, one a line", "negative prompt", "Cancel", "Keep", "Forget kept", "recipe file", "Save recipe", "model file", "Save model"]  # fmt: skip
+    wanted = [
+        "k of heart",
+        "heart: by part",
+        "strength of style",
+        "style: by part",
+        "protect refiner",
+        "seed",
+        "steps",
+        "cfg",
+        "shift",
+        "prompts, one a line",
+        "negative prompt",
+        "Cancel",
+        "Keep",
+        "Forget kept",
+        "recipe file",
+        "Save recipe",
+        "model file",
+        "Save model",
+    ]
     named = [name.partition(": ")[2] for name in seen]
     # A button that is disabled is passed over. Slider handles have no name of their own in ipywidgets: the number box
     # before each does the same and has one.
@@ -146,7 +183,8 @@ def test_a_live_merge_by_keyboard_alone(opened: Callable[..., Any], tmp_path: Pa
 # Marks what has the focus, and gives its name or "".
 REACHED = FOCUSED.replace("return (", "at.dataset.reached = 'yes';\n    return (")
 # The controls of all panels that are shown and can be used, and that Tab never came to.
-UNREACHED = """() => [...document.querySelectorAll('.jp-OutputArea :is(button, input, select, textarea, [role=slider])')]
+UNREACHED = """() => [...document.querySelectorAll('.jp-OutputArea :is(button, input, select, textarea,
+[role=slider])')]
     .filter(one => !one.disabled && one.offsetParent !== null && !one.dataset.reached)
     .map(one => one.outerHTML.slice(0, 200))"""
 
@@ -167,11 +205,13 @@ UNREACHED = """() => [...document.querySelectorAll('.jp-OutputArea :is(button, i
         (
             "drawing",
             (
-                "live = ak.LiveModel(b + ak.param('k', 1.0) * (v - b))\npanels.sampling_grid(live, 'a red ball', over={'k': [0, 171.1], 'steps': [2]})",
+                "live = ak.LiveModel(b + ak.param('k', 1.0) * (v - b))\npanels.sampling_grid(live, 'a red ball', "
+                "over={'k': [0, 171.1], 'steps': [2]})",
                 "panels.checkpoint_picker(ak.mini.components().parent, bases={'base': b, 'turbo': w})",
                 "panels.training_monitor('runs/nowhere')",
             ),
-            "k, shift, cfg, steps, seed, Draw, folder, checkpoints, bases to try, Guess lineage, measure, follow, Refresh",
+            "k, shift, cfg, steps, seed, Draw, folder, checkpoints, bases to try, Guess lineage, measure, follow, "
+            "Refresh",
         ),
     ],
     ids=["measuring", "drawing"],
@@ -210,11 +250,13 @@ def test_a_kernel_restarted_under_a_panel(opened: Callable[..., Any], tmp_path: 
 
 def test_the_other_panels_in_the_browser(opened: Callable[..., Any], tmp_path: Path) -> None:
     page = opened(
-        "panels", FAMILY,
-        "live = ak.LiveModel(b + ak.param('k', 1.0) * (v - b))\npanels.sampling_grid(live, 'a red ball', over={'k': [0, 171.1], 'steps': [2]})",
+        "panels",
+        FAMILY,
+        "live = ak.LiveModel(b + ak.param('k', 1.0) * (v - b))\npanels.sampling_grid(live, 'a red ball', over={'k': "
+        "[0, 171.1], 'steps': [2]})",
         "panels.checkpoint_picker(ak.mini.components().parent, bases={'base': b, 'turbo': w})",
         "panels.training_monitor('runs/nowhere')",
-    )  # fmt: skip
+    )
     typed(page, "shift", "3, 6")
     page.get_by_role("button", name="Draw").click(timeout=WAIT)
     picture(page, "4 pictures over k, shift")

@@ -60,7 +60,7 @@ def test_every_command_and_option_has_help() -> None:
     assert set(loras) == {"inspect", "convert", "resize", "merge"}
     tried = group.commands["experiment"].commands  # type: ignore[attr-defined]
     assert set(tried) == {"list", "run", "report"}
-    for name, command in [*group.commands.items(), *family.items(), *loras.items(), *tried.items()]:  # type: ignore[attr-defined]
+    for name, command in [*group.commands.items(), *family.items(), *loras.items(), *tried.items()]:
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
@@ -81,7 +81,15 @@ def test_inspect(trio: dict[str, Path]) -> None:
 def test_diff(trio: dict[str, Path], tmp_path: Path) -> None:
     variant, base, table = trio["variant"], trio["base"], tmp_path / "table.csv"
     lines = run("diff", variant, base, "--csv", table, "-q").splitlines()
-    assert [line.split()[0] for line in lines] == ["part", "embedders", "noise_refiner", "context_refiner", "layers", "final", "all"]  # fmt: skip
+    assert [line.split()[0] for line in lines] == [
+        "part",
+        "embedders",
+        "noise_refiner",
+        "context_refiner",
+        "layers",
+        "final",
+        "all",
+    ]
     v, b = (torch.cat([ak.open(path)[key].double().flatten() for key in ak.open(base)]) for path in (variant, base))
     assert float(lines[-1].split()[2]) == pytest.approx(float((v - b).norm() / b.norm()), rel=0.01)
     assert len(table.read_text().splitlines()) == 1 + len(ak.open(base))
@@ -107,7 +115,9 @@ def test_multiplier(trio: dict[str, Path], tmp_path: Path) -> None:
         run("multiplier", *common, "--json", "--basis", "reference", "--target", 2, "--reference", variant)
     )
     assert other["value"] == pytest.approx(2)
-    apart = json.loads(run("multiplier", *common, "--json", "--basis", "reference", "--reference", bridge, "--reference-base", variant))  # fmt: skip
+    apart = json.loads(
+        run("multiplier", *common, "--json", "--basis", "reference", "--reference", bridge, "--reference-base", variant)
+    )
     assert apart["value"] > 10
     assert "the delta is exactly zero" in run("multiplier", base, base, "-q", code=1)
     assert "did you mean 'relative'" in run("multiplier", *common, "--basis", "relativ", code=1)
@@ -157,28 +167,45 @@ def test_extract_lora_by_the_articles_words(trio: dict[str, Path], tmp_path: Pat
     both = tmp_path / "both.safetensors"
     run("lora", "merge", "a - 0.5 * b", "--a", out, "--b", tmp_path / "small.safetensors", "-o", both)
     assert ak.open_lora(both).summary()["ranks"][1] > 2
-    assert "20 tensors computed" in run("merge", "base + 0.1 * supplement", "--base", trio["base"], "--supplement", out, "-o", tmp_path / "m.safetensors")  # fmt: skip
+    assert "20 tensors computed" in run(
+        "merge",
+        "base + 0.1 * supplement",
+        "--base",
+        trio["base"],
+        "--supplement",
+        out,
+        "-o",
+        tmp_path / "m.safetensors",
+    )
     assert "a LoRA with a recipe inside" in run("recipe", out)
 
 
 def test_extract_lora_refuses_before_it_computes(trio: dict[str, Path], tmp_path: Path) -> None:
     asked = ["extract-lora", "--base", trio["base"], "--variant", trio["variant"]]
-    assert "nothing is given for 'base'" in run("extract-lora", "--variant", trio["variant"], "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    assert "nothing is given for 'base'" in run(
+        "extract-lora", "--variant", trio["variant"], "-o", tmp_path / "x.safetensors", code=1
+    )
     assert "did you mean 'refiner'" in run(*asked, "--exclude", "refinr", "-o", tmp_path / "x.safetensors", code=1)
     assert "energy=0.995 means" in run(*asked, "--rank-thresh", 99.5, "-o", tmp_path / "x.safetensors", code=1)
     assert "one of the inputs" in run(*asked, "-o", trio["base"], code=1)
     assert "does not exist" in run(*asked, "-o", tmp_path / "no" / "x.safetensors", code=1)
-    assert "load in ComfyUI only" in run(*asked, "--full", "norm_q", "--flavour", "diffusers", "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    assert "load in ComfyUI only" in run(
+        *asked, "--full", "norm_q", "--flavour", "diffusers", "-o", tmp_path / "x.safetensors", code=1
+    )
     assert "did you mean 'rank-thresh'" in run(*asked, "--rank-tresh", 0.9, "-o", tmp_path / "x.safetensors", code=1)
     before = trio["base"].read_bytes()
     assert "this is to be a .csv file" in run(*asked, "-o", tmp_path / "x.safetensors", "--csv", trio["base"], code=1)
     assert "this is to be a .csv file" in run("diff", trio["variant"], trio["base"], "--csv", trio["base"], code=1)
     assert trio["base"].read_bytes() == before
     assert "one of three dtypes" in run(*asked, "--dtype", "fp8_e4m3", "-o", tmp_path / "x.safetensors", code=1)
-    assert "rank is larger than rank_max" in run(*asked, "--rank", 4, "--rank-max", 2, "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    assert "rank is larger than rank_max" in run(
+        *asked, "--rank", 4, "--rank-max", 2, "-o", tmp_path / "x.safetensors", code=1
+    )
     lora = ["extract-lora", "--variant", ak.mini.lora("base-lora"), "--base", ak.mini.load("base").path]
     assert "variant is a LoRA, which is a difference already" in run(*lora, "-o", tmp_path / "x.safetensors", code=1)
-    assert "not a difference" in run("extract-lora", "base", "--base", trio["base"], "-o", tmp_path / "x.safetensors", code=1)  # fmt: skip
+    assert "not a difference" in run(
+        "extract-lora", "base", "--base", trio["base"], "-o", tmp_path / "x.safetensors", code=1
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -240,7 +267,9 @@ def test_an_automatic_multiplier(trio: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     text = "bridge.protect('refiner') + k * (variant - base)"
     output = run("merge", text, *named(trio), "--k", "auto", "-o", out, "-q")
-    k = ak.needed_multiplier(ak.open(trio["variant"]) - ak.open(trio["base"]), on=ak.open(trio["bridge"]).protect("refiner"))  # fmt: skip
+    k = ak.needed_multiplier(
+        ak.open(trio["variant"]) - ak.open(trio["base"]), on=ak.open(trio["bridge"]).protect("refiner")
+    )
     assert f"k: {k!r}" in output
     assert f"param('k', {k.value!r})" in run("recipe", out)
     by_hand = tmp_path / "by_hand.safetensors"
@@ -334,8 +363,20 @@ def test_make_checkpoint(tmp_path: Path) -> None:
     run("make-checkpoint", "-o", tmp_path / "a.safetensors", *small)
     run("make-checkpoint", "-o", tmp_path / "b.safetensors", *small, "--threads", 3)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    run("make-checkpoint", "-o", tmp_path / "v", *small, "--delta", 0.02, "--only", "layers", "--layout", "diffusers",
-        "--storage", "comfy_quant")  # fmt: skip
+    run(
+        "make-checkpoint",
+        "-o",
+        tmp_path / "v",
+        *small,
+        "--delta",
+        0.02,
+        "--only",
+        "layers",
+        "--layout",
+        "diffusers",
+        "--storage",
+        "comfy_quant",
+    )
     assert ak.open(tmp_path / "v").summary()["storage"] == {"bf16": 59, "comfy_quant": 42}
     assert "impossible size" in run("make-checkpoint", "-o", tmp_path / "c.safetensors", "--layers", 10**9, code=1)
 
@@ -369,8 +410,21 @@ def test_signals_leave_no_output_and_harm_nothing(
 ) -> None:
     out, before = tmp_path / "out.safetensors", slow.read_bytes()
     out.write_bytes(b"an older output")
-    command = [sys.executable, "-m", "alkahest", "merge", "a + ties([b - a], density=0.5)", "--a", slow, "--b", slow.with_name("b.safetensors"),
-               "-o", out, "--threads", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "alkahest",
+        "merge",
+        "a + ties([b - a], density=0.5)",
+        "--a",
+        slow,
+        "--b",
+        slow.with_name("b.safetensors"),
+        "-o",
+        out,
+        "--threads",
+        "1",
+    ]
     ak.made_up(layers=40, width=384, delta=0.1).save(slow.with_name("b.safetensors"))
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible)

@@ -107,10 +107,20 @@ def _as(dtype: torch.dtype) -> Callable[[tiny.State], Values]:
 def lora(folder: Path) -> Case:
     """A LoRA on a split module with an alpha, one on a fused qkv, a LoHa and a difference that is stored whole."""
     torch.manual_seed(9)
-    make = {name: torch.randn(shape) for name, shape in {
-        "a": (5, 96), "b": (96, 5), "fa": (4, 96), "fb": (288, 4), "w1a": (256, 3), "w1b": (3, 96), "w2a": (256, 3),
-        "w2b": (3, 96), "norm": (96,),
-    }.items()}  # fmt: skip
+    make = {
+        name: torch.randn(shape)
+        for name, shape in {
+            "a": (5, 96),
+            "b": (96, 5),
+            "fa": (4, 96),
+            "fb": (288, 4),
+            "w1a": (256, 3),
+            "w1b": (3, 96),
+            "w2a": (256, 3),
+            "w2b": (3, 96),
+            "norm": (96,),
+        }.items()
+    }
     fused, thin, loha = (
         "diffusion_model.layers.0.attention.qkv",
         f"diffusion_model.{Q[:-7]}",
@@ -119,11 +129,14 @@ def lora(folder: Path) -> Case:
 
     def stored(up: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
-            f"{thin}.lora_A.weight": make["a"], f"{thin}.lora_B.weight": up, f"{thin}.alpha": torch.tensor(2.0),
-            f"{fused}.lora_A.weight": make["fa"], f"{fused}.lora_B.weight": make["fb"],
+            f"{thin}.lora_A.weight": make["a"],
+            f"{thin}.lora_B.weight": up,
+            f"{thin}.alpha": torch.tensor(2.0),
+            f"{fused}.lora_A.weight": make["fa"],
+            f"{fused}.lora_B.weight": make["fb"],
             **{f"{loha}.hada_{name[:2]}_{name[2]}": make[name] for name in ("w1a", "w1b", "w2a", "w2b")},
             f"diffusion_model.{NORM[:-7]}.diff": make["norm"],
-        }  # fmt: skip
+        }
 
     def opened(name: str, up: torch.Tensor) -> Readable:
         save_file(stored(up), folder / f"{name}.safetensors")
@@ -224,9 +237,13 @@ def _stand_in() -> None:
         return model.get_parameter(key), None, None
 
     for name, functions in {
-        "comfy": {}, "comfy.lora": {"calculate_weight": calculate_weight}, "comfy.model_patcher": {"get_key_weight": get_key_weight},
-        "comfy.model_management": {"cast_to_device": lambda weight, device, dtype, copy: weight.detach().to(device, dtype, copy=copy)},
-    }.items():  # fmt: skip
+        "comfy": {},
+        "comfy.lora": {"calculate_weight": calculate_weight},
+        "comfy.model_patcher": {"get_key_weight": get_key_weight},
+        "comfy.model_management": {
+            "cast_to_device": lambda weight, device, dtype, copy: weight.detach().to(device, dtype, copy=copy)
+        },
+    }.items():
         module = ModuleType(name)
         module.__dict__.update(functions)
         sys.modules[name] = module

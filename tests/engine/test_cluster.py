@@ -37,7 +37,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from distributed import LocalCluster
 
     folder = str(tmp_path_factory.mktemp("dask"))
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1", local_directory=folder, silence_logs="ERROR") as made:  # fmt: skip
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        host="127.0.0.1",
+        local_directory=folder,
+        silence_logs="ERROR",
+    ) as made:
         yield made
 
 
@@ -84,7 +92,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", ["bf16", "comfy_quant"])
 @pytest.mark.parametrize("layout", ["native", "diffusers"])
-def test_a_merge_by_processes_is_the_serial_one(dtype: str, layout: str, models: Models, processes: Executor, tmp_path: Path) -> None:  # fmt: skip
+def test_a_merge_by_processes_is_the_serial_one(
+    dtype: str, layout: str, models: Models, processes: Executor, tmp_path: Path
+) -> None:
     bridge, variant, base = models
     merged = bridge.protect("refiner") + 3 * (variant - base)
     options: dict[str, Any] = {"dtype": dtype, "layout": layout, "max_shard_size": "0.4MB", "threads": 1}
@@ -92,7 +102,12 @@ def test_a_merge_by_processes_is_the_serial_one(dtype: str, layout: str, models:
     spread = merged.save(tmp_path / "spread", executor=processes, **options)
     assert len(serial.files) > 3
     assert files_of(tmp_path / "serial") == files_of(tmp_path / "spread")
-    assert (spread.nbytes, spread.computed, spread.copied, spread.recipe) == (serial.nbytes, serial.computed, serial.copied, serial.recipe)  # fmt: skip
+    assert (spread.nbytes, spread.computed, spread.copied, spread.recipe) == (
+        serial.nbytes,
+        serial.computed,
+        serial.copied,
+        serial.recipe,
+    )
     assert [path.name for path in spread.files] == [path.name for path in serial.files]
     assert ak.open(tmp_path / "spread").shapes == bridge.shapes
 
@@ -103,10 +118,16 @@ def test_events_add_up_shard_by_shard(models: Models, tmp_path: Path) -> None:
     shards = [event for event in events if event.key.startswith("model-")]
     assert len(shards) == len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert [event.done for event in shards] == sorted(event.done for event in shards)
-    assert events[-1].done == events[-1].total == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))  # fmt: skip
+    assert (
+        events[-1].done
+        == events[-1].total
+        == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    )
 
 
-def test_a_failure_elsewhere_is_told_here_and_nothing_is_left(models: Models, processes: Executor, tmp_path: Path) -> None:  # fmt: skip
+def test_a_failure_elsewhere_is_told_here_and_nothing_is_left(
+    models: Models, processes: Executor, tmp_path: Path
+) -> None:
     bridge, variant, _ = models
     broken = with_one(tmp_path / "nan.safetensors", torch.nan)
     merged = bridge + 3 * (variant - broken)
@@ -122,7 +143,10 @@ def test_a_failure_elsewhere_is_told_here_and_nothing_is_left(models: Models, pr
 
 
 def test_one_file_is_no_work_for_many(models: Models, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(1) as pool, pytest.raises(OutputError, match=r"(?s)an executor writes shards.*max_shard_size"):  # fmt: skip
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(OutputError, match=r"(?s)an executor writes shards.*max_shard_size"),
+    ):
         models[0].save(tmp_path / "out.safetensors", executor=pool)
     assert not list(tmp_path.iterdir())
 
@@ -143,7 +167,9 @@ def test_a_merge_survives_the_death_of_a_worker(models: Models, cluster: Any, tm
     merged = bridge.protect("refiner") + 3 * (variant - base)
     merged.save(tmp_path / "serial", max_shard_size="0.4MB")
     with Client(cluster) as client:
-        merged.save(tmp_path / "spread", max_shard_size="0.4MB", executor=DyingOnce(client.get_executor(), tmp_path / "died"))  # fmt: skip
+        merged.save(
+            tmp_path / "spread", max_shard_size="0.4MB", executor=DyingOnce(client.get_executor(), tmp_path / "died")
+        )
     assert (tmp_path / "died").exists()
     assert files_of(tmp_path / "serial") == files_of(tmp_path / "spread")
 
@@ -151,7 +177,9 @@ def test_a_merge_survives_the_death_of_a_worker(models: Models, cluster: Any, tm
 # --- extractions -----------------------------------------------------------------------------------
 
 
-def test_an_extraction_by_processes_is_the_serial_one(models: Models, processes: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_an_extraction_by_processes_is_the_serial_one(
+    models: Models, processes: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from alkahest.lora import extract
 
     monkeypatch.setattr(extract, "_TASK", 100_000)
@@ -165,7 +193,9 @@ def test_an_extraction_by_processes_is_the_serial_one(models: Models, processes:
     assert spread.save(tmp_path / "spread.safetensors").path.read_bytes() == written.path.read_bytes()
 
 
-def test_an_extraction_goes_on_where_another_process_was_stopped(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_an_extraction_goes_on_where_another_process_was_stopped(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from alkahest.lora import extract
 
     monkeypatch.setattr(extract, "_TASK", 1)
@@ -194,7 +224,9 @@ def test_an_error_of_an_extraction_is_told_here(models: Models, processes: Execu
 
 
 @pytest.mark.filterwarnings("ignore")  # of a worker's loss, which is what is tested
-def test_an_extraction_survives_the_death_of_a_worker(models: Models, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_an_extraction_survives_the_death_of_a_worker(
+    models: Models, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from distributed import Client
 
     from alkahest.lora import extract
@@ -204,7 +236,9 @@ def test_an_extraction_survives_the_death_of_a_worker(models: Models, cluster: A
     serial = ak.extract_lora(variant - base, rank=4, threads=1).save(tmp_path / "serial.safetensors")
     with Client(cluster) as client:
         executor = DyingOnce(client.get_executor(), tmp_path / "died")
-        spread = ak.extract_lora(variant - base, rank=4, threads=1, executor=executor).save(tmp_path / "spread.safetensors")  # fmt: skip
+        spread = ak.extract_lora(variant - base, rank=4, threads=1, executor=executor).save(
+            tmp_path / "spread.safetensors"
+        )
     assert (tmp_path / "died").exists()
     assert spread.path.read_bytes() == serial.path.read_bytes()
 
@@ -213,7 +247,9 @@ def test_an_extraction_survives_the_death_of_a_worker(models: Models, cluster: A
 
 
 @pytest.mark.filterwarnings("ignore")  # of a worker's loss, which is what is tested
-def test_a_sweep_survives_the_death_of_a_worker(models: Models, parts: dict[str, Any], cluster: Any, tmp_path: Path) -> None:  # fmt: skip
+def test_a_sweep_survives_the_death_of_a_worker(
+    models: Models, parts: dict[str, Any], cluster: Any, tmp_path: Path
+) -> None:
     from distributed import Client
 
     tiny.reference(tiny.model(0), parts).save_pretrained(tmp_path / "components")
@@ -223,7 +259,15 @@ def test_a_sweep_survives_the_death_of_a_worker(models: Models, parts: dict[str,
     with Client(cluster) as client:
         seen: Counter[str] = Counter()
         table = None
-        for event in stream_sweep(live, ["a tree", "a box"], OVER, folder=tmp_path / "cluster", executor=client.get_executor(), batch=2, **FAST):  # fmt: skip
+        for event in stream_sweep(
+            live,
+            ["a tree", "a box"],
+            OVER,
+            folder=tmp_path / "cluster",
+            executor=client.get_executor(),
+            batch=2,
+            **FAST,
+        ):
             if event.result is not None:
                 table = event.result
                 break

@@ -1,4 +1,6 @@
-"""What a device computes is what the CPU computes, within one rounding; on a machine without CUDA the CPU alone is asked."""
+"""What a device computes is what the CPU computes, within one rounding; on a machine without CUDA the CPU alone is
+asked.
+"""
 
 from __future__ import annotations
 

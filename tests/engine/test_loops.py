@@ -73,8 +73,13 @@ def test_every_kind_of_number_is_rounded_as_torch_does() -> None:
 )
 @pytest.mark.parametrize("block", [1 << 19, 997])
 def test_the_bytes_are_the_same_with_and_without(
-    expression: Callable[..., ak.Weights], block: int, models: Models, calls: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    expression: Callable[..., ak.Weights],
+    block: int,
+    models: Models,
+    calls: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(workers, "BLOCK", block)
     expression(*models).save(tmp_path / "compiled.safetensors")
     used = len(calls)
@@ -85,7 +90,9 @@ def test_the_bytes_are_the_same_with_and_without(
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"dtype": "comfy_quant"}, {"rounding": "stochastic"}])
-def test_other_output_is_left_to_torch(options: dict[str, str], models: Models, calls: list[float], tmp_path: Path) -> None:  # fmt: skip
+def test_other_output_is_left_to_torch(
+    options: dict[str, str], models: Models, calls: list[float], tmp_path: Path
+) -> None:
     bridge, variant, base = models
     (bridge + 2 * (variant - base)).save(tmp_path / "out.safetensors", **options)
     assert (len(calls) > 0) == (options.get("dtype") == "comfy_quant")  # whose norms and embedders are bf16
@@ -113,7 +120,9 @@ def with_one(path: Path, number: float) -> ak.Checkpoint:
         ((0.0, torch.nan, 0.0), r"(?s)input holds NaN.*1.safetensors"),
     ],
 )
-def test_what_does_not_fit_is_told_as_ever(numbers: tuple[float, ...], message: str, calls: list[float], tmp_path: Path) -> None:  # fmt: skip
+def test_what_does_not_fit_is_told_as_ever(
+    numbers: tuple[float, ...], message: str, calls: list[float], tmp_path: Path
+) -> None:
     a, b, c = (with_one(tmp_path / f"{place}.safetensors", number) for place, number in enumerate(numbers))
     with pytest.raises(NonFiniteError, match=message):
         (a + 1.0 * (b - c)).save(tmp_path / "out.safetensors")
@@ -124,7 +133,9 @@ def test_what_does_not_fit_is_told_as_ever(numbers: tuple[float, ...], message: 
 
 
 @pytest.mark.parametrize("memory", ["1GB", 50_000])
-def test_a_live_model_is_rewritten_in_one_pass(memory: Any, models: Models, calls: list[float], parts: dict[str, Any]) -> None:  # fmt: skip
+def test_a_live_model_is_rewritten_in_one_pass(
+    memory: Any, models: Models, calls: list[float], parts: dict[str, Any]
+) -> None:
     bridge, variant, base = models
     live = ak.LiveModel(
         bridge.protect("refiner") + ak.param("k", 1.0) * (variant - base), parts, memory=memory, dtype="bf16"

@@ -47,7 +47,11 @@ def test_no_function_hides_its_options() -> None:
         for parameter in inspect.signature(one).parameters.values()
         if parameter.kind is parameter.VAR_KEYWORD
     }
-    methods = {name for name in vars(ak.Weights) if "**" in str(inspect.signature(getattr(ak.Weights, name)) if callable(getattr(ak.Weights, name)) else "")}  # fmt: skip
+    methods = {
+        name
+        for name in vars(ak.Weights)
+        if "**" in str(inspect.signature(getattr(ak.Weights, name)) if callable(getattr(ak.Weights, name)) else "")
+    }
     assert not hidden | methods
 
 
@@ -62,11 +66,16 @@ def test_every_parameter_of_the_public_surface_has_a_type() -> None:
 
 
 PAIRS = [
-    ("alkahest.measure.table", "delta_table"), ("alkahest.measure.spectrum", "delta_spectra"), ("alkahest.measure.pairs", "compare"),
-    ("alkahest.measure.lineage", "refiner_check"), ("alkahest.measure.lineage", "nearest_base"),
-    ("alkahest.measure.multiplier", "needed_multiplier"), ("alkahest.lora.extract", "extract_lora"),
-    ("alkahest.pictures.sweeps", "sweep"), ("alkahest.training.loop", "finetune"),
-]  # fmt: skip
+    ("alkahest.measure.table", "delta_table"),
+    ("alkahest.measure.spectrum", "delta_spectra"),
+    ("alkahest.measure.pairs", "compare"),
+    ("alkahest.measure.lineage", "refiner_check"),
+    ("alkahest.measure.lineage", "nearest_base"),
+    ("alkahest.measure.multiplier", "needed_multiplier"),
+    ("alkahest.lora.extract", "extract_lora"),
+    ("alkahest.pictures.sweeps", "sweep"),
+    ("alkahest.training.loop", "finetune"),
+]
 
 
 @pytest.mark.parametrize(("module", "name"), PAIRS)
@@ -115,8 +124,13 @@ def test_the_nearest_name_is_offered(models: dict[str, Any]) -> None:
         CALLS["needed_multiplier"](models)
 
 
-@pytest.mark.parametrize(("options", "error"), [({"threads": 0}, OutputError), ({"threads": 1.5}, OutputError), ({"device": "tpu9"}, UnsupportedError)])  # fmt: skip
-def test_a_wrong_value_is_told_by_the_function_s_own_name(options: dict[str, Any], error: type[Exception], models: dict[str, Any]) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"threads": 0}, OutputError), ({"threads": 1.5}, OutputError), ({"device": "tpu9"}, UnsupportedError)],
+)
+def test_a_wrong_value_is_told_by_the_function_s_own_name(
+    options: dict[str, Any], error: type[Exception], models: dict[str, Any]
+) -> None:
     delta = models["variant"] - models["base"]
     for function in (ak.delta_table, ak.delta_spectra, ak.extract_lora):
         with pytest.raises(error, match=f"^{function.__name__}: "):

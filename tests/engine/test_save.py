@@ -251,9 +251,11 @@ def test_helpers_of_scaled_weights_are_kept(tmp_path: Path) -> None:
 
 def test_all_in_one_files_keep_their_other_models(models: Models, tmp_path: Path) -> None:
     others = {
-        "vae.decoder.conv_in.weight": torch.randn(7, 3), "text_encoders.qwen3_4b.norm.weight": torch.randn(5).half(),
-        "text_encoders.qwen3_4b.ids": torch.arange(9), "vae.empty": torch.empty(0, 3),
-    }  # fmt: skip
+        "vae.decoder.conv_in.weight": torch.randn(7, 3),
+        "text_encoders.qwen3_4b.norm.weight": torch.randn(5).half(),
+        "text_encoders.qwen3_4b.ids": torch.arange(9),
+        "vae.empty": torch.empty(0, 3),
+    }
     prefix = "model.diffusion_model."
     stored = {prefix + name: value for name, value in tiny.native(tiny.state(2)).items()}
     described = {"format_version": "1.0", "layers": {"text_encoders.qwen3_4b.norm": {"format": "nvfp4"}}}

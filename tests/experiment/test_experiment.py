@@ -127,7 +127,15 @@ def test_its_numbers_are_those_of_the_parts(ran: Path) -> None:
     cyan = tables["pictures"].query("case == 'cyan'")
     assert list(zip(cyan.k, cyan["shift"], strict=True)) == [(0, 3), (1.5, 3)]
     asked = prompts_of(Case("cyan", "base", ask={"colour": "cyan"}), 4)
-    images = ak.sample(ak.pipeline(base + 1.5 * (variant - base)), [s.caption() for s in asked], steps=2, cfg=1.0, shift=3, seed=1000, batch=60).images  # fmt: skip
+    images = ak.sample(
+        ak.pipeline(base + 1.5 * (variant - base)),
+        [s.caption() for s in asked],
+        steps=2,
+        cfg=1.0,
+        shift=3,
+        seed=1000,
+        batch=60,
+    ).images
     from alkahest.mini.judge import attributes
 
     read = attributes(images)
@@ -143,7 +151,16 @@ def test_what_is_recorded_says_what_it_stands_on(ran: Path) -> None:
     about = json.loads((folder / "manifest.json").read_text())
     assert about["verdict"] == "partly"
     assert about["inputs"]["base"]["blake3"] == about["inputs"]["base8"]["blake3"]
-    assert set(about["results"]) == {"1-over-k.svg", "2-by-part.svg", "checks.csv", "deltas.csv", "look-at-it.png", "multipliers.csv", "pictures.csv", "rounding.csv"}  # fmt: skip
+    assert set(about["results"]) == {
+        "1-over-k.svg",
+        "2-by-part.svg",
+        "checks.csv",
+        "deltas.csv",
+        "look-at-it.png",
+        "multipliers.csv",
+        "pictures.csv",
+        "rounding.csv",
+    }
     for name, value in about["results"].items():
         assert digest(folder / "results" / name) == value
     text = (folder / "README.md").read_text()
@@ -175,7 +192,9 @@ def test_another_family_is_drawn_with_its_own_parts(ran: Path, tmp_path: Path) -
         pd.testing.assert_frame_equal(tables_of(read_experiment(folder))[name], table)
     (family / "base.safetensors").write_bytes((family / "turbo.safetensors").read_bytes())
     result_of(run_experiment(read_experiment(folder), family))
-    assert not tables_of(read_experiment(folder))["deltas"].equals(tables_of(read_experiment(ran / "01-small"))["deltas"])  # fmt: skip
+    assert not tables_of(read_experiment(folder))["deltas"].equals(
+        tables_of(read_experiment(ran / "01-small"))["deltas"]
+    )
 
 
 def test_retraining_grows_the_family_first(ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +207,9 @@ def test_retraining_grows_the_family_first(ran: Path, tmp_path: Path, monkeypatc
         yield Event(1, 1, "base")
 
     monkeypatch.setattr("alkahest.experiment.growing.build.build", build)
-    result = CliRunner().invoke(app, ["experiment", "run", "1", "--root", str(tmp_path), "--retrain", str(tmp_path / "all"), "--quiet"])  # fmt: skip
+    result = CliRunner().invoke(
+        app, ["experiment", "run", "1", "--root", str(tmp_path), "--retrain", str(tmp_path / "all"), "--quiet"]
+    )
     assert result.exit_code == 0, result.output
     assert grown == [tmp_path / "all" / "family"]
     for name, table in tables_of(read_experiment(ran / "01-small")).items():
@@ -197,7 +218,9 @@ def test_retraining_grows_the_family_first(ran: Path, tmp_path: Path, monkeypatc
 
 def test_words_and_bounds_change_without_measuring(ran: Path, tmp_path: Path) -> None:
     shutil.copytree(ran / "01-small", tmp_path / "01-small")
-    folder = written(tmp_path / "01-small", SMALL.replace("at_most = -1000", "at_most = 1000").replace("A method.", "Another."))  # fmt: skip
+    folder = written(
+        tmp_path / "01-small", SMALL.replace("at_most = -1000", "at_most = 1000").replace("A method.", "Another.")
+    )
     before = json.loads((folder / "manifest.json").read_text())
     result = CliRunner().invoke(app, ["experiment", "run", "--rewrite", "--root", str(tmp_path)])
     assert "reproduced" in result.output
@@ -247,11 +270,17 @@ def test_a_run_that_fails_leaves_what_was_recorded(ran: Path, tmp_path: Path) ->
 
 def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(
-        'start = "base"\nseed = 1\nsave_every = 2\nmeasure_every = 2\nheld_out = 2\nprompts = ["a ball"]\nsampling = { steps = 1, cfg = 1 }\n[inputs]\nbase = "mini:base"\n'
+        'start = "base"\nseed = 1\nsave_every = 2\nmeasure_every = 2\nheld_out = 2\nprompts = ["a ball"]\nsampling '
+        '= { steps = 1, cfg = 1 }\n[inputs]\nbase = "mini:base"\n'
         '[data.scenes]\nscenes = { count = 20, seed = 5 }\n[[stage]]\nname = "one"\nmix = { scenes = 1.0 }\n'
         "steps = 2\nbatch = 2\nresolution = 64\nlr = 1e-3\n"
     )
-    text = 'title = "t"\nclaim = "c"\nmethod = "m"\nprompts = 2\nsampling = { steps = 1, cfg = 1.0 }\n[[run]]\nname = "tiny"\nconfig = "../tiny.toml"\n[[case]]\nname = "drawn"\nweights = "stage"\nrun = "tiny"\n[[check]]\nsays = "s"\ncolumn = "right"\nwhere = { case = "drawn", stage = "1-one" }\nat_least = 0\n'  # fmt: skip
+    text = (
+        'title = "t"\nclaim = "c"\nmethod = "m"\nprompts = 2\nsampling = { steps = 1, cfg = 1.0 }\n[[run]]\nname = '
+        '"tiny"\nconfig = "../tiny.toml"\n[[case]]\nname = "drawn"\nweights = "stage"\nrun = '
+        '"tiny"\n[[check]]\nsays = "s"\ncolumn = "right"\nwhere = { case = "drawn", stage = "1-one" }\nat_least = '
+        "0\n"
+    )
     folder = written(tmp_path / "02-run", text)
     with pytest.raises(FileFormatError, match=r"its training runs were not recorded[\s\S]*--runs"):
         result_of(run_experiment(read_experiment(folder)))
@@ -313,13 +342,25 @@ def test_checks_and_verdicts() -> None:
         found(where={"case": "z"}, of="max", at_least=0.0)
     yes, no = Checked("s", 1, "", True), Checked("s", 1, "", False)
     one = Experiment("t", "c", "m")
-    assert [verdict(one, checks) for checks in ([yes, yes], [yes, no], [no])] == ["reproduced", "partly", "not reproduced"]  # fmt: skip
+    assert [verdict(one, checks) for checks in ([yes, yes], [yes, no], [no])] == [
+        "reproduced",
+        "partly",
+        "not reproduced",
+    ]
     assert verdict(Experiment("t", "c", "m", holds="needs the real weights"), [no]) == "needs the real weights"
 
 
 def test_the_judge_is_counted_as_said() -> None:
     asked = held_out_prompts(3)
-    read = pd.DataFrame([{**{name: getattr(scene, name) for name in ("subject", "colour", "place", "light", "side", "quality")}, "style": "anime"} for scene in asked])  # fmt: skip
+    read = pd.DataFrame(
+        [
+            {
+                **{name: getattr(scene, name) for name in ("subject", "colour", "place", "light", "side", "quality")},
+                "style": "anime",
+            }
+            for scene in asked
+        ]
+    )
     read.loc[0, "subject"] = "nothing"
     row = judged(asked, read, ("light",))
     assert row["subject"] == pytest.approx(200 / 3)

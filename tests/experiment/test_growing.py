@@ -86,7 +86,10 @@ def test_flow_matching_batches() -> None:
 
 def test_imitation_batches_follow_the_teacher() -> None:
     torch.manual_seed(3)
-    parts_ = [Trajectories(torch.randn(2, 4, 16, 8, 8), torch.tensor([1.0, 0.7, 0.4, 0.0]), [torch.randn(4, 64)] * 2) for _ in range(2)]  # fmt: skip
+    parts_ = [
+        Trajectories(torch.randn(2, 4, 16, 8, 8), torch.tensor([1.0, 0.7, 0.4, 0.0]), [torch.randn(4, 64)] * 2)
+        for _ in range(2)
+    ]
     taught = joined(parts_)
     assert taught.latents.shape[0] == len(taught.captions) == 4
     here, time, _, target = imitation(taught, batch=50)(torch.Generator().manual_seed(1))
@@ -104,7 +107,17 @@ def test_training_lowers_the_loss_repeats_and_freezes() -> None:
     for _ in range(2):
         model = models.transformer(0)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        losses = [loss for _, loss in train(model, flow_matching(pairs(), batch=8), 12, rate=0.01, seed=5, trainable=lambda n: n.startswith("layers."))]  # fmt: skip
+        losses = [
+            loss
+            for _, loss in train(
+                model,
+                flow_matching(pairs(), batch=8),
+                12,
+                rate=0.01,
+                seed=5,
+                trainable=lambda n: n.startswith("layers."),
+            )
+        ]
         runs.append((losses, model.state_dict()))
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]) != name.startswith("layers."), name
@@ -131,7 +144,9 @@ def test_the_family_is_real_classes_of_one_architecture() -> None:
     assert infer(shapes, "memory") == models.ARCHITECTURE
     again = models.transformer(0).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
-    assert not torch.equal(models.transformer(1).state_dict()["layers.0.attention.to_q.weight"], again["layers.0.attention.to_q.weight"])  # fmt: skip
+    assert not torch.equal(
+        models.transformer(1).state_dict()["layers.0.attention.to_q.weight"], again["layers.0.attention.to_q.weight"]
+    )
 
 
 def test_the_tokenizer_has_a_token_a_word_and_reads_anything(tmp_path: Path) -> None:
@@ -157,7 +172,11 @@ def test_many_embeddings_are_those_of_the_pipeline() -> None:
     encoder = models.text_encoder(len(tokenizer), 0)
     pipe = ZImagePipeline(models.scheduler(), models.vae(0), encoder, tokenizer, models.transformer(0))
     captions = ["a red ball", "", "a ball on a red ball", "a red ball"]
-    for one, two in zip(embeddings(tokenizer, encoder, captions), pipe.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], strict=True):  # fmt: skip
+    for one, two in zip(
+        embeddings(tokenizer, encoder, captions),
+        pipe.encode_prompt(list(captions), do_classifier_free_guidance=False)[0],
+        strict=True,
+    ):
         assert torch.allclose(one, two, atol=1e-5)
 
 
@@ -165,7 +184,12 @@ def test_descend_minimises() -> None:
     torch.manual_seed(4)
     layer = nn.Linear(6, 4)
     goal = torch.randn(4, 6)
-    losses = [loss for _, loss in descend(layer, lambda g: (layer.weight - goal).square().mean() + layer.bias.square().mean(), 300, rate=0.2, seed=0)]  # fmt: skip
+    losses = [
+        loss
+        for _, loss in descend(
+            layer, lambda g: (layer.weight - goal).square().mean() + layer.bias.square().mean(), 300, rate=0.2, seed=0
+        )
+    ]
     assert losses[-1] < 0.01 * losses[0]
 
 
@@ -224,7 +248,11 @@ def test_a_tether_keeps_weights_near_their_start() -> None:
         torch.manual_seed(6)
         layer = nn.Linear(12, 12, bias=False)
         start = layer.weight.detach().clone()
-        list(descend(layer, lambda g, layer=layer: (layer.weight - goal).square().mean(), 60, rate=0.1, seed=0, tether=tether))  # type: ignore[misc]  # fmt: skip
+        list(
+            descend(
+                layer, lambda g, layer=layer: (layer.weight - goal).square().mean(), 60, rate=0.1, seed=0, tether=tether
+            )
+        )  # type: ignore[misc]
         distances.append(float((layer.weight - start).norm()))
     assert 0 < distances[1] < 0.7 * distances[0]
 

@@ -57,7 +57,11 @@ BAD_HEADERS = {
     "NaN": (b'{"a":NaN}', b"", "not valid JSON"),
     "duplicate keys": (b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(8), "occurs twice"),
     "bottomless nesting": (b"[" * 100_000, b"", "not valid JSON"),
-    "huge number": (b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', bytes(8), "not valid JSON"),
+    "huge number": (
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}',
+        bytes(8),
+        "not valid JSON",
+    ),
     "no dtype": (json.dumps({"a": {"shape": [2], "data_offsets": [0, 8]}}).encode(), bytes(8), "incomplete"),
     "entry is a list": (json.dumps({"a": [1]}).encode(), b"", "incomplete"),
     "unknown dtype": (json.dumps({"a": entry("Q7")}).encode(), bytes(8), "unknown dtype"),
@@ -75,7 +79,7 @@ BAD_HEADERS = {
     "hole": (json.dumps({"a": entry(offsets=[4, 12])}).encode(), bytes(12), "hole"),
     "trailing bytes": (json.dumps({"a": entry()}).encode(), bytes(20), "after the last"),
     "metadata no strings": (json.dumps({"__metadata__": {"a": 1}}).encode(), b"", "map of strings"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_HEADERS)

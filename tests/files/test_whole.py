@@ -123,14 +123,21 @@ def test_a_full_disk_in_the_middle_is_told_and_cleaned(tmp_path: Path, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reserves only there")
-def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(whole, "require_free", lambda *arguments: None)  # what is free now may not be later
-    with pytest.raises(OutputError, match=r"(?s)(no space left|file too large).*a.bin"), whole_file(tmp_path / "a.bin", 1 << 62):  # fmt: skip
+    with (
+        pytest.raises(OutputError, match=r"(?s)(no space left|file too large).*a.bin"),
+        whole_file(tmp_path / "a.bin", 1 << 62),
+    ):
         pass
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_system_that_reserves_nothing_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_file_system_that_reserves_nothing_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unsupported(*arguments: object) -> int:
         ctypes.set_errno(errno.EOPNOTSUPP)
         return -1

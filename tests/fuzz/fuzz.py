@@ -22,11 +22,93 @@ import atheris
 os.environ.setdefault("ALKAHEST_CACHE", tempfile.mkdtemp(prefix="alkahest-fuzz-cache-"))
 HERE = Path(__file__).parent
 WORDS = {
-    "header": ["__metadata__", "data_offsets", "dtype", "shape", "BF16", "F8_E4M3", "I8", "U8", "weight_scale", "comfy_quant", "scaled_fp8", "scale_weight", "_quantization_metadata", "model.diffusion_model.", "nvfp4", "mxfp8", "int8_tensorwise", "convrot"],
-    "recipe": ["base", "variant", "lerp(", "weighted_sum(", ".protect('refiner')", ".only('layers')", ".without(", ".scaled({", "param('k', 1.0)", "ties([", "dare(", "della(", "sce(", "nuslerp(", "karcher(", "alkahest.", "extract_lora(", "1e308", "--", "\\\\"],
-    "workflow": ["class_type", "inputs", "ModelMergeAdd", "ModelMergeSubtract", "ModelMergeSimple", "ModelMergeBlocks", "ModelSave", "CheckpointSave", "UNETLoader", "CheckpointLoaderSimple", "LoraLoaderModelOnly", "nodes", "links", "definitions", "subgraphs", "widgets_values", "AlkahestMerge", "multiplier", "ratio", "PrimitiveFloat"],
-    "lora": ["lora_unet_", "diffusion_model.", "transformer.", "lycoris_", ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".alpha", ".dora_scale", ".hada_w1_a", ".lokr_w1", ".lokr_w2_a", ".diff", ".diff_b", "layers.0.attention.to_q", "layers_0_attention_to_q", "lora_adapter_metadata", "r", "lora_alpha"],
-}  # fmt: skip
+    "header": [
+        "__metadata__",
+        "data_offsets",
+        "dtype",
+        "shape",
+        "BF16",
+        "F8_E4M3",
+        "I8",
+        "U8",
+        "weight_scale",
+        "comfy_quant",
+        "scaled_fp8",
+        "scale_weight",
+        "_quantization_metadata",
+        "model.diffusion_model.",
+        "nvfp4",
+        "mxfp8",
+        "int8_tensorwise",
+        "convrot",
+    ],
+    "recipe": [
+        "base",
+        "variant",
+        "lerp(",
+        "weighted_sum(",
+        ".protect('refiner')",
+        ".only('layers')",
+        ".without(",
+        ".scaled({",
+        "param('k', 1.0)",
+        "ties([",
+        "dare(",
+        "della(",
+        "sce(",
+        "nuslerp(",
+        "karcher(",
+        "alkahest.",
+        "extract_lora(",
+        "1e308",
+        "--",
+        "\\\\",
+    ],
+    "workflow": [
+        "class_type",
+        "inputs",
+        "ModelMergeAdd",
+        "ModelMergeSubtract",
+        "ModelMergeSimple",
+        "ModelMergeBlocks",
+        "ModelSave",
+        "CheckpointSave",
+        "UNETLoader",
+        "CheckpointLoaderSimple",
+        "LoraLoaderModelOnly",
+        "nodes",
+        "links",
+        "definitions",
+        "subgraphs",
+        "widgets_values",
+        "AlkahestMerge",
+        "multiplier",
+        "ratio",
+        "PrimitiveFloat",
+    ],
+    "lora": [
+        "lora_unet_",
+        "diffusion_model.",
+        "transformer.",
+        "lycoris_",
+        ".lora_down.weight",
+        ".lora_up.weight",
+        ".lora_A.weight",
+        ".lora_B.weight",
+        ".alpha",
+        ".dora_scale",
+        ".hada_w1_a",
+        ".lokr_w1",
+        ".lokr_w2_a",
+        ".diff",
+        ".diff_b",
+        "layers.0.attention.to_q",
+        "layers_0_attention_to_q",
+        "lora_adapter_metadata",
+        "r",
+        "lora_alpha",
+    ],
+}
 
 
 def keep(target: str, found: Path, corpus: Path) -> None:
@@ -70,7 +152,14 @@ def main() -> None:
     options.new.mkdir(parents=True, exist_ok=True)
     words = options.new.with_suffix(".words")
     words.write_text("".join('"' + word.replace('"', '\\"') + '"\n' for word in WORDS[options.target]))
-    arguments = [sys.argv[0], f"-dict={words}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=20000", "-print_final_stats=1"]  # fmt: skip
+    arguments = [
+        sys.argv[0],
+        f"-dict={words}",
+        "-timeout=20",
+        "-rss_limit_mb=4096",
+        "-max_len=20000",
+        "-print_final_stats=1",
+    ]
 
     def one(data: bytes) -> None:
         targets.attempt(options.target, data)

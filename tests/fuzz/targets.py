@@ -55,7 +55,9 @@ def written(name: str, *content: bytes) -> Path:
 
 
 def described(header: bytes) -> Path:
-    """A file with this JSON for a header and the data that it speaks of: small numbers, and what quantised layers say of themselves."""
+    """A file with this JSON for a header and the data that it speaks of: small numbers, and what quantised layers
+    say of themselves.
+    """
     data = bytearray(4096)
     with contextlib.suppress(
         ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError

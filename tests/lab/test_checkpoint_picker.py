@@ -33,7 +33,14 @@ def chosen(picker: CheckpointPicker, name: str) -> None:
 def test_it_finds_each_kind_once(models: Path) -> None:
     found = {str(path.relative_to(models)): size for path, size in checkpoints_in(models)}
     sharded = next(name for name in found if name.startswith("sharded"))
-    assert set(found) == {"base.safetensors", "broken.safetensors", "diffusers", "other.safetensors", sharded, "sub/variant.safetensors"}  # fmt: skip
+    assert set(found) == {
+        "base.safetensors",
+        "broken.safetensors",
+        "diffusers",
+        "other.safetensors",
+        sharded,
+        "sub/variant.safetensors",
+    }
     assert found["base.safetensors"] == (models / "base.safetensors").stat().st_size
     assert found[sharded] == sum(path.stat().st_size for path in (models / "sharded").glob("*.safetensors"))
     for name in set(found) - {"broken.safetensors"}:

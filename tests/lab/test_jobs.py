@@ -87,7 +87,10 @@ def test_what_goes_wrong_is_shown_and_kept() -> None:
 
 def test_sizes_are_said_as_sizes() -> None:
     gate = threading.Semaphore(1)
-    job = Job(lambda: (SimpleNamespace(done=n * 10**9, total=12 * 10**9, key="") for n in range(1, 13) if gate.acquire()), unit="B")  # fmt: skip
+    job = Job(
+        lambda: (SimpleNamespace(done=n * 10**9, total=12 * 10**9, key="") for n in range(1, 13) if gate.acquire()),
+        unit="B",
+    )
     job.start()
     assert until(lambda: "of 12.00 GB" in job.status.value)
     assert "1.00 GB of 12.00 GB" in job.status.value

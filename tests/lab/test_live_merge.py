@@ -30,7 +30,14 @@ def parts() -> tuple[Any, Any, Any]:
 def panel(parts: tuple[Any, Any, Any]) -> LiveMerge:
     bridge, cyan, heart = parts
     lora = ak.open_lora(ak.mini.lora("turbo-lora"))
-    return live_merge(bridge, {"cyan": cyan, "heart": heart}, PROMPTS, loras={"style": lora}, k={"cyan": 2.0, "heart": 0.0}, sampling=SAMPLING)  # fmt: skip
+    return live_merge(
+        bridge,
+        {"cyan": cyan, "heart": heart},
+        PROMPTS,
+        loras={"style": lora},
+        k={"cyan": 2.0, "heart": 0.0},
+        sampling=SAMPLING,
+    )
 
 
 def drawn(weights: Any) -> list[bytes]:

@@ -34,7 +34,14 @@ def test_the_delta_browser_measures_and_then_browses(three: tuple[Any, Any, Any]
     browser = measured(panels.delta_browser(v - b, on=w))
     assert isinstance(browser, Explorer)
     assert set(browser.controls) == {"statistic", "part", "view"}
-    assert list(browser.controls["part"].options) == ["all", "embedders", "noise_refiner", "context_refiner", "layers", "final"]  # fmt: skip
+    assert list(browser.controls["part"].options) == [
+        "all",
+        "embedders",
+        "noise_refiner",
+        "context_refiner",
+        "layers",
+        "final",
+    ]
     assert "relative of each of 101 tensors" in browser.alt
     browser.controls["part"].value = "layers"
     browser.controls["statistic"].value = "changed"

@@ -23,7 +23,9 @@ def table(trio: dict[str, Path]) -> pd.DataFrame:
 
 def drawn(ax: mpl.axes.Axes) -> np.ndarray:
     """Every marked point, as rows of x, y."""
-    return np.concatenate([np.column_stack(line.get_data()) for line in ax.lines if line.get_marker() not in ("None", "")])  # fmt: skip
+    return np.concatenate(
+        [np.column_stack(line.get_data()) for line in ax.lines if line.get_marker() not in ("None", "")]
+    )
 
 
 @pytest.mark.parametrize("statistic", list(plots.STATISTICS))
@@ -81,7 +83,9 @@ def test_lineages_are_lines_of_medians(table: pd.DataFrame, trio: dict[str, Path
     plot = plots.lineage_comparison({"near": table, "far": other})
     lines = {line.get_label(): line for line in plot.axes.lines}
     assert {"near", "far"} <= set(lines)
-    layers = [line for line in plot.axes.lines if line.get_color() == lines["far"].get_color() and len(line.get_xdata()) == 2]  # fmt: skip
+    layers = [
+        line for line in plot.axes.lines if line.get_color() == lines["far"].get_color() and len(line.get_xdata()) == 2
+    ]
     medians = other[other.part == "layers"].groupby("block").relative.median().tolist()
     assert any(line.get_ydata() == pytest.approx(medians) for line in layers)
     assert "near: layers 0.0" in plot.alt
@@ -102,7 +106,11 @@ def test_curves_mark_1x_10x_and_20x(trio: dict[str, Path]) -> None:
     curve = ak.rounding_curve(ak.delta_table(v - b, on=w))
     for plot in (plots.survival(curve), plots.noise(curve)):
         lines = {line.get_label(): line for line in plot.axes.lines}
-        assert [lines[name].get_xdata()[0] for name in ("1x", "10x, ComfyUI's cap", "20x, practical limit")] == [1, 10, 20]  # fmt: skip
+        assert [lines[name].get_xdata()[0] for name in ("1x", "10x, ComfyUI's cap", "20x, practical limit")] == [
+            1,
+            10,
+            20,
+        ]
         assert plot.axes.get_xscale() == "log"
         assert "at 10x" in plot.alt
     lines = {line.get_label(): line for line in plots.survival(curve).axes.lines}
@@ -141,7 +149,9 @@ def test_a_lora_report_shows_what_is_kept(trio: dict[str, Path]) -> None:
     found = ak.extract_lora(delta, energy=0.7, rank_max=30, exclude="refiner")
     plot = plots.lora_report(found.report)
     kept = found.report[found.report.kept == "LoRA"]
-    for ax, column, unit in zip(plot.axes.figure.axes, ("rank", "energy", "noise", "nbytes"), (1, 1, 1, 1000), strict=True):  # fmt: skip
+    for ax, column, unit in zip(
+        plot.axes.figure.axes, ("rank", "energy", "noise", "nbytes"), (1, 1, 1, 1000), strict=True
+    ):
         drawn = [y for line in ax.lines if line.get_marker() in "osD^vPX" for y in line.get_ydata()]
         assert sorted(drawn) == pytest.approx(sorted(kept[column] / unit))
     assert f"rank_max ({kept.capped.sum()} capped)" in [line.get_label() for line in plot.axes.lines]
@@ -176,7 +186,11 @@ def test_the_title_says_miniatures_and_long_ones_break(trio: dict[str, Path]) ->
 def test_nothing_differs(trio: dict[str, Path]) -> None:
     b = ak.open(trio["base"])
     table = ak.delta_table(b - b)
-    for plot in (plots.delta_magnitudes(table), plots.magnitude_heatmap(table), plots.lineage_comparison({"same": table})):  # fmt: skip
+    for plot in (
+        plots.delta_magnitudes(table),
+        plots.magnitude_heatmap(table),
+        plots.lineage_comparison({"same": table}),
+    ):
         assert plot.png()
     assert f"{len(table)} tensors are untouched" in plots.delta_magnitudes(table).alt
     assert "nothing differs" in plots.magnitude_heatmap(table).alt

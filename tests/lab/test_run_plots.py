@@ -6,11 +6,15 @@ import pytest
 from alkahest.errors import AlkahestError, UnknownNameError
 from alkahest.lab import run_plots
 
-HISTORY = pd.DataFrame({
-    "step": [0, 10, 20, 30, 40], "stage": ["people", "people", "people", "light", "light"],
-    "held_out people 64": [2.5, 1.0, 0.6, 0.5, 0.45], "held_out light 64": [2.6, 1.4, 1.1, 0.7, 0.5],
-    "latent_lag1": [-0.1, 0.0, 0.1, 0.15, 0.2],
-})  # fmt: skip
+HISTORY = pd.DataFrame(
+    {
+        "step": [0, 10, 20, 30, 40],
+        "stage": ["people", "people", "people", "light", "light"],
+        "held_out people 64": [2.5, 1.0, 0.6, 0.5, 0.45],
+        "held_out light 64": [2.6, 1.4, 1.1, 0.7, 0.5],
+        "latent_lag1": [-0.1, 0.0, 0.1, 0.15, 0.2],
+    }
+)
 
 
 def test_a_training_curve_has_every_measurement_and_stage() -> None:

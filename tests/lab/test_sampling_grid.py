@@ -18,7 +18,9 @@ def live() -> ak.LiveModel:
 
 @pytest.fixture
 def grid(live: ak.LiveModel, tmp_path: Path) -> SamplingGrid:
-    return sampling_grid(live, "a red ball by day", over={"k": [0, 171.1], "shift": [3, 6], "steps": [2]}, folder=tmp_path)  # fmt: skip
+    return sampling_grid(
+        live, "a red ball by day", over={"k": [0, 171.1], "shift": [3, 6], "steps": [2]}, folder=tmp_path
+    )
 
 
 def drawn(grid: SamplingGrid) -> Any:
@@ -28,7 +30,13 @@ def drawn(grid: SamplingGrid) -> Any:
 
 
 def test_every_combination_is_drawn(grid: SamplingGrid, live: ak.LiveModel) -> None:
-    assert {name: box.value for name, box in grid.boxes.items()} == {"k": "0, 171.1", "shift": "3, 6", "cfg": "2", "steps": "2", "seed": "0"}  # fmt: skip
+    assert {name: box.value for name, box in grid.boxes.items()} == {
+        "k": "0, 171.1",
+        "shift": "3, 6",
+        "cfg": "2",
+        "steps": "2",
+        "seed": "0",
+    }
     table = drawn(grid)
     assert list(zip(table.k, table["shift"], strict=True)) == [(0, 3), (0, 6), (171.1, 3), (171.1, 6)]
     assert grid.alt == "4 pictures over k, shift"
@@ -53,7 +61,12 @@ def test_lists_of_prompts_seeds_and_negative_prompts(grid: SamplingGrid) -> None
 
 
 def test_what_is_no_number_or_fails_is_said_in_place(grid: SamplingGrid) -> None:
-    for name, text, words in (("shift", "3, six", "'six'"), ("k", "", "k is empty"), ("steps", "2.5", "whole numbers"), ("cfg", "inf", "'inf'")):  # fmt: skip
+    for name, text, words in (
+        ("shift", "3, six", "'six'"),
+        ("k", "", "k is empty"),
+        ("steps", "2.5", "whole numbers"),
+        ("cfg", "inf", "'inf'"),
+    ):
         before, grid.boxes[name].value = grid.boxes[name].value, text
         assert drawn(grid) is None
         assert words in str(grid.job.error)
@@ -70,7 +83,11 @@ def test_what_is_no_number_or_fails_is_said_in_place(grid: SamplingGrid) -> None
 
 def test_what_is_given_is_in_the_boxes(live: ak.LiveModel) -> None:
     grid = sampling_grid(live, "a ball", steps=12, over={"seed": [12345678901, 2]}, cfg=1.0)
-    assert {name: grid.boxes[name].value for name in ("steps", "cfg", "seed")} == {"steps": "12", "cfg": "1", "seed": "12345678901, 2"}  # fmt: skip
+    assert {name: grid.boxes[name].value for name in ("steps", "cfg", "seed")} == {
+        "steps": "12",
+        "cfg": "1",
+        "seed": "12345678901, 2",
+    }
     with pytest.raises(AlkahestError, match="schedule takes numbers"):
         sampling_grid(live, "a ball", over={"schedule": ["simple"]})  # type: ignore[dict-item]
 

@@ -13,7 +13,17 @@ from alkahest.lab.training_monitor import training_monitor
 
 def measured(folder: Path, *steps: int) -> None:
     """What a run writes at these steps; the last line cut off, as a kill leaves it."""
-    rows = [{"step": step, "stage": "people", "loss": 1.0 / (step + 1), "held_out people 64": 2.0 / (step + 1), "latent_lag1": 0.01 * step, "grid": 1.0} for step in steps]  # fmt: skip
+    rows = [
+        {
+            "step": step,
+            "stage": "people",
+            "loss": 1.0 / (step + 1),
+            "held_out people 64": 2.0 / (step + 1),
+            "latent_lag1": 0.01 * step,
+            "grid": 1.0,
+        }
+        for step in steps
+    ]
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for step in steps:
         for n in range(2):

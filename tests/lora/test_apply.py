@@ -27,7 +27,12 @@ def model(tmp_path: Path) -> ak.Checkpoint:
 
 
 def dora(folder: Path, magnitude: torch.Tensor, name: str = NAME, rows: int = 256, suffix: str = "dora_scale") -> Path:
-    tensors = {f"{name}.lora_B.weight": 0.05 * random(rows, 5), f"{name}.lora_A.weight": 0.05 * random(5, 96), f"{name}.alpha": torch.tensor(2.5), f"{name}.{suffix}": magnitude}  # fmt: skip
+    tensors = {
+        f"{name}.lora_B.weight": 0.05 * random(rows, 5),
+        f"{name}.lora_A.weight": 0.05 * random(5, 96),
+        f"{name}.alpha": torch.tensor(2.5),
+        f"{name}.{suffix}": magnitude,
+    }
     save_file(tensors, folder / "dora.safetensors")
     return folder / "dora.safetensors"
 
@@ -57,12 +62,20 @@ def test_peft_merges_to_the_same(model: ak.Checkpoint, tmp_path: Path) -> None:
     block.w1.weight.data.copy_(model[KEY])
     wrapper = torch.nn.Sequential()
     wrapper.add_module("w", block)
-    peft = get_peft_model(wrapper, LoraConfig(r=5, lora_alpha=2.5, use_dora=True, target_modules=["w1"], init_lora_weights=False))  # fmt: skip
+    peft = get_peft_model(
+        wrapper, LoraConfig(r=5, lora_alpha=2.5, use_dora=True, target_modules=["w1"], init_lora_weights=False)
+    )
     for parameter in peft.parameters():
         parameter.data += 0.01 * random(*parameter.shape) * (parameter.dim() == 1)
     state = get_peft_model_state_dict(peft)
-    stored = {name.replace("base_model.model.w.w1", "base_model.model." + KEY.removesuffix(".weight")): value.contiguous() for name, value in state.items()}  # fmt: skip
-    save_file({**stored, "base_model.model." + KEY.removesuffix(".weight") + ".alpha": torch.tensor(2.5)}, tmp_path / "peft.safetensors")  # fmt: skip
+    stored = {
+        name.replace("base_model.model.w.w1", "base_model.model." + KEY.removesuffix(".weight")): value.contiguous()
+        for name, value in state.items()
+    }
+    save_file(
+        {**stored, "base_model.model." + KEY.removesuffix(".weight") + ".alpha": torch.tensor(2.5)},
+        tmp_path / "peft.safetensors",
+    )
     lora = ak.open_lora(tmp_path / "peft.safetensors")
     assert lora.is_dora
     merged = peft.merge_and_unload().w.w1.weight.detach()
@@ -77,7 +90,9 @@ def test_a_fused_dora_takes_its_rows(model: ak.Checkpoint, tmp_path: Path) -> No
     for number, part in enumerate("qkv"):
         key, rows = f"layers.0.attention.to_{part}.weight", slice(96 * number, 96 * (number + 1))
         whole = model[key].double() + change[rows]
-        assert torch.allclose(after[key].double(), magnitude[rows].double() * whole / whole.norm(dim=1, keepdim=True), atol=1e-6)  # fmt: skip
+        assert torch.allclose(
+            after[key].double(), magnitude[rows].double() * whole / whole.norm(dim=1, keepdim=True), atol=1e-6
+        )
     with pytest.raises(UnsupportedError, match="magnitudes fit neither"):
         ak.apply_lora(model, ak.open_lora(dora(tmp_path, random(1, 96), name, 288)))
 
@@ -101,7 +116,9 @@ def test_it_is_an_expression(model: ak.Checkpoint, tmp_path: Path) -> None:
 
 
 def save_plain(folder: Path) -> Path:
-    save_file({f"{NAME}.lora_B.weight": random(256, 5), f"{NAME}.lora_A.weight": random(5, 96)}, folder / "plain.safetensors")  # fmt: skip
+    save_file(
+        {f"{NAME}.lora_B.weight": random(256, 5), f"{NAME}.lora_A.weight": random(5, 96)}, folder / "plain.safetensors"
+    )
     return folder / "plain.safetensors"
 
 

@@ -24,7 +24,15 @@ def values(lora: object, key: str, shape: tuple[int, int] = (96, 96)) -> torch.T
 def test_there_and_back_again(there: str, dtype: torch.dtype, tmp_path: Path) -> None:
     given = {key: type(p)(p.up.to(dtype), p.down.to(dtype), 1 / 3) for key, p in pairs().items()}
     full = {"layers.0.ffn_norm1.weight": random(96).to(dtype)}
-    one = ak.open_lora(save_lora(tmp_path / "one.safetensors", given, full, metadata={"trained": "by hand", "lora_adapter_metadata": '{"r": 3, "lora_alpha": 1}'}, family=FAMILY))  # fmt: skip
+    one = ak.open_lora(
+        save_lora(
+            tmp_path / "one.safetensors",
+            given,
+            full,
+            metadata={"trained": "by hand", "lora_adapter_metadata": '{"r": 3, "lora_alpha": 1}'},
+            family=FAMILY,
+        )
+    )
     other = ak.convert_lora(one, tmp_path / "other.safetensors", there)
     back = ak.convert_lora(other, tmp_path / "back.safetensors")
     before, after = load_file(one.path), load_file(back.path)
@@ -39,7 +47,11 @@ def test_there_and_back_again(there: str, dtype: torch.dtype, tmp_path: Path) ->
 
 def test_a_fused_file_that_is_not_block_diagonal(tmp_path: Path) -> None:
     name = "diffusion_model.layers.0.attention.qkv"
-    tensors = {f"{name}.lora_B.weight": random(288, 7), f"{name}.lora_A.weight": random(7, 96), f"{name}.alpha": torch.tensor(2.0)}  # fmt: skip
+    tensors = {
+        f"{name}.lora_B.weight": random(288, 7),
+        f"{name}.lora_A.weight": random(7, 96),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
     save_file(tensors, tmp_path / "fused.safetensors")
     split = ak.convert_lora(ak.open_lora(tmp_path / "fused.safetensors"), tmp_path / "split.safetensors")
     whole = 2 / 7 * tensors[f"{name}.lora_B.weight"].double() @ tensors[f"{name}.lora_A.weight"].double()
@@ -64,10 +76,14 @@ def test_a_direction_of_zeros_stays_where_nothing_was_split(tmp_path: Path) -> N
 def test_loha_and_lokr_become_loras(tmp_path: Path) -> None:
     prefix = "lycoris_layers_0_attention_to_"
     tensors = {
-        **{f"{prefix}q.hada_w{n}_a": random(96, 2 + n) for n in (1, 2)}, **{f"{prefix}q.hada_w{n}_b": random(2 + n, 96) for n in (1, 2)},
+        **{f"{prefix}q.hada_w{n}_a": random(96, 2 + n) for n in (1, 2)},
+        **{f"{prefix}q.hada_w{n}_b": random(2 + n, 96) for n in (1, 2)},
         f"{prefix}q.alpha": torch.tensor(1.0),
-        f"{prefix}k.lokr_w1": random(4, 3), f"{prefix}k.lokr_w2_a": random(24, 2), f"{prefix}k.lokr_w2_b": random(2, 32), f"{prefix}k.alpha": torch.tensor(1.0),
-    }  # fmt: skip
+        f"{prefix}k.lokr_w1": random(4, 3),
+        f"{prefix}k.lokr_w2_a": random(24, 2),
+        f"{prefix}k.lokr_w2_b": random(2, 32),
+        f"{prefix}k.alpha": torch.tensor(1.0),
+    }
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "lycoris.safetensors")
     before = ak.open_lora(tmp_path / "lycoris.safetensors")
     after = ak.convert_lora(before, tmp_path / "lora.safetensors")
@@ -86,7 +102,10 @@ def test_refused(tmp_path: Path) -> None:
     path = save_lora(tmp_path / "lora.safetensors", pairs(), {}, family=FAMILY)
     with pytest.raises(OutputError, match="the output is one of the inputs"):
         ak.convert_lora(ak.open_lora(path), path, "kohya")
-    save_file({**load_file(path), "diffusion_model.layers.0.attention.to_q.dora_scale": random(96, 1)}, tmp_path / "dora.safetensors")  # fmt: skip
+    save_file(
+        {**load_file(path), "diffusion_model.layers.0.attention.to_q.dora_scale": random(96, 1)},
+        tmp_path / "dora.safetensors",
+    )
     with pytest.raises(UnsupportedError, match=r"(?s)a DoRA cannot be converted.*apply it"):
         ak.convert_lora(ak.open_lora(tmp_path / "dora.safetensors"), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

@@ -44,7 +44,10 @@ def test_the_sketch_widens_until_the_energy_is_there(monkeypatch: pytest.MonkeyP
     s = torch.linalg.svdvals(matrix.double()).numpy()
     least = int(np.searchsorted(np.cumsum(s**2), 0.999 * (s**2).sum())) + 1
     assert not found.complete
-    assert RankRule.checked({"energy": 0.999}, None, False, "test").choose(found.s, found.squares, False, math.nan) == least  # fmt: skip
+    assert (
+        RankRule.checked({"energy": 0.999}, None, False, "test").choose(found.s, found.squares, False, math.nan)
+        == least
+    )
     assert least <= len(found.s) < 110
     capped = run(matrix, "randomised", 12, energy=0.999)
     assert len(capped.s) == 12, "a cap ends the search"

@@ -21,7 +21,9 @@ LAYER = "layers.1.feed_forward.w1.weight"
 RANK = 6
 
 
-def planted(folder: Path, size: float = 0.02, dtype: torch.dtype = torch.bfloat16) -> tuple[ak.Checkpoint, ak.Checkpoint]:  # fmt: skip
+def planted(
+    folder: Path, size: float = 0.02, dtype: torch.dtype = torch.bfloat16
+) -> tuple[ak.Checkpoint, ak.Checkpoint]:
     """A base, and a variant whose matrices differ by six directions and whose vectors differ a little."""
     base = {name: value.to(dtype).float() for name, value in tiny.state(seed=1).items()}
     torch.manual_seed(7)
@@ -51,8 +53,12 @@ def difference(v: ak.Checkpoint, b: ak.Checkpoint, key: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("method", ["exact", "randomised"])
-@pytest.mark.parametrize("given", [{"energy": 0.9}, {"rank": 3}, {"ratio": 0.5}, {"sum": 0.6}, {"energy": 0.9, "alpha": 2.0}], ids=str)  # fmt: skip
-def test_the_energy_that_is_reported_is_the_files(given: dict[str, Any], method: str, dtype: str, tmp_path: Path) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    "given", [{"energy": 0.9}, {"rank": 3}, {"ratio": 0.5}, {"sum": 0.6}, {"energy": 0.9, "alpha": 2.0}], ids=str
+)
+def test_the_energy_that_is_reported_is_the_files(
+    given: dict[str, Any], method: str, dtype: str, tmp_path: Path
+) -> None:
     v, b = planted(tmp_path)
     found = ak.extract_lora(v - b, method=method, dtype=dtype, exclude="refiner", **given)
     lora = found.save(tmp_path / "lora.safetensors")
@@ -101,20 +107,31 @@ def test_a_variant_that_is_all_noise_is_left_out(tmp_path: Path) -> None:
     torch.manual_seed(0)
     fine = {name: value + 1e-4 * value.std() * torch.randn_like(value) for name, value in tiny.state(seed=1).items()}
     b = ak.open(tiny.write(tmp_path / "b.safetensors", tiny.native(tiny.state(seed=1)), torch.float32))
-    v = ak.open(tiny.write(tmp_path / "v.safetensors", tiny.native({n: x if n == LAYER else tiny.state(seed=1)[n] for n, x in fine.items()})))  # fmt: skip
+    v = ak.open(
+        tiny.write(
+            tmp_path / "v.safetensors",
+            tiny.native({n: x if n == LAYER else tiny.state(seed=1)[n] for n, x in fine.items()}),
+        )
+    )
     with pytest.raises(AlgebraError, match=r"(?s)nothing is left to extract.*noise"):
         ak.extract_lora((v - b).only(LAYER.removesuffix(".weight")), noise_edge=True)
 
 
 def test_which_tensors(tmp_path: Path) -> None:
     v, b = planted(tmp_path)
-    found = ak.extract_lora(v - b, rank=2, include="layers", exclude="attention", full="layers.0.ffn_norm1, layers.1.adaLN_modulation")  # fmt: skip
+    found = ak.extract_lora(
+        v - b, rank=2, include="layers", exclude="attention", full="layers.0.ffn_norm1, layers.1.adaLN_modulation"
+    )
     report = found.report.set_index("tensor")
     for key, kept in {
-        LAYER: "LoRA", "layers.0.ffn_norm1.weight": "full", "layers.1.adaLN_modulation.0.bias": "full",
-        "layers.1.adaLN_modulation.0.weight": "full", "layers.0.ffn_norm2.weight": "no matrix",
-        "layers.0.attention.to_q.weight": "excluded", "noise_refiner.0.feed_forward.w1.weight": "excluded",
-    }.items():  # fmt: skip
+        LAYER: "LoRA",
+        "layers.0.ffn_norm1.weight": "full",
+        "layers.1.adaLN_modulation.0.bias": "full",
+        "layers.1.adaLN_modulation.0.weight": "full",
+        "layers.0.ffn_norm2.weight": "no matrix",
+        "layers.0.attention.to_q.weight": "excluded",
+        "noise_refiner.0.feed_forward.w1.weight": "excluded",
+    }.items():
         assert report.kept[key] == kept, key
     assert set(report.index) == set(b)
     lora = found.save(tmp_path / "lora.safetensors")
@@ -179,7 +196,11 @@ def test_peft_keeps_the_same_energy_at_the_same_rank(tmp_path: Path) -> None:
     layer = model.base_model.model.w1
     d = layer.get_delta_weight("default").detach().double()
     name = LAYER.removesuffix(".weight")
-    halves = {f"{name}.hada_{w}_{h}": getattr(layer, f"hada_{w}_{h}")["default"].detach().clone() for w in ("w1", "w2") for h in "ab"}  # fmt: skip
+    halves = {
+        f"{name}.hada_{w}_{h}": getattr(layer, f"hada_{w}_{h}")["default"].detach().clone()
+        for w in ("w1", "w2")
+        for h in "ab"
+    }
     save_file({**halves, f"{name}.alpha": torch.tensor(3.0)}, tmp_path / "loha.safetensors")
     for given, theirs_rank in (({"rank": 9}, 9), ({"energy": 0.8}, 0.8)):
         _, theirs = convert_to_lora(model, theirs_rank)
@@ -250,14 +271,19 @@ def test_resizing_and_merging_need_no_models(tmp_path: Path, monkeypatch: pytest
     d = product(one, LAYER)
     s = torch.linalg.svdvals(d)
     assert report.energy[LAYER] == pytest.approx(float(s[:2].square().sum() / s.square().sum()), abs=1e-4)
-    assert report.energy[LAYER] == pytest.approx(1 - float((d - product(again, LAYER)).square().sum() / d.square().sum()), abs=1e-6)  # fmt: skip
+    assert report.energy[LAYER] == pytest.approx(
+        1 - float((d - product(again, LAYER)).square().sum() / d.square().sum()), abs=1e-6
+    )
     merged = ak.extract_lora(one - 0.5 * two, energy=1.0, dtype="fp32").save(tmp_path / "merged.safetensors")
     expected = product(one, LAYER) - 0.5 * product(two, LAYER)
     assert torch.allclose(product(merged, LAYER), expected, atol=1e-6 * float(expected.abs().max()))
     rest = "noise_refiner.0.feed_forward.w1.weight"
     assert torch.allclose(product(merged, rest), product(one, rest), atol=1e-6)
     assert 5 < ak.open_lora(merged.path).summary()["ranks"][1] <= 9
-    assert load_file(small.save(tmp_path / "kept.safetensors").path)["diffusion_model.layers.0.ffn_norm1.diff"].dtype == torch.bfloat16  # fmt: skip
+    assert (
+        load_file(small.save(tmp_path / "kept.safetensors").path)["diffusion_model.layers.0.ffn_norm1.diff"].dtype
+        == torch.bfloat16
+    )
 
 
 def test_loras_that_cancel_are_nothing(tmp_path: Path) -> None:
@@ -284,7 +310,11 @@ def test_from_a_lora_that_is_not_thin(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "range": ({"energy": 1.2}, AlgebraError, "energy is a share"),
-    "pattern": ({"exclude": "refinr"}, UnknownNameError, r"(?s)exclude: 'refinr' selects no tensor.*did you mean 'refiner'"),
+    "pattern": (
+        {"exclude": "refinr"},
+        UnknownNameError,
+        r"(?s)exclude: 'refinr' selects no tensor.*did you mean 'refiner'",
+    ),
     "include": ({"include": "layrs"}, UnknownNameError, r"(?s)include.*'layers'"),
     "full": ({"full": "nrom"}, UnknownNameError, "full"),
     "everything excluded": ({"exclude": "all"}, AlgebraError, r"(?s)nothing is left to extract.*excluded"),
@@ -294,7 +324,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "min_dim": ({"min_dim": -1}, AlgebraError, "min_dim"),
     "option": ({"tread": 2}, UnknownNameError, "unknown option"),
     "device": ({"device": "cuda:7"}, UnsupportedError, "device is not there"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -339,4 +369,8 @@ def test_it_does_not_write_over_its_inputs(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown flavour"):
         found.save(tmp_path / "lora.safetensors", "komfyui")
     assert (tmp_path / "base.safetensors").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "link.safetensors", "variant.safetensors"]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "base.safetensors",
+        "link.safetensors",
+        "variant.safetensors",
+    ]

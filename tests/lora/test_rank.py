@@ -20,11 +20,20 @@ def rule(rank_max: int | None = 64, noise_edge: bool = False, **given: Any) -> R
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rank": 3}, 3), ({"rank": 9}, 5), ({"energy": 64 / SQUARES - 1e-9}, 1), ({"energy": 64 / SQUARES + 1e-9}, 2),
-        ({"energy": 0.99}, 4), ({"energy": 1.0}, 5), ({"sum": 12 / 15.5 - 1e-9}, 2), ({"sum": 12 / 15.5 + 1e-9}, 3),
-        ({"ratio": 0.25}, 3), ({"ratio": 0.26}, 2), ({"ratio": 1.0}, 1), ({}, 4),
+        ({"rank": 3}, 3),
+        ({"rank": 9}, 5),
+        ({"energy": 64 / SQUARES - 1e-9}, 1),
+        ({"energy": 64 / SQUARES + 1e-9}, 2),
+        ({"energy": 0.99}, 4),
+        ({"energy": 1.0}, 5),
+        ({"sum": 12 / 15.5 - 1e-9}, 2),
+        ({"sum": 12 / 15.5 + 1e-9}, 3),
+        ({"ratio": 0.25}, 3),
+        ({"ratio": 0.26}, 2),
+        ({"ratio": 1.0}, 1),
+        ({}, 4),
     ],
-)  # fmt: skip
+)
 def test_rules_by_hand(given: dict[str, float], expected: int) -> None:
     assert rule(**given).choose(S, SQUARES, True, math.nan) == expected
 
@@ -65,12 +74,22 @@ def test_caps() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"energy": 0.0}, "energy is a share"), ({"energy": 1.5}, "energy=0.995 means 99.5 %"), ({"energy": 99}, "a share"),
-        ({"ratio": -1}, "a share"), ({"sum": math.nan}, "a share"), ({"energy": True}, "a share"), ({"energy": "x"}, "a share"),
-        ({"rank": 0}, "1 or more"), ({"rank": 2.5}, "whole number"), ({"rank": True}, "whole number"),
-        ({"rank": 4, "energy": 0.9}, "several rank rules"), ({"rank_max": 0}, "rank_max"), ({"rank_max": 1.5}, "rank_max"), ({"rank": 4, "rank_max": 2}, "larger than rank_max"),
+        ({"energy": 0.0}, "energy is a share"),
+        ({"energy": 1.5}, "energy=0.995 means 99.5 %"),
+        ({"energy": 99}, "a share"),
+        ({"ratio": -1}, "a share"),
+        ({"sum": math.nan}, "a share"),
+        ({"energy": True}, "a share"),
+        ({"energy": "x"}, "a share"),
+        ({"rank": 0}, "1 or more"),
+        ({"rank": 2.5}, "whole number"),
+        ({"rank": True}, "whole number"),
+        ({"rank": 4, "energy": 0.9}, "several rank rules"),
+        ({"rank_max": 0}, "rank_max"),
+        ({"rank_max": 1.5}, "rank_max"),
+        ({"rank": 4, "rank_max": 2}, "larger than rank_max"),
     ],
-)  # fmt: skip
+)
 def test_out_of_range(given: dict[str, Any], words: str) -> None:
     with pytest.raises(AlgebraError, match=words):
         rule(**given)

@@ -9,7 +9,9 @@ import alkahest as ak
 from alkahest.errors import AlgebraError
 
 
-@pytest.mark.parametrize("given", [{"energy": 0.9}, {"rank": 5}, {"sum": 0.7}, {"ratio": 0.5}, {"energy": 0.9, "rank_max": 20}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "given", [{"energy": 0.9}, {"rank": 5}, {"sum": 0.7}, {"ratio": 0.5}, {"energy": 0.9, "rank_max": 20}], ids=str
+)
 def test_it_foretells_an_extraction(given: dict[str, Any], trio: dict[str, Path]) -> None:
     delta = ak.open(trio["variant"]) - ak.open(trio["base"])
     told = ak.lora_ranks(ak.delta_spectra(delta, values=400), **given).set_index("tensor")

@@ -15,7 +15,11 @@ from alkahest.lora.write import FLAVOURS, Pair, save_lora
 from alkahest.model.families.zimage import FAMILY
 
 Q, K, V = (f"layers.0.attention.to_{part}.weight" for part in "qkv")
-OUT, EMBED, FINAL = "layers.0.attention.to_out.0.weight", "all_x_embedder.2-1.weight", "all_final_layer.2-1.linear.weight"  # fmt: skip
+OUT, EMBED, FINAL = (
+    "layers.0.attention.to_out.0.weight",
+    "all_x_embedder.2-1.weight",
+    "all_final_layer.2-1.linear.weight",
+)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -28,13 +32,32 @@ def pairs(scale: float = 1.0) -> dict[str, Pair]:
 
 
 EXPECTED = {
-    "comfyui": ["diffusion_model.layers.0.attention.to_q.lora_A.weight", "diffusion_model.all_x_embedder.2-1.lora_B.weight", "diffusion_model.layers.0.attention.to_out.0.lora_A.weight"],
-    "diffusers": ["transformer.layers.0.attention.to_q.lora_A.weight", "transformer.all_final_layer.2-1.linear.lora_B.weight"],
+    "comfyui": [
+        "diffusion_model.layers.0.attention.to_q.lora_A.weight",
+        "diffusion_model.all_x_embedder.2-1.lora_B.weight",
+        "diffusion_model.layers.0.attention.to_out.0.lora_A.weight",
+    ],
+    "diffusers": [
+        "transformer.layers.0.attention.to_q.lora_A.weight",
+        "transformer.all_final_layer.2-1.linear.lora_B.weight",
+    ],
     "peft": ["base_model.model.layers.0.attention.to_q.lora_A.weight"],
-    "kohya": ["lora_unet_layers_0_attention_qkv.lora_down.weight", "lora_unet_layers_0_attention_out.lora_up.weight", "lora_unet_x_embedder.alpha", "lora_unet_final_layer_linear.alpha"],
-    "kohya-split": ["lora_unet_layers_0_attention_to_q.lora_down.weight", "lora_unet_layers_0_attention_to_out_0.alpha"],
-    "fused": ["diffusion_model.layers.0.attention.qkv.lora_A.weight", "diffusion_model.x_embedder.lora_B.weight", "diffusion_model.final_layer.linear.lora_B.weight"],
-}  # fmt: skip
+    "kohya": [
+        "lora_unet_layers_0_attention_qkv.lora_down.weight",
+        "lora_unet_layers_0_attention_out.lora_up.weight",
+        "lora_unet_x_embedder.alpha",
+        "lora_unet_final_layer_linear.alpha",
+    ],
+    "kohya-split": [
+        "lora_unet_layers_0_attention_to_q.lora_down.weight",
+        "lora_unet_layers_0_attention_to_out_0.alpha",
+    ],
+    "fused": [
+        "diffusion_model.layers.0.attention.qkv.lora_A.weight",
+        "diffusion_model.x_embedder.lora_B.weight",
+        "diffusion_model.final_layer.linear.lora_B.weight",
+    ],
+}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
@@ -69,21 +92,36 @@ def test_a_fused_qkv_without_one_of_them(tmp_path: Path) -> None:
     given = {key: pair for key, pair in pairs().items() if key != K}
     given[V] = Pair(given[V].up, given[V].down, 2.0)
     lora = ak.open_lora(save_lora(tmp_path / "lora.safetensors", given, {}, "kohya", family=FAMILY))
-    for key, expected in ((Q, given[Q].up @ given[Q].down), (K, torch.zeros(96, 96)), (V, 2 * given[V].up @ given[V].down)):  # fmt: skip
+    for key, expected in (
+        (Q, given[Q].up @ given[Q].down),
+        (K, torch.zeros(96, 96)),
+        (V, 2 * given[V].up @ given[V].down),
+    ):
         found = torch.empty(96, 96)
         lora.read(key, 0, found.numel(), found.view(-1), None)  # type: ignore[arg-type]
         assert torch.allclose(found, expected, atol=1e-4), key
 
 
 def test_whole_differences(tmp_path: Path) -> None:
-    full = {"layers.0.ffn_norm1.weight": random(96), "layers.0.adaLN_modulation.0.bias": random(384), "x_pad_token": random(1, 96)}  # fmt: skip
+    full = {
+        "layers.0.ffn_norm1.weight": random(96),
+        "layers.0.adaLN_modulation.0.bias": random(384),
+        "x_pad_token": random(1, 96),
+    }
     stored = load_file(save_lora(tmp_path / "lora.safetensors", {}, full, family=FAMILY))
-    assert set(stored) == {"diffusion_model.layers.0.ffn_norm1.diff", "diffusion_model.layers.0.adaLN_modulation.0.diff_b", "diffusion_model.x_pad_token.diff"}  # fmt: skip
+    assert set(stored) == {
+        "diffusion_model.layers.0.ffn_norm1.diff",
+        "diffusion_model.layers.0.adaLN_modulation.0.diff_b",
+        "diffusion_model.x_pad_token.diff",
+    }
     for flavour in ("kohya", "fused"):
         lora = ak.open_lora(save_lora(tmp_path / f"{flavour}.safetensors", pairs(), full, flavour, family=FAMILY))
         assert set(lora.targets) == {*pairs(), *full}
     fused = load_file(save_lora(tmp_path / "k.safetensors", {}, {K: random(96, 97)}, "kohya", family=FAMILY))
-    assert torch.equal(fused["lora_unet_layers_0_attention_qkv.diff"], torch.cat([torch.zeros(96, 97), random(96, 97), torch.zeros(96, 97)]))  # fmt: skip
+    assert torch.equal(
+        fused["lora_unet_layers_0_attention_qkv.diff"],
+        torch.cat([torch.zeros(96, 97), random(96, 97), torch.zeros(96, 97)]),
+    )
     with pytest.raises(UnsupportedError, match="cannot be fused"):
         save_lora(tmp_path / "no.safetensors", {Q: pairs()[Q]}, {K: random(96, 96)}, "kohya", family=FAMILY)
     for flavour in ("diffusers", "peft"):

@@ -31,12 +31,17 @@ def test_how_far_the_parts_moved_by_hand(trio: dict[str, Path]) -> None:
     assert f"the bridge's refiner is {apart * 100:.2f} % of its norm from this base's" in str(check)
 
 
-@pytest.mark.parametrize(("share", "verdict"), [(0.0, "importable"), (0.005, "importable"), (0.06, "doubtful"), (0.3, "not importable")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("share", "verdict"), [(0.0, "importable"), (0.005, "importable"), (0.06, "doubtful"), (0.3, "not importable")]
+)
 def test_verdicts(share: float, verdict: str, tmp_path: Path) -> None:
     base = tiny.state(seed=1)
     moved = tiny.near(base, share, seed=3)
     variant = {key: moved[key] if Pattern("refiner", FAMILY).matches(key) else value for key, value in base.items()}
-    v, b = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state))) for name, state in (("v", variant), ("b", base)))  # fmt: skip
+    v, b = (
+        ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state)))
+        for name, state in (("v", variant), ("b", base))
+    )
     found = ak.refiner_check(v, b)
     assert found.verdict == verdict
     assert found.layers == 0

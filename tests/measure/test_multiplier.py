@@ -30,10 +30,12 @@ def planted(tmp_path: Path) -> dict[str, Any]:
     reference = tiny.near(base, 0.02, seed=3)
     weak = {key: base[key] + (reference[key] - base[key]) / 171.1 for key in base}
     return {
-        "base": opened(tmp_path, "base", base), "reference": opened(tmp_path, "reference", reference),
-        "weak": opened(tmp_path, "weak", weak), "weak_bf16": opened(tmp_path, "weak_bf16", weak, torch.bfloat16),
+        "base": opened(tmp_path, "base", base),
+        "reference": opened(tmp_path, "reference", reference),
+        "weak": opened(tmp_path, "weak", weak),
+        "weak_bf16": opened(tmp_path, "weak_bf16", weak, torch.bfloat16),
         "bridge": opened(tmp_path, "bridge", tiny.state(seed=2), torch.bfloat16).protect("refiner"),
-    }  # fmt: skip
+    }
 
 
 def test_a_delta_planted_at_a_171st_is_found(planted: dict[str, Any]) -> None:
@@ -61,7 +63,10 @@ def test_every_basis_by_hand(planted: dict[str, Any]) -> None:
     v, b, w = (planted[name] for name in ("weak", "base", "bridge"))
     k = ak.needed_multiplier(v - b, on=w)
     keys = [key for key in b if len(b.shapes[key]) == 2 and "refiner" not in key and min(b.shapes[key]) > 1]
-    d, on, start = (torch.cat([source(key).double().flatten() for key in keys]) for source in (lambda key: v[key].double() - b[key].double(), lambda key: w.leading[key], lambda key: b[key]))  # fmt: skip
+    d, on, start = (
+        torch.cat([source(key).double().flatten() for key in keys])
+        for source in (lambda key: v[key].double() - b[key].double(), lambda key: w.leading[key], lambda key: b[key])
+    )
     assert k == pytest.approx(float(0.02 * on.norm() / d.norm()), rel=1e-6)
     assert k.bases["bridge"] == pytest.approx(float((on - start).norm() / d.norm()), rel=1e-6)
     assert math.isnan(k.bases["reference"])
@@ -76,7 +81,9 @@ def test_every_basis_by_hand(planted: dict[str, Any]) -> None:
     assert layers.matrices == len(mine)
     size = torch.cat([(v[key].double() - b[key].double()).flatten() for key in mine]).norm()
     assert layers.delta_norm == pytest.approx(float(size), rel=1e-6)
-    assert layers.relative_at_k == pytest.approx(float(k.value * size / torch.cat([w.leading[key].double().flatten() for key in mine]).norm()), rel=1e-5)  # fmt: skip
+    assert layers.relative_at_k == pytest.approx(
+        float(k.value * size / torch.cat([w.leading[key].double().flatten() for key in mine]).norm()), rel=1e-5
+    )
     assert set(k.per_part.part) == {"embedders", "layers", "final"}  # the refiners are protected
 
 
@@ -158,7 +165,10 @@ def test_bad_input(planted: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(AlgebraError, match="the delta is exactly zero"):
         ak.needed_multiplier(b - b, on=w)
     with pytest.raises(AlgebraError, match="zero in every matrix that is not protected"):
-        ak.needed_multiplier((v - b).only("refiner").everywhere() - (v - b).only("refiner").everywhere() + (v - b).only("pad_tokens"), on=w)  # fmt: skip
+        ak.needed_multiplier(
+            (v - b).only("refiner").everywhere() - (v - b).only("refiner").everywhere() + (v - b).only("pad_tokens"),
+            on=w,
+        )
     with pytest.raises(UnknownNameError, match="did you mean 'relative'"):
         ak.needed_multiplier(v - b, basis="relativ")
     with pytest.raises(AlgebraError, match="compares with a delta that is known to work"):

@@ -60,7 +60,9 @@ def test_imports_that_fight_stand_out_from_those_that_do_not_meet(tmp_path: Path
     against = opened(tmp_path, "against", {**base, LAYER: base[LAYER] - pattern})
     beside = opened(tmp_path, "beside", {**base, LAYER: base[LAYER] + low_rank(base[LAYER].shape, 2)})
     elsewhere = opened(tmp_path, "elsewhere", {**base, OTHER: base[OTHER] + low_rank(base[OTHER].shape, 3)})
-    pairs = ak.compare({"left": left - b, "against": against - b, "beside": beside - b, "elsewhere": elsewhere - b}, rank=3)  # fmt: skip
+    pairs = ak.compare(
+        {"left": left - b, "against": against - b, "beside": beside - b, "elsewhere": elsewhere - b}, rank=3
+    )
     cosine = ak.comparison_matrix(pairs, "cosine")
     assert cosine.loc["left", "against"] == pytest.approx(-1, abs=1e-5)
     assert abs(cosine.loc["left", "beside"]) < 0.1

@@ -60,7 +60,10 @@ def test_share_below() -> None:
 def test_predicted_absorption_is_the_exact_count(tmp_path: Path) -> None:
     base = tiny.state(seed=1)
     bridge = ak.open(tiny.write(tmp_path / "bridge.safetensors", tiny.native(tiny.state(seed=2))))
-    v, b = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state), torch.float32)) for name, state in (("v", tiny.near(base, 0.002, seed=3)), ("b", base)))  # fmt: skip
+    v, b = (
+        ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state), torch.float32))
+        for name, state in (("v", tiny.near(base, 0.002, seed=3)), ("b", base))
+    )
     table = ak.delta_table(v - b, on=bridge)
     for k in (0.3, 1.0, 4.0, 20.0):
         found = ak.absorbed(table, k).set_index("tensor")
@@ -129,7 +132,10 @@ def test_the_closed_forms_are_what_rounding_does(moves: float) -> None:
 def test_the_curve_is_what_merging_does(tmp_path: Path) -> None:
     base = tiny.state(seed=1)
     bridge = ak.open(tiny.write(tmp_path / "bridge.safetensors", tiny.native(tiny.state(seed=2))))
-    v, b = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state), torch.float32)) for name, state in (("v", tiny.near(base, 0.002, seed=3)), ("b", base)))  # fmt: skip
+    v, b = (
+        ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state), torch.float32))
+        for name, state in (("v", tiny.near(base, 0.002, seed=3)), ("b", base))
+    )
     curve = ak.rounding_curve(ak.delta_table(v - b, on=bridge), [0, 0.3, 1, 4, 20]).set_index("k")
     assert curve.loc[0, "size"] == 0
     assert curve.loc[0, "absorbed_energy"] == 1
@@ -143,7 +149,9 @@ def test_the_curve_is_what_merging_does(tmp_path: Path) -> None:
             got = torch.cat([out[key].double().flatten() - bridge[key].double().flatten() for key in b])
             kept, error = float(got @ wanted / wanted.square().sum()), float((got - wanted).norm() / wanted.norm())
             row = curve.loc[k]
-            assert row["size"] == pytest.approx(float(wanted.norm() / torch.cat([bridge[key].double().flatten() for key in b]).norm()), rel=1e-5)  # fmt: skip
+            assert row["size"] == pytest.approx(
+                float(wanted.norm() / torch.cat([bridge[key].double().flatten() for key in b]).norm()), rel=1e-5
+            )
             assert kept == pytest.approx(row.nearest_kept if rounding == "nearest" else 1, abs=0.03)
             assert error == pytest.approx(row[f"{rounding}_error"], rel=0.05)
     assert len(ak.rounding_curve(ak.delta_table(v - b))) == 81
@@ -153,9 +161,17 @@ def test_file_noise_of_dense_and_of_rare_changes(tmp_path: Path) -> None:
     """Between its bounds lies what a bf16 file lost, of a delta that is known from float32 files."""
     fine = tiny.state(seed=1)
     stored = {key: value.to(torch.bfloat16).float() for key, value in fine.items()}
-    for case, base, share in (("on the grid", stored, 0.004), ("on the grid", stored, 0.02), ("off it", fine, 0.0005), ("off it", fine, 0.02)):  # fmt: skip
+    for case, base, share in (
+        ("on the grid", stored, 0.004),
+        ("on the grid", stored, 0.02),
+        ("off it", fine, 0.0005),
+        ("off it", fine, 0.02),
+    ):
         variant = tiny.near(base, share, seed=3)
-        v, b = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state))) for name, state in (("v", variant), ("b", base)))  # fmt: skip
+        v, b = (
+            ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state)))
+            for name, state in (("v", variant), ("b", base))
+        )
         table = ak.delta_table(v - b)
         bounds = ak.file_noise(table).set_index("tensor")
         for row in table.itertuples():
@@ -182,7 +198,10 @@ def test_file_noise_of_ends_in_different_dtypes(tmp_path: Path) -> None:
     small = tiny.near(fine, 0.0005, seed=3)
 
     def bounds(v: tuple[tiny.State, torch.dtype], b: tuple[tiny.State, torch.dtype]) -> pd.Series:
-        made = [ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state), dtype)) for name, (state, dtype) in (("v", v), ("b", b))]  # fmt: skip
+        made = [
+            ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state), dtype))
+            for name, (state, dtype) in (("v", v), ("b", b))
+        ]
         whole = ak.delta_table(made[0] - made[1])
         whole = whole[whole.elements > 5000].assign(part="all")
         return ak.file_noise(ak.rolled_up(whole)).iloc[0]
@@ -195,5 +214,7 @@ def test_file_noise_of_ends_in_different_dtypes(tmp_path: Path) -> None:
     assert quantised.least == pytest.approx(1, abs=0.06)
     # A small change in float32 files has none, though the base lies on a coarse grid.
     stored = {key: value.to(torch.bfloat16).float() for key, value in fine.items()}
-    clean = bounds(({key: stored[key] + small[key] - fine[key] for key in fine}, torch.float32), (stored, torch.bfloat16))  # fmt: skip
+    clean = bounds(
+        ({key: stored[key] + small[key] - fine[key] for key in fine}, torch.float32), (stored, torch.bfloat16)
+    )
     assert clean.most < 1e-5

@@ -41,10 +41,16 @@ def check_against_float64(table: pd.DataFrame, variant: tiny.State, base: tiny.S
         v, b = variant[row.tensor], base[row.tensor]
         d = k * (v - b)
         expected = {
-            "variant_norm": v.norm(), "base_norm": b.norm(), "on_norm": b.norm(), "delta_norm": d.norm(),
-            "rms": d.square().mean().sqrt(), "relative": d.norm() / b.norm(), "largest": d.abs().max(),
-            "cosine": (v * b).sum() / (v.norm() * b.norm()), "changed": (d != 0).double().mean(),
-        }  # fmt: skip
+            "variant_norm": v.norm(),
+            "base_norm": b.norm(),
+            "on_norm": b.norm(),
+            "delta_norm": d.norm(),
+            "rms": d.square().mean().sqrt(),
+            "relative": d.norm() / b.norm(),
+            "largest": d.abs().max(),
+            "cosine": (v * b).sum() / (v.norm() * b.norm()),
+            "changed": (d != 0).double().mean(),
+        }
         for name, value in expected.items():
             assert getattr(row, name) == pytest.approx(float(value), rel=1e-6, abs=1e-12), (row.tensor, name)
         assert row.shape == tuple(v.shape)
@@ -70,7 +76,11 @@ def test_the_table_is_the_float64_reference(form: str, tmp_path: Path) -> None:
 def test_parts_blocks_and_modules(trio: dict[str, Path]) -> None:
     table = ak.delta_table(ak.open(trio["variant"]) - ak.open(trio["base"])).set_index("tensor")
     assert tuple(table.loc[LAYER, ["part", "block", "module"]]) == ("layers", 1, "feed_forward.w2")
-    assert tuple(table.loc["noise_refiner.0.attention.norm_q.weight", ["part", "block", "module"]]) == ("noise_refiner", 0, "attention.norm_q")  # fmt: skip
+    assert tuple(table.loc["noise_refiner.0.attention.norm_q.weight", ["part", "block", "module"]]) == (
+        "noise_refiner",
+        0,
+        "attention.norm_q",
+    )
     assert tuple(table.loc["x_pad_token", ["part", "block", "module"]]) == ("embedders", -1, "x_pad_token")
     assert set(table.part) == {"embedders", "noise_refiner", "context_refiner", "layers", "final"}
     assert set(table.variant_storage) == set(table.base_storage) == {"bf16"}
@@ -141,7 +151,17 @@ def test_samples_stand_for_all(trio: dict[str, Path], monkeypatch: pytest.Monkey
     for key in every.index:
         assert (compiled.loc[key, "ulps"] == torched.loc[key, "ulps"]).all()
         assert compiled.loc[key, "ulp_energy"] == pytest.approx(torched.loc[key, "ulp_energy"], rel=1e-6)
-        for name in ("variant_norm", "base_norm", "on_norm", "distance", "delta_norm", "cosine", "step", "base_step", "hidden"):  # fmt: skip
+        for name in (
+            "variant_norm",
+            "base_norm",
+            "on_norm",
+            "distance",
+            "delta_norm",
+            "cosine",
+            "step",
+            "base_step",
+            "hidden",
+        ):
             assert compiled.loc[key, name] == pytest.approx(torched.loc[key, name], rel=1e-6, nan_ok=True), (key, name)
         for name in ("largest", "changed"):
             assert compiled.loc[key, name] == pytest.approx(every.loc[key, name], rel=1e-7)
@@ -157,10 +177,15 @@ def test_numbers_too_large_or_small_for_float32_squares(trio: dict[str, Path], t
     for scale in (1e25, 1e-25, 0.0):
         base = {key: scale * value for key, value in tiny.state(seed=1).items()}
         variant = {key: scale * value for key, value in tiny.near(tiny.state(seed=1), 0.02, seed=3).items()}
-        v, b = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state))) for name, state in (("v", variant), ("b", base)))  # fmt: skip
+        v, b = (
+            ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state)))
+            for name, state in (("v", variant), ("b", base))
+        )
         table = ak.delta_table(v - b).set_index("tensor")
         for key in b:
-            assert table.loc[key, "delta_norm"] == pytest.approx(float((v[key].double() - b[key].double()).norm()), rel=1e-6)  # fmt: skip
+            assert table.loc[key, "delta_norm"] == pytest.approx(
+                float((v[key].double() - b[key].double()).norm()), rel=1e-6
+            )
 
 
 def test_rolled_up(trio: dict[str, Path]) -> None:
@@ -216,7 +241,10 @@ def test_distances_steps_and_what_rounding_may_hide(tmp_path: Path) -> None:
     variant[LAYER] = base[LAYER].clone()
     variant[LAYER][5:9] *= 1.5
     bridge = tiny.state(seed=2)
-    v, b, w = (ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state))) for name, state in (("v", variant), ("b", base), ("w", bridge)))  # fmt: skip
+    v, b, w = (
+        ak.open(tiny.write(tmp_path / f"{name}.safetensors", tiny.native(state)))
+        for name, state in (("v", variant), ("b", base), ("w", bridge))
+    )
     assert ak.delta_table(v - b).distance.isna().all()  # the base itself
     table = ak.delta_table(-3 * (v - b), on=w.protect("refiner"), k=2).set_index("tensor")
     for key in b:
@@ -224,7 +252,9 @@ def test_distances_steps_and_what_rounding_may_hide(tmp_path: Path) -> None:
         if key != LAYER:
             assert table.loc[key, "hidden"] == 0
             assert np.isnan(table.loc[key, "step"])
-    units = [torch.ldexp(torch.ones_like(x), torch.frexp(x)[1] - 8).square() for x in (v[LAYER].double(), b[LAYER].double())]  # fmt: skip
+    units = [
+        torch.ldexp(torch.ones_like(x), torch.frexp(x)[1] - 8).square() for x in (v[LAYER].double(), b[LAYER].double())
+    ]
     changed = v[LAYER] != b[LAYER]
     for column, unit in zip(("step", "base_step"), units, strict=True):
         assert table.loc[LAYER, column] == pytest.approx(6 * float(unit[changed].mean().sqrt()), rel=1e-6)

@@ -64,7 +64,9 @@ def test_what_derivatives_leave_alone() -> None:
         changed = {key.split(".")[0] for key in ours if not torch.equal(ours[key], theirs[key])}
         assert changed == {"layers"}, name
     trained, base = mini.load("base-refiner-trained"), mini.load("base")
-    assert not torch.equal(trained["noise_refiner.0.attention.to_q.weight"], base["noise_refiner.0.attention.to_q.weight"])  # fmt: skip
+    assert not torch.equal(
+        trained["noise_refiner.0.attention.to_q.weight"], base["noise_refiner.0.attention.to_q.weight"]
+    )
     weak, rounded = mini.load("base-weak"), mini.load("base-weak-bf16")
     assert all(torch.equal(weak[key].bfloat16(), rounded[key]) for key in weak)
 
@@ -82,7 +84,9 @@ def test_the_judge_and_the_vae_are_good_enough() -> None:
     assert float(parts.psnr(ak.pipeline(mini.load("base")).vae, 100, seed=6).mean()) >= 30
 
 
-@pytest.mark.parametrize(("name", "how", "style"), [("base", SLOW, "photo"), ("turbo", FAST, "anime"), ("deturbo", SLOW, "anime")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "how", "style"), [("base", SLOW, "photo"), ("turbo", FAST, "anime"), ("deturbo", SLOW, "anime")]
+)
 def test_members_draw_what_they_are_told(name: str, how: Mapping[str, Any], style: str) -> None:
     read = drawn(mini.load(name), ASKED, how)
     for attribute in PLAIN:
@@ -138,7 +142,14 @@ def test_a_pipeline_folder_is_what_diffusers_loads(tmp_path: Path) -> None:
     pipe = ZImagePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     prompt = "a red ball on the left of a meadow at night"
-    by_hand = pipe(prompt, height=64, width=64, num_inference_steps=8, guidance_scale=0.0, generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
+    by_hand = pipe(
+        prompt,
+        height=64,
+        width=64,
+        num_inference_steps=8,
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
     ours = sample(ak.pipeline(mini.load("turbo")), prompt, seed=3, **FAST).images[0]
     assert np.array_equal(np.asarray(by_hand), np.asarray(ours))
     with pytest.raises(ak.AlkahestError, match="in the way"):

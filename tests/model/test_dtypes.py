@@ -106,10 +106,16 @@ def test_numbers_fill_the_whole_word() -> None:
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        (torch.bfloat16, "bf16"), ("float16", "fp16"), ("fp8", "fp8_e4m3fn"), (torch.float8_e5m2, "fp8_e5m2"),
-        ("comfy_quant", "comfy_quant"), ("fp8_scaled", "comfy_quant"), ("scaled_fp8", "scaled_fp8"), ("fp32", "fp32"),
+        (torch.bfloat16, "bf16"),
+        ("float16", "fp16"),
+        ("fp8", "fp8_e4m3fn"),
+        (torch.float8_e5m2, "fp8_e5m2"),
+        ("comfy_quant", "comfy_quant"),
+        ("fp8_scaled", "comfy_quant"),
+        ("scaled_fp8", "scaled_fp8"),
+        ("fp32", "fp32"),
     ],
-)  # fmt: skip
+)
 def test_names_that_people_use(given: object, name: str) -> None:
     assert storage_name(given) == name  # type: ignore[arg-type]
 

@@ -67,8 +67,9 @@ def test_parts() -> None:
     assert FAMILY.part_of("all_final_layer.2-1.linear.weight") == FAMILY.part_of("norm_final.weight") == "final"
     assert FAMILY.part_of("something") == "other"
     assert {key for key in ("norm_final.weight", "siglip_refiner.0.x", "layers.0.x") if FAMILY.is_optional(key)} == {
-        "norm_final.weight", "siglip_refiner.0.x",
-    }  # fmt: skip
+        "norm_final.weight",
+        "siglip_refiner.0.x",
+    }
 
 
 def test_model_order_counts_layers_as_numbers() -> None:

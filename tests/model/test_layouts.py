@@ -63,11 +63,34 @@ def test_the_siglip_branch_and_norm_final_map_too() -> None:
     assert FAMILY.canonical("norm_final.weight") == ("norm_final.weight",)
 
 
-_PIECES = [*FLAT, *DOTTED, "layers", "noise_refiner", "siglip_refiner", "0", "31", "attention", "to_q", "qkv", "to_out", "feed_forward", "w1", "x_pad_token", "text_model", "ä", ""]  # fmt: skip
+_PIECES = [
+    *FLAT,
+    *DOTTED,
+    "layers",
+    "noise_refiner",
+    "siglip_refiner",
+    "0",
+    "31",
+    "attention",
+    "to_q",
+    "qkv",
+    "to_out",
+    "feed_forward",
+    "w1",
+    "x_pad_token",
+    "text_model",
+    "ä",
+    "",
+]
 
 
 @settings(max_examples=500, deadline=None)
-@given(pieces=st.lists(st.sampled_from(_PIECES), max_size=9), glue=st.sampled_from("._"), suffix=st.sampled_from([*ROLES, *REFUSED, "weight", "", "lora_A"]), many=st.sampled_from([1, 3000]))  # fmt: skip
+@given(
+    pieces=st.lists(st.sampled_from(_PIECES), max_size=9),
+    glue=st.sampled_from("._"),
+    suffix=st.sampled_from([*ROLES, *REFUSED, "weight", "", "lora_A"]),
+    many=st.sampled_from([1, 3000]),
+)
 def test_any_name_is_understood_or_refused(pieces: list[str], glue: str, suffix: str, many: int) -> None:
     stored = pieces[0] * (many - 1) + glue.join(pieces) + "." + suffix if pieces else suffix
     try:

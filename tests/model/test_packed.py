@@ -47,7 +47,13 @@ def unswizzled(blocks: torch.Tensor, rows: int, columns: int) -> list[list[int]]
     """cuBLAS' layout of block scales: tiles of 128 rows and 4 columns, the row's lower 5 bits outermost."""
     flat = blocks.contiguous().view(torch.uint8).flatten().tolist()
     across = -(-columns // 4)
-    return [[flat[((r // 128) * across + c // 4) * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] for c in range(columns)] for r in range(rows)]  # fmt: skip
+    return [
+        [
+            flat[((r // 128) * across + c // 4) * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4]
+            for c in range(columns)
+        ]
+        for r in range(rows)
+    ]
 
 
 def meant(stored: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
@@ -93,13 +99,19 @@ def write(path: Path, kind: str, prefix: str = "") -> tuple[Path, dict[str, torc
         layers[prefix + module] = about
         if "header" not in kind:
             stored[f"{prefix}{module}.comfy_quant"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})} if "header" in kind else None  # fmt: skip
+    metadata = (
+        {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+        if "header" in kind
+        else None
+    )
     save_file(stored, path, metadata=metadata)
     return path, meaning
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ak.Checkpoint, dict[str, torch.Tensor]]:  # fmt: skip
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ak.Checkpoint, dict[str, torch.Tensor]]:
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
     path, meaning = write(path, request.param, prefix="model.diffusion_model." if request.param == "mxfp8" else "")
     return request.param, ak.open(path), meaning
@@ -113,14 +125,26 @@ def test_every_number_is_what_it_stands_for(model: tuple[str, ak.Checkpoint, dic
     assert linears.pop().startswith(name[:4])
     for stored, wanted in meaning.items():
         keys = [stored.replace("qkv", f"to_{which}") for which in "qkv"] if "qkv" in stored else [stored]
-        canonical = [key.replace("attention.out.", "attention.to_out.0.").replace("q_norm", "norm_q").replace("k_norm", "norm_k") for key in keys]  # fmt: skip
-        canonical = [f"all_x_embedder.2-1.{key.removeprefix('x_embedder.')}" if key.startswith("x_embedder") else f"all_final_layer.2-1.{key.removeprefix('final_layer.')}" if key.startswith("final_layer") else key for key in canonical]  # fmt: skip
+        canonical = [
+            key.replace("attention.out.", "attention.to_out.0.").replace("q_norm", "norm_q").replace("k_norm", "norm_k")
+            for key in keys
+        ]
+        canonical = [
+            f"all_x_embedder.2-1.{key.removeprefix('x_embedder.')}"
+            if key.startswith("x_embedder")
+            else f"all_final_layer.2-1.{key.removeprefix('final_layer.')}"
+            if key.startswith("final_layer")
+            else key
+            for key in canonical
+        ]
         found = torch.cat([opened[key].double() for key in canonical])
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7, msg=stored)
     assert opened.parameters == sum(value.numel() for value in meaning.values())
 
 
-def test_it_merges_measures_and_converts(model: tuple[str, ak.Checkpoint, dict[str, torch.Tensor]], tmp_path: Path) -> None:  # fmt: skip
+def test_it_merges_measures_and_converts(
+    model: tuple[str, ak.Checkpoint, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     _, opened, meaning = model
     plain = ak.open(tiny.write(tmp_path / "plain.safetensors", tiny.native(tiny.state(3, layers=1)), torch.float32))
     (plain + 2 * (opened - plain)).save(tmp_path / "merged.safetensors", threads=2)
@@ -149,9 +173,10 @@ def test_a_file_without_its_scales_is_refused(tmp_path: Path) -> None:
     whole = load_file(path)
     module = "layers.0.feed_forward.w1"
     damage: dict[str, Any] = {
-        "weight_scale": ("without its weight_scale", None), "weight_scale_2": ("without its weight_scale_2", None),
+        "weight_scale": ("without its weight_scale", None),
+        "weight_scale_2": ("without its weight_scale_2", None),
         "short": ("without its weight_scale", whole[f"{module}.weight_scale"].flatten()[:-1].contiguous()),
-    }  # fmt: skip
+    }
     for name, (message, value) in damage.items():
         stored = dict(whole)
         key = f"{module}.{'weight_scale' if name == 'short' else name}"
@@ -163,7 +188,9 @@ def test_a_file_without_its_scales_is_refused(tmp_path: Path) -> None:
             ak.open(tmp_path / "bad.safetensors")
     path, _ = write(tmp_path / "rotated.safetensors", "int8 rotated")
     stored = load_file(path)
-    stored[f"{module}.comfy_quant"] = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 7}'), dtype=torch.uint8)  # fmt: skip
+    stored[f"{module}.comfy_quant"] = torch.tensor(
+        list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 7}'), dtype=torch.uint8
+    )
     save_file(stored, tmp_path / "bad.safetensors")
     with pytest.raises(FileFormatError, match="rotated groups of columns do not fit"):
         ak.open(tmp_path / "bad.safetensors")
@@ -182,5 +209,7 @@ def test_opening_does_not_bring_the_library(tmp_path: Path) -> None:
 
     path, _ = write(tmp_path / "model.safetensors", "nvfp4")
     code = f"import sys, alkahest as ak; repr(ak.open({str(path)!r})); print('comfy_kitchen' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"]  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == [
+        "False"
+    ]
     assert math.isfinite(float(ak.open(path)["layers.0.feed_forward.w1.weight"].abs().max()))

@@ -65,9 +65,22 @@ def started(base: Path, *arguments: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", f"--port={port}", f"--base-directory={base}", "--disable-auto-launch", "--disable-api-nodes", *arguments]  # fmt: skip
+    command = [
+        python,
+        str(comfyui / "main.py"),
+        "--cpu",
+        "--listen",
+        "127.0.0.1",
+        f"--port={port}",
+        f"--base-directory={base}",
+        "--disable-auto-launch",
+        "--disable-api-nodes",
+        *arguments,
+    ]
     with (base / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=comfyui, env={**os.environ, "ALKAHEST_CACHE": str(base / "cache")})  # fmt: skip
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=comfyui, env={**os.environ, "ALKAHEST_CACHE": str(base / "cache")}
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(480):

@@ -90,4 +90,11 @@ print(*module.NODE_CLASS_MAPPINGS)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["AlkahestMerge", "AlkahestSubtract", "AlkahestAdd", "AlkahestMultiplier", "AlkahestSupplement", "AlkahestSave"]  # fmt: skip
+    assert done.stdout.split() == [
+        "AlkahestMerge",
+        "AlkahestSubtract",
+        "AlkahestAdd",
+        "AlkahestMultiplier",
+        "AlkahestSupplement",
+        "AlkahestSave",
+    ]

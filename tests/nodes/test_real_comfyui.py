@@ -44,7 +44,13 @@ def loader(name: str) -> dict[str, Any]:
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": {name: [value, 0] if isinstance(value, str) and value.startswith("n") else value for name, value in inputs.items()}}  # fmt: skip
+    return {
+        "class_type": kind,
+        "inputs": {
+            name: [value, 0] if isinstance(value, str) and value.startswith("n") else value
+            for name, value in inputs.items()
+        },
+    }
 
 
 LOADERS = {"n1": loader("bridge"), "n2": loader("z/variant"), "n3": loader("base")}
@@ -61,9 +67,21 @@ GRAPHS: dict[str, dict[str, Any]] = {
         "nf": node("ModelMergeAdd", model1="nd", model2="ne"),
         "nout": node("ModelMergeAdd", model1="n1", model2="nf"),
     },
-    "our merge": {"nout": node("AlkahestMerge", bridge="n1", variant="n2", base="n3", multiplier=171.1, protect="refiner", parts="")},
+    "our merge": {
+        "nout": node(
+            "AlkahestMerge", bridge="n1", variant="n2", base="n3", multiplier=171.1, protect="refiner", parts=""
+        )
+    },
     "our merge, by part": {
-        "nout": node("AlkahestMerge", bridge="n1", variant="n2", base="n3", multiplier=17.3, protect="refiner, embedders", parts="layers.0: 1.7, attention.qkv: 0.3"),
+        "nout": node(
+            "AlkahestMerge",
+            bridge="n1",
+            variant="n2",
+            base="n3",
+            multiplier=17.3,
+            protect="refiner, embedders",
+            parts="layers.0: 1.7, attention.qkv: 0.3",
+        ),
     },
     "our subtract, core add": {
         "nd": node("AlkahestSubtract", model1="n2", model2="n3", multiplier=12.3, keep_refiner=True),
@@ -77,7 +95,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
         "nd": node("AlkahestSubtract", model1="n2", model2="n3", multiplier=10.0, keep_refiner=False),
         "nout": node("AlkahestAdd", model1="n1", model2="nd", multiplier=17.11, keep_refiner=False),
     },
-}  # fmt: skip
+}
 
 
 def differing(one: Path, other: Path) -> dict[str, int]:
@@ -110,7 +128,10 @@ def test_what_comfyui_saves_is_what_its_recipe_gives(comfyui: Any, tmp_path: Pat
     path = comfyui.saved("out/core")
     text = merged(comfyui, path, tmp_path / "recipe.safetensors")
     assert differing(path, tmp_path / "recipe.safetensors") == {}, text
-    with safe_open(path, "pt") as file, safe_open(comfyui.models / "diffusion_models/bridge.safetensors", "pt") as bridge:  # fmt: skip
+    with (
+        safe_open(path, "pt") as file,
+        safe_open(comfyui.models / "diffusion_models/bridge.safetensors", "pt") as bridge,
+    ):
         kept = "noise_refiner.0.attention.qkv.weight"
         same = torch.equal(file.get_tensor(PREFIX + kept), bridge.get_tensor(kept))
         leads = torch.equal(file.get_tensor(f"{PREFIX}x_pad_token"), bridge.get_tensor("x_pad_token"))
@@ -121,7 +142,9 @@ def test_what_comfyui_saves_is_what_its_recipe_gives(comfyui: Any, tmp_path: Pat
 
 def test_the_protected_pads_of_our_merge_are_those_of_our_own_expression(comfyui: Any, tmp_path: Path) -> None:
     comfyui.run({**LOADERS, **GRAPHS["our merge"], **SAVE})
-    bridge, variant, base = (ak.open(comfyui.models / f"diffusion_models/{name}.safetensors") for name in ("bridge", "z/variant", "base"))  # fmt: skip
+    bridge, variant, base = (
+        ak.open(comfyui.models / f"diffusion_models/{name}.safetensors") for name in ("bridge", "z/variant", "base")
+    )
     (bridge.protect("refiner, pad_tokens") + 171.1 * (variant - base)).save(tmp_path / "own.safetensors")
     assert differing(comfyui.saved("out/core"), tmp_path / "own.safetensors") == {}
     comfyui.saved("out/core").unlink()
@@ -131,12 +154,24 @@ def test_recipe_save_streams_what_the_graph_says_and_verifies(comfyui: Any, tmp_
     graph = {
         **LOADERS,
         "nk": node("AlkahestMultiplier", variant="n2", base="n3", bridge="n1", basis="relative", target=0.05),
-        "nout": {"class_type": "AlkahestMerge", "inputs": {"bridge": ["n1", 0], "variant": ["n2", 0], "base": ["n3", 0], "multiplier": ["nk", 0], "protect": "refiner", "parts": ""}},
+        "nout": {
+            "class_type": "AlkahestMerge",
+            "inputs": {
+                "bridge": ["n1", 0],
+                "variant": ["n2", 0],
+                "base": ["n3", 0],
+                "multiplier": ["nk", 0],
+                "protect": "refiner",
+                "parts": "",
+            },
+        },
         "nsave": node("AlkahestSave", model="nout", filename_prefix="out/streamed"),
         "ncore": node("ModelSave", model="nout", filename_prefix="out/core"),
-    }  # fmt: skip
+    }
     said = comfyui.run(graph)
-    bridge, variant, base = (ak.open(comfyui.models / f"diffusion_models/{name}.safetensors") for name in ("bridge", "z/variant", "base"))  # fmt: skip
+    bridge, variant, base = (
+        ak.open(comfyui.models / f"diffusion_models/{name}.safetensors") for name in ("bridge", "z/variant", "base")
+    )
     k = float(ak.needed_multiplier(variant - base, on=bridge.protect("refiner"), target=0.05))
     assert f"Multiplier {k:.4g}" in said["nk"]["text"][0]
     streamed = comfyui.saved("out/streamed")
@@ -146,7 +181,10 @@ def test_recipe_save_streams_what_the_graph_says_and_verifies(comfyui: Any, tmp_
     number = float(recipe.text.split(" * ")[0].split(" + ")[1])
     assert number == pytest.approx(k, rel=1e-6)
     assert differing(streamed, comfyui.saved("out/core")) == {}
-    given = {name: comfyui.models / f"diffusion_models/{place}.safetensors" for name, place in {"bridge": "bridge", "variant": "z/variant", "base": "base"}.items()}  # fmt: skip
+    given = {
+        name: comfyui.models / f"diffusion_models/{place}.safetensors"
+        for name, place in {"bridge": "bridge", "variant": "z/variant", "base": "base"}.items()
+    }
     verdict = result_of(stream_verdict(streamed, given, recompute=True))
     assert (verdict.ok, verdict.differing) == (True, []), verdict
     # The graph that ComfyUI itself recorded has a multiplier that only running it can tell.
@@ -158,11 +196,12 @@ def test_recipe_save_streams_what_the_graph_says_and_verifies(comfyui: Any, tmp_
 
 def test_recipe_save_of_a_graph_that_no_recipe_tells(comfyui: Any) -> None:
     graph = {
-        **LOADERS, "nm": GRAPHS["our merge"]["nout"],
+        **LOADERS,
+        "nm": GRAPHS["our merge"]["nout"],
         "nout": node("PerturbedAttentionGuidance", model="nm", scale=3.0),
         "nsave": node("AlkahestSave", model="nout", filename_prefix="out/streamed"),
         "ncore": node("ModelSave", model="nout", filename_prefix="out/core"),
-    }  # fmt: skip
+    }
     said = comfyui.run(graph)
     assert "PerturbedAttentionGuidance" in said["nsave"]["text"][0]
     assert differing(comfyui.saved("out/streamed"), comfyui.saved("out/core")) == {}
@@ -177,13 +216,17 @@ def test_fp8_models_as_variant_and_base(comfyui: Any, tmp_path: Path, spelling: 
     folder = comfyui.models / "diffusion_models"
     bridge = ak.open(folder / "bridge.safetensors")
     for name in ("z/variant", "base"):
-        ak.open(folder / f"{name}.safetensors").save(folder / f"{spelling}-{Path(name).name}.safetensors", dtype=spelling)  # fmt: skip
+        ak.open(folder / f"{name}.safetensors").save(
+            folder / f"{spelling}-{Path(name).name}.safetensors", dtype=spelling
+        )
     graph = {
-        "n1": loader("bridge"), "n2": loader(f"{spelling}-variant"), "n3": loader(f"{spelling}-base"),
+        "n1": loader("bridge"),
+        "n2": loader(f"{spelling}-variant"),
+        "n3": loader(f"{spelling}-base"),
         "nout": GRAPHS["our merge"]["nout"] | {"inputs": GRAPHS["our merge"]["nout"]["inputs"] | {"multiplier": 2.0}},
         "nsave": node("AlkahestSave", model="nout", filename_prefix="out/streamed"),
         "ncore": node("ModelSave", model="nout", filename_prefix="out/core"),
-    }  # fmt: skip
+    }
     comfyui.run(graph)
     variant, base = (ak.open(folder / f"{spelling}-{name}.safetensors") for name in ("variant", "base"))
     (bridge.protect("refiner, pad_tokens") + 2 * (variant - base)).save(tmp_path / "own.safetensors")
@@ -209,12 +252,14 @@ def test_input_scales_and_nvfp4_in_the_variant(comfyui: Any, tmp_path: Path) -> 
     stored["layers.0.feed_forward.w2.input_scale"] = torch.tensor(0.5)
     save_file(stored, folder / "mixed.safetensors")
     graph = {
-        "n1": loader("bridge"), "n2": loader("mixed"), "n3": loader("base"),
+        "n1": loader("bridge"),
+        "n2": loader("mixed"),
+        "n3": loader("base"),
         "nd": node("AlkahestSubtract", model1="n2", model2="n3", multiplier=2.0, keep_refiner=True),
         "nout": node("AlkahestAdd", model1="n1", model2="nd", multiplier=1.0, keep_refiner=True),
         "nk": node("AlkahestMultiplier", variant="n2", base="n3", bridge="n1", basis="relative", target=0.0),
         **SAVE,
-    }  # fmt: skip
+    }
     said = comfyui.run(graph)
     assert "Multiplier" in said["nk"]["text"][0]
     bridge, variant, base = (ak.open(folder / f"{name}.safetensors") for name in ("bridge", "mixed", "base"))
@@ -228,7 +273,18 @@ def test_input_scales_and_nvfp4_in_the_variant(comfyui: Any, tmp_path: Path) -> 
 
 
 def test_a_supplement_is_what_the_package_extracts(comfyui: Any) -> None:
-    graph = {**LOADERS, "nout": node("AlkahestSupplement", base="n3", variant="n2", energy=0.9, rank_max=4, exclude="refiner, embedders, final, feed_forward", filename_prefix="loras/supplement")}  # fmt: skip
+    graph = {
+        **LOADERS,
+        "nout": node(
+            "AlkahestSupplement",
+            base="n3",
+            variant="n2",
+            energy=0.9,
+            rank_max=4,
+            exclude="refiner, embedders, final, feed_forward",
+            filename_prefix="loras/supplement",
+        ),
+    }
     comfyui.run(graph)
     path = comfyui.saved("loras/supplement")
     variant, base = (ak.open(comfyui.models / f"diffusion_models/{name}.safetensors") for name in ("z/variant", "base"))
@@ -247,7 +303,10 @@ def test_loras_are_close(comfyui: Any, tmp_path: Path) -> None:
     variant, base = (ak.open(comfyui.models / f"diffusion_models/{name}.safetensors") for name in ("z/variant", "base"))
     lora = ak.extract_lora((variant - base).only("attention, feed_forward.w2"), rank=4)
     lora.save(comfyui.models / "loras/style.safetensors")
-    lora = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["nm", 0], "lora_name": "style.safetensors", "strength_model": 1.7}}  # fmt: skip
+    lora = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["nm", 0], "lora_name": "style.safetensors", "strength_model": 1.7},
+    }
     comfyui.run({**LOADERS, "nm": GRAPHS["our merge"]["nout"], "nout": lora, **SAVE})
     path = comfyui.saved("out/core")
     text = merged(comfyui, path, tmp_path / "recipe.safetensors")
@@ -265,13 +324,28 @@ def test_errors_reach_the_person(comfyui: Any) -> None:
     from comfyui import Refused
 
     cases = {
-        "selects no tensor": {"nout": GRAPHS["our merge"]["nout"] | {"inputs": GRAPHS["our merge"]["nout"]["inputs"] | {"protect": "refinr"}}},
-        "cannot be read": {"nout": GRAPHS["our merge"]["nout"] | {"inputs": GRAPHS["our merge"]["nout"]["inputs"] | {"parts": "layers"}}},
-        "that ComfyUI has as one": {"nout": GRAPHS["our merge"]["nout"] | {"inputs": GRAPHS["our merge"]["nout"]["inputs"] | {"protect": "to_q"}}},
-        "exactly zero": {"nout": node("AlkahestMultiplier", variant="n3", base="n3", bridge="n1", basis="relative", target=0.0)},
-    }  # fmt: skip
+        "selects no tensor": {
+            "nout": GRAPHS["our merge"]["nout"]
+            | {"inputs": GRAPHS["our merge"]["nout"]["inputs"] | {"protect": "refinr"}}
+        },
+        "cannot be read": {
+            "nout": GRAPHS["our merge"]["nout"]
+            | {"inputs": GRAPHS["our merge"]["nout"]["inputs"] | {"parts": "layers"}}
+        },
+        "that ComfyUI has as one": {
+            "nout": GRAPHS["our merge"]["nout"]
+            | {"inputs": GRAPHS["our merge"]["nout"]["inputs"] | {"protect": "to_q"}}
+        },
+        "exactly zero": {
+            "nout": node("AlkahestMultiplier", variant="n3", base="n3", bridge="n1", basis="relative", target=0.0)
+        },
+    }
     for message, graph in cases.items():
-        ends = {} if message == "exactly zero" else {"nsave": node("AlkahestSave", model="nout", filename_prefix="out/none")}  # fmt: skip
+        ends = (
+            {}
+            if message == "exactly zero"
+            else {"nsave": node("AlkahestSave", model="nout", filename_prefix="out/none")}
+        )
         with pytest.raises(Refused, match=message):
             comfyui.run({**LOADERS, **graph, **ends})
     assert not list((comfyui.base / "output").glob("**/none*"))

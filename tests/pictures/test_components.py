@@ -19,9 +19,15 @@ def text_encoder() -> Any:
 
     torch.manual_seed(3)
     config = Qwen3Config(
-        vocab_size=300, hidden_size=40, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=40,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    )
     return Qwen3Model(config).eval()
 
 
@@ -30,10 +36,18 @@ def vae() -> Any:
 
     torch.manual_seed(4)
     return AutoencoderKL(
-        latent_channels=4, block_out_channels=(32, 64), layers_per_block=2, norm_num_groups=32, sample_size=1024,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, use_quant_conv=False,
-        use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
-    ).eval()  # fmt: skip
+        latent_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        norm_num_groups=32,
+        sample_size=1024,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    ).eval()
 
 
 def original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -72,9 +86,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     words.chat_template = "{{ 'You are Qwen' }}"
     words.save_pretrained(folder / "tokenizer")
     return {
-        "text_encoder": folder / "qwen.safetensors", "vae": folder / "ae.safetensors",
+        "text_encoder": folder / "qwen.safetensors",
+        "vae": folder / "ae.safetensors",
         "tokenizer": folder / "tokenizer",
-    }  # fmt: skip
+    }
 
 
 def test_single_files_are_the_models_they_came_from(trio: dict[str, Path], files: dict[str, Path]) -> None:
@@ -87,7 +102,9 @@ def test_single_files_are_the_models_they_came_from(trio: dict[str, Path], files
         latents = torch.randn(1, 4, 6, 10)
         assert torch.allclose(pipe.vae.decode(latents).sample, vae().decode(latents).sample, atol=1e-5)
     assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (0.3611, 0.1159)
-    said = pipe.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)  # fmt: skip
+    said = pipe.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert said == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert ak.sample(pipe, "a ball", steps=1, cfg=2, width=16, height=24).images[0].size == (16, 24)
 

@@ -74,7 +74,9 @@ def test_a_batch_does_not_change_a_picture(pipe: Any) -> None:
 
 @pytest.mark.parametrize("steps", [1, 8, 9, 25, 30, 33])
 def test_schedules(steps: int) -> None:
-    """Both schedules against the formulas of diffusers and ComfyUI, in float64 by hand; 9, 30 and 33 do not divide 1000."""
+    """Both schedules against the formulas of diffusers and ComfyUI, in float64 by hand; 9, 30 and 33 do not divide
+    1000.
+    """
     table = 1 - np.arange(1000) / 1000  # ComfyUI's thousand levels, from noise to picture
     simple = [table[int(n * 1000 / steps)] for n in range(steps)]
     assert np.allclose(Settings(steps=steps, schedule="simple").sigmas, simple, atol=1e-9)

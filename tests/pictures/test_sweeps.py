@@ -69,7 +69,11 @@ def test_cells_are_drawn_once(live: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_other_inputs_are_other_cells(live: Any, trio: Trio, folder: Path, tmp_path: Path) -> None:
-    other = ak.LiveModel(ak.open(trio["variant"]).protect("refiner") + ak.param("k", 1.0) * (ak.open(trio["bridge"]) - ak.open(trio["base"])), folder)  # fmt: skip
+    other = ak.LiveModel(
+        ak.open(trio["variant"]).protect("refiner")
+        + ak.param("k", 1.0) * (ak.open(trio["bridge"]) - ak.open(trio["base"])),
+        folder,
+    )
     paths = [ak.sweep(one, "a tree", {"k": [1]}, folder=tmp_path, **FAST).path[0] for one in (live, other)]
     assert paths[0] != paths[1]
 

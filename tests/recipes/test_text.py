@@ -158,14 +158,19 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{}", "null", '{"recipe": 3, "inputs": {}, "output": {}}',
-        '{"recipe": "a", "inputs": [], "output": {}}', '{"recipe": "a", "inputs": {}, "output": []}',
+        "",
+        "[]",
+        "{}",
+        "null",
+        '{"recipe": 3, "inputs": {}, "output": {}}',
+        '{"recipe": "a", "inputs": [], "output": {}}',
+        '{"recipe": "a", "inputs": {}, "output": []}',
         '{"recipe": "a", "inputs": {"a": [{}]}, "output": {}}',
         '{"recipe": "a", "inputs": {"a": [{"file": "x", "bytes": 1, "blake3": "zz"}]}, "output": {}}',
         '{"recipe": "a", "inputs": {"a": [{"file": 1, "bytes": 1, "blake3": "' + "00" * 32 + '"}]}, "output": {}}',
         "[" * 100_000,
     ],
-)  # fmt: skip
+)
 def test_damaged_recipes_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="damaged"):
         Recipe.from_json(text)

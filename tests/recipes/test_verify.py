@@ -36,11 +36,14 @@ def merged(folder: Path, **options: object) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"dtype": torch.float16}, {"dtype": "comfy_quant", "layout": "diffusers"},
-        {"rounding": "stochastic", "seed": 9}, {"comfy_compatible": True},
+        {},
+        {"dtype": torch.float16},
+        {"dtype": "comfy_quant", "layout": "diffusers"},
+        {"rounding": "stochastic", "seed": 9},
+        {"comfy_compatible": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_recipe_read_back_gives_the_same_bytes(options: dict[str, object], folder: Path) -> None:
     path = merged(folder, **options)
     what, recipe = ak.read_recipe(path)

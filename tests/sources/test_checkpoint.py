@@ -138,9 +138,11 @@ def test_hub_ids_come_from_the_cache(state: tiny.State, tmp_path: Path, monkeypa
 
 def test_optional_tensors_are_carried(state: tiny.State, tmp_path: Path) -> None:
     extra = {
-        "norm_final.weight": torch.ones(96), "siglip_pad_token": torch.ones(1, 96),
-        "siglip_embedder.0.weight": torch.ones(7), "siglip_refiner.0.attention.qkv.weight": torch.ones(9, 2),
-    }  # fmt: skip
+        "norm_final.weight": torch.ones(96),
+        "siglip_pad_token": torch.ones(1, 96),
+        "siglip_embedder.0.weight": torch.ones(7),
+        "siglip_refiner.0.attention.qkv.weight": torch.ones(9, 2),
+    }
     found = ak.open(tiny.write(tmp_path / "x.safetensors", {**tiny.native(state), **extra}))
     assert found.unknown == []
     assert found["siglip_refiner.0.attention.to_k.weight"].shape == (3, 2)
@@ -186,9 +188,17 @@ def test_the_repr_reads_no_tensor(trio: dict[str, Path], monkeypatch: pytest.Mon
 QUANTISED = {
     "int8": ({}, torch.int8, "packed I8 without comfy_quant"),
     "packed": ({}, torch.uint8, "packed U8 without comfy_quant"),
-    "declared": ({"comfy_quant": torch.tensor(list(b'{"format": "awq_w4a16"}'), dtype=torch.uint8)}, torch.uint8, "awq_w4a16"),
-    "rotated": ({"comfy_quant": torch.tensor(list(b'{"format": "convrot_w4a4"}'), dtype=torch.uint8)}, torch.int8, "convrot"),
-}  # fmt: skip
+    "declared": (
+        {"comfy_quant": torch.tensor(list(b'{"format": "awq_w4a16"}'), dtype=torch.uint8)},
+        torch.uint8,
+        "awq_w4a16",
+    ),
+    "rotated": (
+        {"comfy_quant": torch.tensor(list(b'{"format": "convrot_w4a4"}'), dtype=torch.uint8)},
+        torch.int8,
+        "convrot",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

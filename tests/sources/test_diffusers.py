@@ -56,9 +56,16 @@ def test_from_pretrained(shard: str | None, source: tuple[torch.nn.Module, Path]
         opened.save(out, layout="diffusers", max_shard_size=shard)
         if number == 1:  # nothing in a native file tells the rotary axes' lengths
             config = json.loads((out / "config.json").read_text())
-            assert [config[name] for name in ("dim", "n_layers", "n_heads", "cap_feat_dim", "in_channels", "axes_dims")] == [
-                96, 2, 3, 40, 4, [8, 12, 12],
-            ]  # fmt: skip
+            assert [
+                config[name] for name in ("dim", "n_layers", "n_heads", "cap_feat_dim", "in_channels", "axes_dims")
+            ] == [
+                96,
+                2,
+                3,
+                40,
+                4,
+                [8, 12, 12],
+            ]
         loaded = ZImageTransformer2DModel.from_pretrained(out, dtype=torch.float32)
         torch.testing.assert_close(drawn(loaded), drawn(model), rtol=0, atol=0)
 

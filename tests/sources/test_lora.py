@@ -25,12 +25,18 @@ from alkahest.sources.lora import open_lora
 RANK = 5
 # Linears of the tiny model -> (rows, columns), under diffusers' names.
 LINEARS = {
-    "layers.1.attention.to_q": (96, 96), "layers.1.attention.to_k": (96, 96), "layers.1.attention.to_v": (96, 96),
-    "layers.0.attention.to_out.0": (96, 96), "noise_refiner.1.feed_forward.w1": (256, 96),
-    "context_refiner.0.feed_forward.w2": (96, 256), "layers.0.adaLN_modulation.0": (384, 96),
-    "all_x_embedder.2-1": (96, 16), "cap_embedder.1": (96, 40), "all_final_layer.2-1.linear": (16, 96),
+    "layers.1.attention.to_q": (96, 96),
+    "layers.1.attention.to_k": (96, 96),
+    "layers.1.attention.to_v": (96, 96),
+    "layers.0.attention.to_out.0": (96, 96),
+    "noise_refiner.1.feed_forward.w1": (256, 96),
+    "context_refiner.0.feed_forward.w2": (96, 256),
+    "layers.0.adaLN_modulation.0": (384, 96),
+    "all_x_embedder.2-1": (96, 16),
+    "cap_embedder.1": (96, 40),
+    "all_final_layer.2-1.linear": (16, 96),
     "t_embedder.mlp.0": (1024, 256),
-}  # fmt: skip
+}
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,19 +78,47 @@ def check(path: Path, model: Path, expected: dict[str, torch.Tensor]) -> None:
 
 FLAT = str.maketrans(".", "_")
 STYLES = {
-    "comfyui": lambda name: (f"diffusion_model.{name}.lora_B.weight", f"diffusion_model.{name}.lora_A.weight", f"diffusion_model.{name}.alpha"),
-    "down-up": lambda name: (f"diffusion_model.{name}.lora_up.weight", f"diffusion_model.{name}.lora_down.weight", f"diffusion_model.{name}.alpha"),
+    "comfyui": lambda name: (
+        f"diffusion_model.{name}.lora_B.weight",
+        f"diffusion_model.{name}.lora_A.weight",
+        f"diffusion_model.{name}.alpha",
+    ),
+    "down-up": lambda name: (
+        f"diffusion_model.{name}.lora_up.weight",
+        f"diffusion_model.{name}.lora_down.weight",
+        f"diffusion_model.{name}.alpha",
+    ),
     "diffusers": lambda name: (f"transformer.{name}.lora_B.weight", f"transformer.{name}.lora_A.weight", None),
-    "diffusers-alpha": lambda name: (f"transformer.{name}.lora_B.weight", f"transformer.{name}.lora_A.weight", f"transformer.{name}.alpha"),
+    "diffusers-alpha": lambda name: (
+        f"transformer.{name}.lora_B.weight",
+        f"transformer.{name}.lora_A.weight",
+        f"transformer.{name}.alpha",
+    ),
     "bare": lambda name: (f"{name}.lora_B.weight", f"{name}.lora_A.weight", f"{name}.alpha"),
     "bare-no-alpha": lambda name: (f"{name}.lora_B.weight", f"{name}.lora_A.weight", None),
-    "lycoris": lambda name: (f"lycoris_{name.translate(FLAT)}.lora_up.weight", f"lycoris_{name.translate(FLAT)}.lora_down.weight", f"lycoris_{name.translate(FLAT)}.alpha"),
-    "kohya-split": lambda name: (f"lora_unet_{name.translate(FLAT)}.lora_up.weight", f"lora_unet_{name.translate(FLAT)}.lora_down.weight", f"lora_unet_{name.translate(FLAT)}.alpha"),
-    "distill": lambda name: (f"lora_unet__{name.translate(FLAT)}.lora_up.weight", f"lora_unet__{name.translate(FLAT)}.lora_down.weight", f"lora_unet__{name.translate(FLAT)}.alpha"),
-    "onetrainer": lambda name: (f"lora_transformer_{name.translate(FLAT)}.lora_up.weight", f"lora_transformer_{name.translate(FLAT)}.lora_down.weight", f"lora_transformer_{name.translate(FLAT)}.alpha"),
+    "lycoris": lambda name: (
+        f"lycoris_{name.translate(FLAT)}.lora_up.weight",
+        f"lycoris_{name.translate(FLAT)}.lora_down.weight",
+        f"lycoris_{name.translate(FLAT)}.alpha",
+    ),
+    "kohya-split": lambda name: (
+        f"lora_unet_{name.translate(FLAT)}.lora_up.weight",
+        f"lora_unet_{name.translate(FLAT)}.lora_down.weight",
+        f"lora_unet_{name.translate(FLAT)}.alpha",
+    ),
+    "distill": lambda name: (
+        f"lora_unet__{name.translate(FLAT)}.lora_up.weight",
+        f"lora_unet__{name.translate(FLAT)}.lora_down.weight",
+        f"lora_unet__{name.translate(FLAT)}.alpha",
+    ),
+    "onetrainer": lambda name: (
+        f"lora_transformer_{name.translate(FLAT)}.lora_up.weight",
+        f"lora_transformer_{name.translate(FLAT)}.lora_down.weight",
+        f"lora_transformer_{name.translate(FLAT)}.alpha",
+    ),
     "peft": lambda name: (f"base_model.model.{name}.lora_B.weight", f"base_model.model.{name}.lora_A.weight", None),
     "diffsynth": lambda name: (f"{name}.lora_B.default.weight", f"{name}.lora_A.default.weight", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -107,9 +141,11 @@ def test_fused_flavours(prefix: str, tmp_path: Path, model: Path) -> None:
     """A fused qkv has three times the rows, and nothing says that its up is block-diagonal."""
     native = {
         "layers.1.attention.qkv": ["layers.1.attention.to_q", "layers.1.attention.to_k", "layers.1.attention.to_v"],
-        "layers.0.attention.out": ["layers.0.attention.to_out.0"], "x_embedder": ["all_x_embedder.2-1"],
-        "final_layer.linear": ["all_final_layer.2-1.linear"], "cap_embedder.1": ["cap_embedder.1"],
-    }  # fmt: skip
+        "layers.0.attention.out": ["layers.0.attention.to_out.0"],
+        "x_embedder": ["all_x_embedder.2-1"],
+        "final_layer.linear": ["all_final_layer.2-1.linear"],
+        "cap_embedder.1": ["cap_embedder.1"],
+    }
     tensors, expected = {}, {}
     for number, (name, members) in enumerate(native.items()):
         rows, columns = LINEARS[members[0]]
@@ -146,9 +182,11 @@ def test_loha(tmp_path: Path, model: Path) -> None:
 def test_lokr(tmp_path: Path, model: Path) -> None:
     """All four ways to store the two factors; alpha counts only where one of them is a product."""
     cases = {
-        "layers.0.adaLN_modulation.0": (True, True, 1.0), "layers.1.attention.to_q": (False, True, 2.0 / 3),
-        "noise_refiner.1.feed_forward.w1": (True, False, 2.0 / 4), "context_refiner.0.feed_forward.w2": (False, False, 2.0 / 4),
-    }  # fmt: skip
+        "layers.0.adaLN_modulation.0": (True, True, 1.0),
+        "layers.1.attention.to_q": (False, True, 2.0 / 3),
+        "noise_refiner.1.feed_forward.w1": (True, False, 2.0 / 4),
+        "context_refiner.0.feed_forward.w2": (False, False, 2.0 / 4),
+    }
     tensors, expected = {}, {}
     for name, (whole_1, whole_2, scale) in cases.items():
         rows, columns = LINEARS[name]
@@ -171,19 +209,23 @@ def test_lokr(tmp_path: Path, model: Path) -> None:
 def test_full_differences_norms_biases_and_pad_tokens(tmp_path: Path, model: Path) -> None:
     tensors = {
         "diffusion_model.layers.1.attention.qkv.diff": random(288, 96),
-        "diffusion_model.cap_embedder.1.diff": random(96, 40), "diffusion_model.cap_embedder.1.diff_b": random(96),
-        "diffusion_model.layers.0.attention_norm1.diff": random(96), "diffusion_model.x_pad_token.diff": random(1, 96),
+        "diffusion_model.cap_embedder.1.diff": random(96, 40),
+        "diffusion_model.cap_embedder.1.diff_b": random(96),
+        "diffusion_model.layers.0.attention_norm1.diff": random(96),
+        "diffusion_model.x_pad_token.diff": random(1, 96),
         "lycoris_layers_1_ffn_norm2.w_norm": random(96),
-    }  # fmt: skip
+    }
     q, k, v = tensors["diffusion_model.layers.1.attention.qkv.diff"].chunk(3)
     expected = {
-        "layers.1.attention.to_q.weight": q, "layers.1.attention.to_k.weight": k, "layers.1.attention.to_v.weight": v,
+        "layers.1.attention.to_q.weight": q,
+        "layers.1.attention.to_k.weight": k,
+        "layers.1.attention.to_v.weight": v,
         "cap_embedder.1.weight": tensors["diffusion_model.cap_embedder.1.diff"],
         "cap_embedder.1.bias": tensors["diffusion_model.cap_embedder.1.diff_b"],
         "layers.0.attention_norm1.weight": tensors["diffusion_model.layers.0.attention_norm1.diff"],
         "x_pad_token": tensors["diffusion_model.x_pad_token.diff"],
         "layers.1.ffn_norm2.weight": tensors["lycoris_layers_1_ffn_norm2.w_norm"],
-    }  # fmt: skip
+    }
     check(write(tmp_path / "full.safetensors", tensors), model, expected)
 
 
@@ -192,7 +234,10 @@ def test_other_number_formats_and_convolutions_of_one_by_one(dtype: torch.dtype,
     up, down = (0.1 * one for one in factors("layers.1.attention.to_q"))
     up, down = up.to(dtype), down.to(dtype)
     name = "diffusion_model.layers.1.attention.to_q"
-    path = write(tmp_path / "lora.safetensors", {f"{name}.lora_up.weight": up[:, :, None, None], f"{name}.lora_down.weight": down[:, :, None, None]})  # fmt: skip
+    path = write(
+        tmp_path / "lora.safetensors",
+        {f"{name}.lora_up.weight": up[:, :, None, None], f"{name}.lora_down.weight": down[:, :, None, None]},
+    )
     check(path, model, {"layers.1.attention.to_q.weight": up.double() @ down.double()})
 
 
@@ -201,12 +246,18 @@ def test_pefts_settings_hold_alpha(tmp_path: Path, model: Path) -> None:
     product = up.double() @ down.double()
     names = {"layers.1.attention.to_q.lora_B.weight": up, "layers.1.attention.to_q.lora_A.weight": down}
     written = {f"transformer.{name}": tensor for name, tensor in names.items()}
-    path = write(tmp_path / "lora.safetensors", written, lora_adapter_metadata=json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 20}))  # fmt: skip
+    path = write(
+        tmp_path / "lora.safetensors",
+        written,
+        lora_adapter_metadata=json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 20}),
+    )
     check(path, model, {"layers.1.attention.to_q.weight": 20 / RANK * product})
     folder = tmp_path / "adapter"
     folder.mkdir()
     write(folder / "adapter_model.safetensors", {f"base_model.model.{name}": tensor for name, tensor in names.items()})
-    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 4, "use_rslora": True, "alpha_pattern": {}}))  # fmt: skip
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"r": RANK, "lora_alpha": 4, "use_rslora": True, "alpha_pattern": {}})
+    )
     expected = 4 / RANK**0.5 * product
     lora = ak.open_lora(folder)
     out = torch.empty(96 * 96)
@@ -256,7 +307,9 @@ def test_it_is_a_delta_like_any_other(tmp_path: Path, model: Path) -> None:
     assert variant.shapes == base.shapes
     table = ak.delta_table(lora, on=base)
     assert set(table.tensor) == {f"{name}.weight" for name in LINEARS}
-    assert table.set_index("tensor").loc["cap_embedder.1.weight", "delta_norm"] == pytest.approx(float((factors("cap_embedder.1")[0].double() @ factors("cap_embedder.1")[1].double()).norm()), rel=1e-6)  # fmt: skip
+    assert table.set_index("tensor").loc["cap_embedder.1.weight", "delta_norm"] == pytest.approx(
+        float((factors("cap_embedder.1")[0].double() @ factors("cap_embedder.1")[1].double()).norm()), rel=1e-6
+    )
 
 
 def test_a_recipe_finds_its_lora_again(tmp_path: Path, model: Path) -> None:
@@ -294,7 +347,16 @@ def test_the_miniatures_lora_changes_pictures_as_diffusers_has_it() -> None:
 ONE = {"layers.1.attention.to_q.lora_A.weight": random(4, 96), "layers.1.attention.to_q.lora_B.weight": random(96, 4)}
 
 
-@pytest.mark.parametrize("given", ['{"lora_alpha": [8]}', '{"lora_alpha": "eight"}', '{"lora_alpha": NaN}', '{"lora_alpha": 8, "alpha_pattern": [1]}', '{"alpha_pattern": {"to_q": "x"}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        '{"lora_alpha": [8]}',
+        '{"lora_alpha": "eight"}',
+        '{"lora_alpha": NaN}',
+        '{"lora_alpha": 8, "alpha_pattern": [1]}',
+        '{"alpha_pattern": {"to_q": "x"}}',
+    ],
+)
 def test_settings_that_make_no_sense(given: str, tmp_path: Path) -> None:
     path = write(tmp_path / "lora.safetensors", ONE, lora_adapter_metadata=given)
     with pytest.raises(FileFormatError, match="settings make no sense"):
@@ -302,37 +364,142 @@ def test_settings_that_make_no_sense(given: str, tmp_path: Path) -> None:
 
 
 def test_settings_that_leave_something_out(tmp_path: Path) -> None:
-    for given, scale in (('{"lora_alpha": 8, "alpha_pattern": {"to_q": null}}', 2.0), ('{"alpha_pattern": {"to_q": 6}}', 1.5), ("[]", 1.0), ("{}", 1.0)):  # fmt: skip
+    for given, scale in (
+        ('{"lora_alpha": 8, "alpha_pattern": {"to_q": null}}', 2.0),
+        ('{"alpha_pattern": {"to_q": 6}}', 1.5),
+        ("[]", 1.0),
+        ("{}", 1.0),
+    ):
         path = write(tmp_path / "lora.safetensors", ONE, lora_adapter_metadata=given)
         assert open_lora(path).summary()["scales"] == [scale]
 
 
-@pytest.mark.parametrize("alpha", [torch.tensor(2, dtype=torch.int64), torch.tensor([2], dtype=torch.int32), torch.tensor(2.0, dtype=torch.float64)])  # fmt: skip
+@pytest.mark.parametrize(
+    "alpha",
+    [torch.tensor(2, dtype=torch.int64), torch.tensor([2], dtype=torch.int32), torch.tensor(2.0, dtype=torch.float64)],
+)
 def test_an_alpha_of_any_kind_of_number(alpha: torch.Tensor, tmp_path: Path) -> None:
     path = write(tmp_path / "lora.safetensors", {**ONE, "layers.1.attention.to_q.alpha": alpha})
     assert open_lora(path).summary()["scales"] == [0.5]
 
 
 BAD = {
-    "missing half": ({"diffusion_model.layers.0.attention.to_q.lora_A.weight": random(4, 96)}, FileFormatError, "half of a pair is missing"),
-    "unknown module": ({"diffusion_model.layers.0.attention.to_z.lora_A.weight": random(4, 96)}, UnknownNameError, r"(?s)fits no module.*lora\.safetensors.*did you mean 'layers\.0\.attention\.to_"),
-    "unknown suffix": ({"layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lora_C.weight": random(4, 96)}, UnknownNameError, "no tensor of a LoRA"),
+    "missing half": (
+        {"diffusion_model.layers.0.attention.to_q.lora_A.weight": random(4, 96)},
+        FileFormatError,
+        "half of a pair is missing",
+    ),
+    "unknown module": (
+        {"diffusion_model.layers.0.attention.to_z.lora_A.weight": random(4, 96)},
+        UnknownNameError,
+        r"(?s)fits no module.*lora\.safetensors.*did you mean 'layers\.0\.attention\.to_",
+    ),
+    "unknown suffix": (
+        {
+            "layers.0.attention.to_q.lora_A.weight": random(4, 96),
+            "layers.0.attention.to_q.lora_C.weight": random(4, 96),
+        },
+        UnknownNameError,
+        "no tensor of a LoRA",
+    ),
     "text encoder": ({"lora_te1_text_model_x.lora_down.weight": random(4, 96)}, UnsupportedError, "text encoder"),
-    "oft": ({"diffusion_model.layers.0.attention.to_q.oft_blocks": random(4, 96)}, UnsupportedError, "OFT is not handled"),
-    "ranks differ": ({"layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lora_B.weight": random(96, 5)}, FileFormatError, "halves of a pair do not fit"),
-    "twice": ({f"{prefix}layers.0.attention.to_q.lora_{half}.weight": random(*shape) for prefix in ("diffusion_model.", "transformer.") for half, shape in (("A", (4, 96)), ("B", (96, 4)))}, FileFormatError, r"(?s)mean the same thing.*diffusion_model.*transformer"),
-    "fused and split": ({**{f"layers.0.attention.{part}.lora_A.weight": random(4, 96) for part in ("qkv", "to_k")}, "layers.0.attention.qkv.lora_B.weight": random(288, 4), "layers.0.attention.to_k.lora_B.weight": random(96, 4)}, FileFormatError, "mean the same thing"),
-    "two kinds": ({"layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lokr_w1": random(96, 4)}, FileFormatError, "two kinds of update"),
+    "oft": (
+        {"diffusion_model.layers.0.attention.to_q.oft_blocks": random(4, 96)},
+        UnsupportedError,
+        "OFT is not handled",
+    ),
+    "ranks differ": (
+        {
+            "layers.0.attention.to_q.lora_A.weight": random(4, 96),
+            "layers.0.attention.to_q.lora_B.weight": random(96, 5),
+        },
+        FileFormatError,
+        "halves of a pair do not fit",
+    ),
+    "twice": (
+        {
+            f"{prefix}layers.0.attention.to_q.lora_{half}.weight": random(*shape)
+            for prefix in ("diffusion_model.", "transformer.")
+            for half, shape in (("A", (4, 96)), ("B", (96, 4)))
+        },
+        FileFormatError,
+        r"(?s)mean the same thing.*diffusion_model.*transformer",
+    ),
+    "fused and split": (
+        {
+            **{f"layers.0.attention.{part}.lora_A.weight": random(4, 96) for part in ("qkv", "to_k")},
+            "layers.0.attention.qkv.lora_B.weight": random(288, 4),
+            "layers.0.attention.to_k.lora_B.weight": random(96, 4),
+        },
+        FileFormatError,
+        "mean the same thing",
+    ),
+    "two kinds": (
+        {"layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lokr_w1": random(96, 4)},
+        FileFormatError,
+        "two kinds of update",
+    ),
     "only alpha": ({"layers.0.attention.to_q.alpha": torch.tensor(1.0)}, FileFormatError, "an alpha without its LoRA"),
-    "alpha is a matrix": ({"layers.0.attention.to_q.alpha": random(2, 3), "layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lora_B.weight": random(96, 4)}, FileFormatError, "alpha must be one number"),
-    "alpha is NaN": ({"layers.0.attention.to_q.alpha": torch.tensor(float("nan")), "layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lora_B.weight": random(96, 4)}, FileFormatError, "not a finite number"),
-    "loha shapes": ({f"layers.0.attention.to_q.hada_w{n}_{half}": random(*shape) for n in (1, 2) for half, shape in (("a", (90 + n, 3)), ("b", (3, 96)))}, FileFormatError, "factors of a LoHa differ"),
-    "lokr twice": ({"layers.0.attention.to_q.lokr_w1": random(8, 4), "layers.0.attention.to_q.lokr_w1_a": random(8, 4), "layers.0.attention.to_q.lokr_w1_b": random(4, 4), "layers.0.attention.to_q.lokr_w2": random(12, 24)}, FileFormatError, "needs w1, whole or as a product, once"),
-    "huge": ({"layers.0.attention.to_q.lokr_w1": random(4096, 1), "layers.0.attention.to_q.lokr_w2": random(4096, 1)}, FileFormatError, "impossible size"),
-    "empty": ({"layers.0.attention.to_q.lora_A.weight": torch.empty(0, 96), "layers.0.attention.to_q.lora_B.weight": torch.empty(96, 0)}, FileFormatError, "a factor is empty"),
-    "integers": ({"layers.0.attention.to_q.lora_A.weight": torch.ones(4, 96, dtype=torch.int8), "layers.0.attention.to_q.lora_B.weight": random(96, 4)}, UnsupportedError, "number format"),
+    "alpha is a matrix": (
+        {
+            "layers.0.attention.to_q.alpha": random(2, 3),
+            "layers.0.attention.to_q.lora_A.weight": random(4, 96),
+            "layers.0.attention.to_q.lora_B.weight": random(96, 4),
+        },
+        FileFormatError,
+        "alpha must be one number",
+    ),
+    "alpha is NaN": (
+        {
+            "layers.0.attention.to_q.alpha": torch.tensor(float("nan")),
+            "layers.0.attention.to_q.lora_A.weight": random(4, 96),
+            "layers.0.attention.to_q.lora_B.weight": random(96, 4),
+        },
+        FileFormatError,
+        "not a finite number",
+    ),
+    "loha shapes": (
+        {
+            f"layers.0.attention.to_q.hada_w{n}_{half}": random(*shape)
+            for n in (1, 2)
+            for half, shape in (("a", (90 + n, 3)), ("b", (3, 96)))
+        },
+        FileFormatError,
+        "factors of a LoHa differ",
+    ),
+    "lokr twice": (
+        {
+            "layers.0.attention.to_q.lokr_w1": random(8, 4),
+            "layers.0.attention.to_q.lokr_w1_a": random(8, 4),
+            "layers.0.attention.to_q.lokr_w1_b": random(4, 4),
+            "layers.0.attention.to_q.lokr_w2": random(12, 24),
+        },
+        FileFormatError,
+        "needs w1, whole or as a product, once",
+    ),
+    "huge": (
+        {"layers.0.attention.to_q.lokr_w1": random(4096, 1), "layers.0.attention.to_q.lokr_w2": random(4096, 1)},
+        FileFormatError,
+        "impossible size",
+    ),
+    "empty": (
+        {
+            "layers.0.attention.to_q.lora_A.weight": torch.empty(0, 96),
+            "layers.0.attention.to_q.lora_B.weight": torch.empty(96, 0),
+        },
+        FileFormatError,
+        "a factor is empty",
+    ),
+    "integers": (
+        {
+            "layers.0.attention.to_q.lora_A.weight": torch.ones(4, 96, dtype=torch.int8),
+            "layers.0.attention.to_q.lora_B.weight": random(96, 4),
+        },
+        UnsupportedError,
+        "number format",
+    ),
     "not a lora": ({"decoder.conv.weight": random(4, 6)}, UnsupportedError, "this is not a LoRA"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -345,12 +512,24 @@ def test_bad_files(case: str, tmp_path: Path) -> None:
 def test_bad_uses(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)this is a checkpoint, not a LoRA.*ak\.open"):
         ak.open_lora(model)
-    path = write(tmp_path / "lora.safetensors", {"layers.7.attention.to_q.lora_A.weight": random(4, 96), "layers.7.attention.to_q.lora_B.weight": random(96, 4)})  # fmt: skip
+    path = write(
+        tmp_path / "lora.safetensors",
+        {
+            "layers.7.attention.to_q.lora_A.weight": random(4, 96),
+            "layers.7.attention.to_q.lora_B.weight": random(96, 4),
+        },
+    )
     with pytest.raises(UnsupportedError, match=r"(?s)this is a LoRA.*ak\.open_lora"):
         ak.open(path)
     with pytest.raises(MismatchError, match=r"(?s)1 tensors that the model does not have.*layers\.7"):
         ak.open(model) + ak.open_lora(path)
-    wrong = write(tmp_path / "wrong.safetensors", {"layers.0.attention.to_q.lora_A.weight": random(4, 95), "layers.0.attention.to_q.lora_B.weight": random(96, 4)})  # fmt: skip
+    wrong = write(
+        tmp_path / "wrong.safetensors",
+        {
+            "layers.0.attention.to_q.lora_A.weight": random(4, 95),
+            "layers.0.attention.to_q.lora_B.weight": random(96, 4),
+        },
+    )
     with pytest.raises(MismatchError, match=r"(?s)different shapes.*layers\.0\.attention\.to_q.*\(96, 95\)"):
         ak.open(model) + ak.open_lora(wrong)
     dora = write(
@@ -361,7 +540,10 @@ def test_bad_uses(tmp_path: Path, model: Path) -> None:
         ak.open(model) + ak.open_lora(dora)
     broken = random(96, 4)
     broken[3, 2] = float("nan")
-    nan = write(tmp_path / "nan.safetensors", {"layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lora_B.weight": broken})  # fmt: skip
+    nan = write(
+        tmp_path / "nan.safetensors",
+        {"layers.0.attention.to_q.lora_A.weight": random(4, 96), "layers.0.attention.to_q.lora_B.weight": broken},
+    )
     with pytest.raises(NonFiniteError, match=r"(?s)a LoRA holds NaN.*nan\.safetensors.*lora_B"):
         (ak.open(model) + ak.open_lora(nan)).save(tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

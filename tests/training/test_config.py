@@ -34,7 +34,13 @@ shift = 6
 
 def given(**changes: Any) -> dict[str, Any]:
     stage = {"mix": {"people": 1.0}, "steps": 3, "lr": 0.1}
-    return {"start": "a", "inputs": {"a": "mini:base"}, "data": {"people": {"scenes": {"count": 4, "seed": 1}}}, "stage": [stage], **changes}  # fmt: skip
+    return {
+        "start": "a",
+        "inputs": {"a": "mini:base"},
+        "data": {"people": {"scenes": {"count": 4, "seed": 1}}},
+        "stage": [stage],
+        **changes,
+    }
 
 
 def test_a_file_becomes_a_run(tmp_path: Path) -> None:
@@ -53,13 +59,22 @@ def test_a_file_becomes_a_run(tmp_path: Path) -> None:
 def test_the_digest_is_that_of_what_changes_the_weights() -> None:
     one = config_of(given())
     assert config_of(given(measure_every=7, prompts=["x"])).digest == one.digest
-    for change in ({"seed": 1}, {"frozen": "input"}, {"optimiser": "adafactor"}, {"stage": [{**given()["stage"][0], "lr": 0.2}]}):  # fmt: skip
+    for change in (
+        {"seed": 1},
+        {"frozen": "input"},
+        {"optimiser": "adafactor"},
+        {"stage": [{**given()["stage"][0], "lr": 0.2}]},
+    ):
         assert config_of(given(**change)).digest != one.digest
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown key": ({"forzen": "refiner"}, UnknownNameError, "did you mean 'frozen'"),
-    "unknown key of a stage": ({"stage": [{**given()["stage"][0], "step": 3}]}, UnknownNameError, r"(?s)stage 1 has an unknown key.*'steps'"),
+    "unknown key of a stage": (
+        {"stage": [{**given()["stage"][0], "step": 3}]},
+        UnknownNameError,
+        r"(?s)stage 1 has an unknown key.*'steps'",
+    ),
     "no stage": ({"stage": []}, FileFormatError, "a run needs stages"),
     "lacking": ({"stage": [{"mix": {"people": 1.0}}]}, FileFormatError, "stage 1 lacks steps, lr"),
     "kind": ({"seed": "one"}, FileFormatError, r"(?s)wrong kind.*seed.*expected: a whole number"),
@@ -72,14 +87,34 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "drop": ({"stage": [{**given()["stage"][0], "drop": 2.0}]}, UnsupportedError, "drop is too large"),
     "decay": ({"stage": [{**given()["stage"][0], "decay": "cosin"}]}, UnknownNameError, "cosine"),
     "data": ({"data": {"people": {}}}, FileFormatError, "needs one of folder, scenes, drawn"),
-    "two sources": ({"data": {"people": {"folder": "x", "scenes": {}}}}, FileFormatError, "needs one of folder, scenes, drawn"),
+    "two sources": (
+        {"data": {"people": {"folder": "x", "scenes": {}}}},
+        FileFormatError,
+        "needs one of folder, scenes, drawn",
+    ),
     "ema": ({"ema": 1.0}, UnsupportedError, "ema is too large"),
-    "betas of text": ({"betas": ["a", "b"]}, FileFormatError, r"(?s)wrong kind.*key: betas\[0\].*expected: a number.*found: \['a', 'b'\]"),
+    "betas of text": (
+        {"betas": ["a", "b"]},
+        FileFormatError,
+        r"(?s)wrong kind.*key: betas\[0\].*expected: a number.*found: \['a', 'b'\]",
+    ),
     "one beta": ({"betas": [0.9]}, FileFormatError, r"(?s)key: betas.*length 2"),
     "a beta of 1": ({"betas": [0.9, 1.0]}, UnsupportedError, r"(?s)betas\[1\] is too large.*below 1"),
-    "a share below 0": ({"stage": [{**given()["stage"][0], "mix": {"people": -1.0}}]}, UnsupportedError, "mix: people is too small"),
-    "a share of text": ({"stage": [{**given()["stage"][0], "mix": {"people": "all"}}]}, FileFormatError, r"(?s)wrong kind.*key: mix"),
-    "nothing mixed": ({"stage": [{**given()["stage"][0], "mix": {"people": 0.0}}]}, UnsupportedError, "nothing is mixed"),
+    "a share below 0": (
+        {"stage": [{**given()["stage"][0], "mix": {"people": -1.0}}]},
+        UnsupportedError,
+        "mix: people is too small",
+    ),
+    "a share of text": (
+        {"stage": [{**given()["stage"][0], "mix": {"people": "all"}}]},
+        FileFormatError,
+        r"(?s)wrong kind.*key: mix",
+    ),
+    "nothing mixed": (
+        {"stage": [{**given()["stage"][0], "mix": {"people": 0.0}}]},
+        UnsupportedError,
+        "nothing is mixed",
+    ),
     "weight_decay": ({"weight_decay": -1}, UnsupportedError, "weight_decay is too small"),
     "std": ({"stage": [{**given()["stage"][0], "std": float("inf")}]}, FileFormatError, "std is no finite number"),
     "lr": ({"stage": [{**given()["stage"][0], "lr": float("nan")}]}, FileFormatError, "lr is no finite number"),
@@ -95,7 +130,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lora's kind": ({"lora": {"rank": 4.5}}, FileFormatError, r"(?s)lora: this value.*key: rank"),
     "lora's size": ({"lora": {"alpha": 0}}, UnsupportedError, "alpha must be above 0"),
     "seed": ({"seed": -1}, UnsupportedError, "seed is too small"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -59,7 +59,11 @@ def test_pictures_of_several_shapes(pipe: Any, tmp_path: Path) -> None:
         picture(tmp_path / f"{name}.png", size, seed=len(name))
         (tmp_path / f"{name}.txt").write_text(f"a {name} picture")
     found = encoded(from_folder(tmp_path), pipe)
-    assert {item.name: item.bucket[:2] for item in found.items} == {"square.png": (8, 8), "tall.png": (12, 6), "wide.png": (6, 12)}  # fmt: skip
+    assert {item.name: item.bucket[:2] for item in found.items} == {
+        "square.png": (8, 8),
+        "tall.png": (12, 6),
+        "wide.png": (6, 12),
+    }
     assert all(found.latents(n).shape == (16, *item.bucket[:2]) for n, item in enumerate(found.items))
     again = encoded(from_folder(tmp_path), pipe)
     assert again.items == found.items

@@ -56,11 +56,21 @@ def config(**changes: Any) -> Config:
             "decay": "cosine",
         },
     ]
-    return config_of({
-        "start": "lerp(deturbo, base, 0.5)", "inputs": {"deturbo": "mini:deturbo", "base": "mini:base"},
-        "data": {"people": {"scenes": {"count": 30, "seed": 1, "subject": ["man", "woman"]}}, "things": {"scenes": {"count": 20, "seed": 2, "style": "anime"}}},
-        "stage": stages, "save_every": 3, "measure_every": 4, "held_out": 4, **changes,
-    })  # fmt: skip
+    return config_of(
+        {
+            "start": "lerp(deturbo, base, 0.5)",
+            "inputs": {"deturbo": "mini:deturbo", "base": "mini:base"},
+            "data": {
+                "people": {"scenes": {"count": 30, "seed": 1, "subject": ["man", "woman"]}},
+                "things": {"scenes": {"count": 20, "seed": 2, "style": "anime"}},
+            },
+            "stage": stages,
+            "save_every": 3,
+            "measure_every": 4,
+            "held_out": 4,
+            **changes,
+        }
+    )
 
 
 def weights_of(result: Any) -> dict[str, torch.Tensor]:
@@ -83,7 +93,10 @@ def test_a_run(tmp_path: Path) -> None:
     assert set(weights_of(result)) == {key for key in start.shapes if not Pattern("refiner", FAMILY).matches(key)}
     assert "finetuned(lerp(deturbo, base, 0.5)" in repr(result)
     assert result.ema is not None
-    assert not torch.equal(result.ema.tensors.tensors["layers.0.attention.to_q.weight"], weights_of(result)["layers.0.attention.to_q.weight"])  # type: ignore[attr-defined]  # fmt: skip
+    assert not torch.equal(
+        result.ema.tensors.tensors["layers.0.attention.to_q.weight"],
+        weights_of(result)["layers.0.attention.to_q.weight"],
+    )  # type: ignore[attr-defined]
     drawn = ak.sample(ak.pipeline(result.weights), "a red ball", steps=2, cfg=1).images[0]
     assert drawn.size == (64, 64)
 
@@ -139,7 +152,11 @@ def test_a_frozen_tensor_that_moves_is_noticed(tmp_path: Path, monkeypatch: pyte
     assert not existing(tmp_path / "run" / "checkpoints")
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimiser": "adafactor", "precision": "bf16"}, {"ema": 0.9, "accumulate": 2}, {"fused": True, "clip": 0.0}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimiser": "adafactor", "precision": "bf16"}, {"ema": 0.9, "accumulate": 2}, {"fused": True, "clip": 0.0}],
+    ids=str,
+)
 def test_a_run_that_was_stopped_gives_the_same_bits(changes: dict[str, Any], tmp_path: Path) -> None:
     whole = finetune(config(**changes), tmp_path / "whole")
     for stop in (4, 8):
@@ -152,7 +169,9 @@ def test_a_run_that_was_stopped_gives_the_same_bits(changes: dict[str, Any], tmp
     for name, value in weights_of(whole).items():
         assert torch.equal(value, weights_of(again)[name]), name
     if whole.ema is not None:
-        assert all(torch.equal(value, again.ema.tensors.tensors[name]) for name, value in whole.ema.tensors.tensors.items())  # type: ignore[union-attr, attr-defined]  # fmt: skip
+        assert all(
+            torch.equal(value, again.ema.tensors.tensors[name]) for name, value in whole.ema.tensors.tensors.items()
+        )  # type: ignore[union-attr, attr-defined]
     assert again.history.drop(columns=["loss"]).equals(whole.history.drop(columns=["loss"]))
     done: list[TrainingStep] = list(stream_finetune(config(**changes), tmp_path / "stopped"))
     assert done[-1].result is not None
@@ -192,7 +211,9 @@ def test_a_lora_is_what_diffusers_loads(precision: str, tmp_path: Path) -> None:
     result = finetune(config(**changes), tmp_path / "run")
     path = tmp_path / "run" / "2-two.safetensors"
     modules = {key.removesuffix(".alpha").partition(".lora")[0] for key in load_file(path)}
-    layers = {key for key in start_of(config()).shapes if key.startswith("layers.") and ".to_" in key and ".norm" not in key}  # fmt: skip
+    layers = {
+        key for key in start_of(config()).shapes if key.startswith("layers.") and ".to_" in key and ".norm" not in key
+    }
     assert modules == {f"diffusion_model.{key.removesuffix('.weight')}" for key in layers}, "not the frozen refiners"
     pipe = ak.pipeline(start_of(config()))
     pipe.load_lora_weights(str(path), adapter_name="ours")
@@ -225,7 +246,10 @@ def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return torch.empty(10**15)
 
     monkeypatch.setattr(loop, "losses", greedy)
-    with pytest.raises(AlkahestError, match=r"(?s)out of memory.*allocate.*checkpointing = true, batch = 1 and adafactor, bf16, fused take the least"):  # fmt: skip
+    with pytest.raises(
+        AlkahestError,
+        match=r"(?s)out of memory.*allocate.*checkpointing = true, batch = 1 and adafactor, bf16, fused take the least",
+    ):
         finetune(config(), tmp_path / "run")
 
 
@@ -273,10 +297,19 @@ def test_kill_9_in_the_middle(tmp_path: Path) -> None:
 
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     stage = {"mix": {"things": 1.0}, "steps": 1, "lr": 1e-3, "resolution": 64, "batch": 4}
-    given: dict[str, Any] = {"data": {"things": {"scenes": {"count": 4, "seed": 3}}}, "held_out": 0, "clip": 0.0, "optimiser": "adafactor"}  # fmt: skip
+    given: dict[str, Any] = {
+        "data": {"things": {"scenes": {"count": 4, "seed": 3}}},
+        "held_out": 0,
+        "clip": 0.0,
+        "optimiser": "adafactor",
+    }
     # A seed with which two batches of two come in the order of one batch of four.
     things = [Encoded("x", [Item(str(n), Path(), Path(), (8, 8, 32)) for n in range(4)], torch.zeros(1))]
-    seed = next(seed for seed in range(99) if Order(things, [1.0], 2, seed).take().picks == Order(things, [1.0], 4, seed).take().picks[:2])  # fmt: skip
+    seed = next(
+        seed
+        for seed in range(99)
+        if Order(things, [1.0], 2, seed).take().picks == Order(things, [1.0], 4, seed).take().picks[:2]
+    )
     one = finetune(config(stage=[stage], seed=seed, **given), tmp_path / "one")
     two = finetune(config(stage=[{**stage, "batch": 2}], accumulate=2, seed=seed, **given), tmp_path / "two")
     assert one.history.loss.iloc[-1] == pytest.approx(two.history.loss.iloc[-1], rel=1e-5)
@@ -285,7 +318,9 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
 
 
 def test_the_history_can_be_read_while_it_trains(tmp_path: Path) -> None:
-    events = stream_finetune(config(prompts=["a red ball", "a blue box"], sampling={"steps": 2, "cfg": 1}), tmp_path / "run")  # fmt: skip
+    events = stream_finetune(
+        config(prompts=["a red ball", "a blue box"], sampling={"steps": 2, "cfg": 1}), tmp_path / "run"
+    )
     for event in events:
         if event.done == 6:
             break
@@ -416,7 +451,16 @@ def _renamed(path: Path) -> None:
     save_file({name + "_" * (name == first): value for name, value in state.items()}, file)
 
 
-@pytest.mark.parametrize("damage", [_cut, _garbled, _renamed, lambda p: (p / "state.safetensors").unlink(), lambda p: (p / "state.json").write_text("{}")])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut,
+        _garbled,
+        _renamed,
+        lambda p: (p / "state.safetensors").unlink(),
+        lambda p: (p / "state.json").write_text("{}"),
+    ],
+)
 def test_a_damaged_checkpoint_is_told_so(damage: Callable[[Path], Any], tmp_path: Path) -> None:
     damage(stopped_run(tmp_path / "run"))
     with pytest.raises(FileFormatError, match="this checkpoint is damaged"):

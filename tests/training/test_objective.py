@@ -42,7 +42,9 @@ def test_a_model_that_says_the_target_samples_the_data() -> None:
     class Oracle:
         dtype = torch.float32
 
-        def __call__(self, given: list[torch.Tensor], time: torch.Tensor, captions: object, return_dict: bool) -> tuple[list[torch.Tensor]]:  # fmt: skip
+        def __call__(
+            self, given: list[torch.Tensor], time: torch.Tensor, captions: object, return_dict: bool
+        ) -> tuple[list[torch.Tensor]]:
             return ([data[:, None] - start[0][:, None]],)
 
     pipe.transformer = Oracle()
@@ -54,7 +56,9 @@ def test_a_model_that_says_the_target_samples_the_data() -> None:
 def test_noise_levels_are_logit_normal_and_shifted() -> None:
     data = [torch.zeros(1, 1, 1)] * 4000
     captions = [torch.zeros(1, 1)] * 4000
-    batch = noised(data, captions, torch.zeros(2, 1), Stage("s", {}, 1, 1.0, shift=3.0, mean=0.5, std=0.7, drop=0.25), 0, 0)  # fmt: skip
+    batch = noised(
+        data, captions, torch.zeros(2, 1), Stage("s", {}, 1, 1.0, shift=3.0, mean=0.5, std=0.7, drop=0.25), 0, 0
+    )
     plain = batch.sigma / (3 - 2 * batch.sigma)  # the shift undone
     logits = torch.log(plain / (1 - plain))
     assert logits.mean() == pytest.approx(0.5, abs=0.05)
@@ -68,7 +72,10 @@ def test_noise_levels_are_logit_normal_and_shifted() -> None:
 def test_noise_depends_on_the_number_of_the_example_alone() -> None:
     data, captions = latents(6), [torch.full((1, 1), float(n)) for n in range(6)]
     whole = noised(data, captions, torch.zeros(1, 1), STAGE, 7, 3)
-    parts = [noised(data[:2], captions[:2], torch.zeros(1, 1), STAGE, 7, 3), noised(data[2:], captions[2:], torch.zeros(1, 1), STAGE, 7, 3, first=2)]  # fmt: skip
+    parts = [
+        noised(data[:2], captions[:2], torch.zeros(1, 1), STAGE, 7, 3),
+        noised(data[2:], captions[2:], torch.zeros(1, 1), STAGE, 7, 3, first=2),
+    ]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     assert [float(c) for c in whole.captions] == [float(c) for part in parts for c in part.captions]
     assert not torch.equal(noised(data, captions, torch.zeros(1, 1), STAGE, 7, 4).latents, whole.latents)

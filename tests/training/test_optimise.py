@@ -15,7 +15,9 @@ from alkahest.training.optimise import Updates, rate_at, rounded
 
 def config(**changes: Any) -> Config:
     stage = {"mix": {"x": 1.0}, "steps": 3, "lr": 0.1}
-    return config_of({"start": "a", "inputs": {}, "data": {"x": {"folder": "x"}}, "stage": [stage], "clip": 0.0, **changes})  # fmt: skip
+    return config_of(
+        {"start": "a", "inputs": {}, "data": {"x": {"folder": "x"}}, "stage": [stage], "clip": 0.0, **changes}
+    )
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -40,7 +42,9 @@ def reference(kind: str, parameters: Any) -> torch.optim.Optimizer:
     if kind == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(parameters, 1.0, scale_parameter=False, relative_step=False, warmup_init=False, weight_decay=0.1)  # type: ignore[no-any-return]  # fmt: skip
+        return Adafactor(
+            parameters, 1.0, scale_parameter=False, relative_step=False, warmup_init=False, weight_decay=0.1
+        )  # type: ignore[no-any-return]
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, 1.0, betas=(0.9, 0.99), weight_decay=0.1)  # type: ignore[no-any-return]

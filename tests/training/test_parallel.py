@@ -52,13 +52,24 @@ def written(folder: Path, more: str = "", batch: int = 6) -> Path:
 
 
 def train(config: Path, folder: Path, processes: int) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "alkahest.finetune"]  # fmt: skip
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "alkahest.finetune",
+    ]
     if processes == 1:
         command = ["-m", "alkahest", "finetune", "--quiet"]
     subprocess.run(
         [sys.executable, *command, str(config), "-o", str(folder), "--threads", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def export(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +95,9 @@ def test_two_processes_are_one_within_float_noise(runs: tuple[Path, Path, Path],
     a, b = export(one), export(two)
     start = load_file(start_of(read_config(config)).save(tmp_path / "start.safetensors", dtype="fp32").path)
     assert moved(a, b) < 1e-3 * moved(start, a)
-    assert all(torch.equal(value, a[key]) and torch.equal(value, b[key]) for key, value in start.items() if "refiner" in key)  # fmt: skip
+    assert all(
+        torch.equal(value, a[key]) and torch.equal(value, b[key]) for key, value in start.items() if "refiner" in key
+    )
     measured = [read_history(folder).drop(columns=["stage"]) for folder in (one, two)]
     pd.testing.assert_frame_equal(*measured, rtol=1e-3, atol=1e-5)
     assert sorted(path.name for path in (two / "pictures").iterdir()) == [f"{step:07}-00.png" for step in (0, 4, 6)]
@@ -129,7 +142,9 @@ def test_half_the_memory(more: str, tmp_path: Path) -> None:
     ("more", "batch", "words"),
     [('optimiser = "adafactor"', 6, "adafactor needs whole tensors"), ("", 5, "2 processes cannot share its batch")],
 )
-def test_what_processes_cannot_share_is_refused(more: str, batch: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_what_processes_cannot_share_is_refused(
+    more: str, batch: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parallel, "size", lambda: 2)
     with pytest.raises(UnsupportedError, match=words):
         list(stream_finetune(read_config(written(tmp_path, more, batch)), tmp_path / "run"))

@@ -15,7 +15,30 @@ from alkahest.errors import AlkahestError
 from alkahest.workflow.graph import read_graph
 from alkahest.workflow.translate import recipes_of
 
-ODD = [None, True, -1, 0, 4, 1e308, "", "1", "-10", "ModelMergeAdd", "inner", "Reroute", "GetNode", [], {}, [[]], ["1", 0], ["9", 0], [None], {"link": 1}, "../x", float("nan")]  # fmt: skip
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    4,
+    1e308,
+    "",
+    "1",
+    "-10",
+    "ModelMergeAdd",
+    "inner",
+    "Reroute",
+    "GetNode",
+    [],
+    {},
+    [[]],
+    ["1", 0],
+    ["9", 0],
+    [None],
+    {"link": 1},
+    "../x",
+    float("nan"),
+]
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -50,9 +73,12 @@ def damaged(value: Any, chance: random.Random) -> Any:
 
 
 WORKFLOWS = {
-    "flat": flat, "nested": nested, "template": lambda: template("image_z_image_turbo"),
-    "api": lambda: {**LOADERS, **CASES["two differences"][0], "10": SAVE}, "ours": lambda: {**LOADERS, **OURS["parts"][0], "10": SAVE},
-}  # fmt: skip
+    "flat": flat,
+    "nested": nested,
+    "template": lambda: template("image_z_image_turbo"),
+    "api": lambda: {**LOADERS, **CASES["two differences"][0], "10": SAVE},
+    "ours": lambda: {**LOADERS, **OURS["parts"][0], "10": SAVE},
+}
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

@@ -64,7 +64,11 @@ def test_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [b"iTXt", b"zTXt", b"packed"])
 def test_other_text_chunks(kind: bytes, tmp_path: Path) -> None:
     text = json.dumps({**GRAPH, "10": {**SAVE, "_meta": {"title": "ü"}}}, ensure_ascii=kind == b"zTXt").encode()
-    rest = {b"iTXt": b"\0\0\0\0\0" + text, b"zTXt": b"\0\0" + zlib.compress(text), b"packed": b"\0\1\0\0\0" + zlib.compress(text)}[kind]  # fmt: skip
+    rest = {
+        b"iTXt": b"\0\0\0\0\0" + text,
+        b"zTXt": b"\0\0" + zlib.compress(text),
+        b"packed": b"\0\1\0\0\0" + zlib.compress(text),
+    }[kind]
     data, name = b"prompt" + rest, b"iTXt" if kind == b"packed" else kind
     chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     path = picture(tmp_path / "picture.png")
@@ -109,19 +113,39 @@ def test_recipes_and_merges_on_the_command_line(comfyui: Path, tmp_path: Path) -
     assert (names["recipe"], names["node"], names["files"]["base"]) == (TEXT, "10", "diffusion_models/base.safetensors")
     done = run("merge", "--recipe", workflow, "--models-dir", comfyui, "-o", tmp_path / "out.safetensors", "-q")
     assert done.exit_code == 0, done.output
-    bridge, variant, base, out = (ak.open(path) for path in [*(comfyui / f"models/diffusion_models/{name}.safetensors" for name in ("bridge", "variant", "base")), tmp_path / "out.safetensors"])  # fmt: skip
+    bridge, variant, base, out = (
+        ak.open(path)
+        for path in [
+            *(comfyui / f"models/diffusion_models/{name}.safetensors" for name in ("bridge", "variant", "base")),
+            tmp_path / "out.safetensors",
+        ]
+    )
     key = "layers.0.attention.to_q.weight"
     wanted = bridge[key].float() + (variant[key].float() * 1.1 + -1.1 * base[key].float())
     assert torch.equal(out[key], wanted.bfloat16())
     # As JSON it has the files' hashes, and is a recipe like any other.
     found = run("recipe", workflow, "--models-dir", comfyui / "models", "--json")
     (tmp_path / "recipe.json").write_text(found.stdout)
-    done = run("merge", "--recipe", tmp_path / "recipe.json", *(part for name in ("bridge", "variant", "base") for part in (f"--{name}", comfyui / f"models/diffusion_models/{name}.safetensors")), "-o", tmp_path / "again.safetensors", "-q")  # fmt: skip
+    done = run(
+        "merge",
+        "--recipe",
+        tmp_path / "recipe.json",
+        *(
+            part
+            for name in ("bridge", "variant", "base")
+            for part in (f"--{name}", comfyui / f"models/diffusion_models/{name}.safetensors")
+        ),
+        "-o",
+        tmp_path / "again.safetensors",
+        "-q",
+    )
     assert done.exit_code == 0, done.output
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
     # A file given by name takes the place of the folder's.
     other = tiny.write(tmp_path / "other.safetensors", tiny.native(tiny.state(9)))
-    done = run("merge", "--recipe", workflow, "--models-dir", comfyui, "--base", other, "-o", tmp_path / "o.safetensors", "-q")  # fmt: skip
+    done = run(
+        "merge", "--recipe", workflow, "--models-dir", comfyui, "--base", other, "-o", tmp_path / "o.safetensors", "-q"
+    )
     assert done.exit_code == 0
     assert (tmp_path / "o.safetensors").read_bytes() != (tmp_path / "out.safetensors").read_bytes()
     (comfyui / "models/diffusion_models/base.safetensors").unlink()
@@ -142,9 +166,24 @@ def test_a_multiplier_that_the_graph_computes_is_computed(comfyui: Path, tmp_pat
     shown = CliRunner().invoke(app, ["recipe", str(tmp_path / "w.json"), "--models-dir", str(comfyui)])
     assert shown.exit_code == 1
     assert "--k_auto auto" in shown.output
-    done = CliRunner().invoke(app, ["merge", "--recipe", str(tmp_path / "w.json"), "--models-dir", str(comfyui), "--k_auto", "auto", "-o", str(tmp_path / "out.safetensors")])  # fmt: skip
+    done = CliRunner().invoke(
+        app,
+        [
+            "merge",
+            "--recipe",
+            str(tmp_path / "w.json"),
+            "--models-dir",
+            str(comfyui),
+            "--k_auto",
+            "auto",
+            "-o",
+            str(tmp_path / "out.safetensors"),
+        ],
+    )
     assert done.exit_code == 0, done.output
-    bridge, variant, base = (ak.open(comfyui / f"models/diffusion_models/{name}.safetensors") for name in ("bridge", "variant", "base"))  # fmt: skip
+    bridge, variant, base = (
+        ak.open(comfyui / f"models/diffusion_models/{name}.safetensors") for name in ("bridge", "variant", "base")
+    )
     k = float(ak.needed_multiplier((variant - base).without("refiner, pad_tokens"), on=bridge))
     assert f"{k:.6g}"[:5] in ak.read_recipe(tmp_path / "out.safetensors")[1].text
 

@@ -37,21 +37,38 @@ CASES: dict[str, Any] = {
     "a file": (lambda m: m["a"], {"UNETLoader"}),
     "a difference": (lambda m: m["a"] + 1.5 * (m["v"] - m["b"]), {"ModelMergeSubtract", "ModelMergeAdd"}),
     "171.1": (lambda m: m["a"] + 171.1 * (m["v"] - m["b"]), {"ModelMergeSubtract", "ModelMergeAdd"}),
-    "two differences": (lambda m: m["a"] - 25 * ((m["v"] - m["b"]) + 0.1 * (m["c"] - m["b"])), {"ModelMergeSubtract", "ModelMergeAdd"}),
+    "two differences": (
+        lambda m: m["a"] - 25 * ((m["v"] - m["b"]) + 0.1 * (m["c"] - m["b"])),
+        {"ModelMergeSubtract", "ModelMergeAdd"},
+    ),
     "lerp": (lambda m: ak.lerp(m["a"], m["c"], 0.3), {"ModelMergeSimple"}),
     "lerp past its end": (lambda m: ak.lerp(m["a"], m["c"], 1.5), {"ModelMergeSubtract", "ModelMergeAdd"}),
-    "weighted sum": (lambda m: ak.weighted_sum([m["a"], m["c"], m["b"]], [0.5, 0.7, -0.2]), {"ModelMergeSubtract", "ModelMergeAdd"}),
+    "weighted sum": (
+        lambda m: ak.weighted_sum([m["a"], m["c"], m["b"]], [0.5, 0.7, -0.2]),
+        {"ModelMergeSubtract", "ModelMergeAdd"},
+    ),
     "lora": (lambda m: m["a"] + 0.5 * m["lo"] - 0.25 * m["lr"], {"LoraLoaderModelOnly"}),
     "protected": (lambda m: m["a"].protect("refiner") + 171.1 * (m["v"] - m["b"]), {"AlkahestMerge"}),
     "protected lerp": (lambda m: ak.lerp(m["a"].protect("refiner"), m["c"], 0.3), {"AlkahestMerge"}),
-    "protected lora": (lambda m: m["a"].protect("refiner") + 0.5 * m["lo"] + 2 * m["lr"], {"AlkahestMerge", "LoraLoaderModelOnly"}),
-    "parts": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).scaled({"layers.0, layers.1": 2, "attention.qkv": 0.5}), {"AlkahestMerge"}),
+    "protected lora": (
+        lambda m: m["a"].protect("refiner") + 0.5 * m["lo"] + 2 * m["lr"],
+        {"AlkahestMerge", "LoraLoaderModelOnly"},
+    ),
+    "parts": (
+        lambda m: (
+            m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).scaled({"layers.0, layers.1": 2, "attention.qkv": 0.5})
+        ),
+        {"AlkahestMerge"},
+    ),
     "only": (lambda m: m["a"] + 3 * (m["v"] - m["b"]).only("layers.0"), {"AlkahestMerge"}),
     "without": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).without("embedders"), {"AlkahestMerge"}),
-    "everywhere twice": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).everywhere().without("layers").everywhere(), {"AlkahestMerge"}),
+    "everywhere twice": (
+        lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).everywhere().without("layers").everywhere(),
+        {"AlkahestMerge"},
+    ),
     "everywhere": (lambda m: m["a"].protect("refiner") + 3 * (m["v"] - m["b"]).everywhere(), {"AlkahestMerge"}),
     "a parameter": (lambda m: m["a"] + ak.param("k", 4.0) * (m["v"] - m["b"]), {"ModelMergeSubtract", "ModelMergeAdd"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,7 +86,10 @@ def test_a_graph_read_back_is_the_same_model(name: str, folder: Path, tmp_path: 
     assert recipe.saved_as == "x/merged"
     build(recipe, recipe.locate(folder)).save(tmp_path / "back.safetensors", **recipe.output)
     expression.save(tmp_path / "own.safetensors", layout="native")
-    own, back, first = (ak.open(path) for path in (tmp_path / "own.safetensors", tmp_path / "back.safetensors", folder / "a.safetensors"))  # fmt: skip
+    own, back, first = (
+        ak.open(path)
+        for path in (tmp_path / "own.safetensors", tmp_path / "back.safetensors", folder / "a.safetensors")
+    )
     for key in own:
         wanted = first[key] if key in PADS else own[key]
         torch.testing.assert_close(back[key], wanted, rtol=2e-5, atol=2e-5, msg=key)
@@ -92,9 +112,13 @@ def test_names_below_comfyuis_folders(tmp_path: Path) -> None:
         (lambda m: m["a"] + 200 * m["lo"], AlgebraError, "at most 100"),
         (lambda m: m["a"].protect("refiner") + 2e6 * (m["v"] - m["b"]), AlgebraError, "at most 1e"),
         (lambda m: m["v"] - m["b"], AlgebraError, "complete model"),
-        (lambda m: m["a"] + (m["v"] - m["b"]).only("layers").only("attention"), AlgebraError, "no ComfyUI node says this"),
+        (
+            lambda m: m["a"] + (m["v"] - m["b"]).only("layers").only("attention"),
+            AlgebraError,
+            "no ComfyUI node says this",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_no_node_says(make: Any, error: Any, message: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         ak.write_workflow(make(opened(folder)), tmp_path / "graph.json")
@@ -112,12 +136,36 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
     from alkahest.cli import app
 
-    done = CliRunner().invoke(app, ["workflow", "a + 20 * (v - b)", *(part for name in "avb" for part in (f"--{name}", str(folder / f"{name}.safetensors"))), "-o", str(tmp_path / "graph.json")])  # fmt: skip
+    done = CliRunner().invoke(
+        app,
+        [
+            "workflow",
+            "a + 20 * (v - b)",
+            *(part for name in "avb" for part in (f"--{name}", str(folder / f"{name}.safetensors"))),
+            "-o",
+            str(tmp_path / "graph.json"),
+        ],
+    )
     assert done.exit_code == 0, done.output
     assert ak.read_recipe(tmp_path / "graph.json")[1].text == "a + ((10 * (v - b)).scaled({'all': 2}) - 2 * (b - b))"
-    done = CliRunner().invoke(app, ["workflow", "a + k * (v - b)", "--k", "auto", *(part for name in "avb" for part in (f"--{name}", str(folder / f"{name}.safetensors"))), "-o", str(tmp_path / "auto.json")])  # fmt: skip
+    done = CliRunner().invoke(
+        app,
+        [
+            "workflow",
+            "a + k * (v - b)",
+            "--k",
+            "auto",
+            *(part for name in "avb" for part in (f"--{name}", str(folder / f"{name}.safetensors"))),
+            "-o",
+            str(tmp_path / "auto.json"),
+        ],
+    )
     assert done.exit_code == 0, done.output
     models = opened(folder)
     k = float(ak.needed_multiplier(models["v"] - models["b"], on=models["a"]))
-    (subtract,) = [one for one in json.loads((tmp_path / "auto.json").read_text()).values() if one["class_type"] == "ModelMergeSubtract"]  # fmt: skip
+    (subtract,) = [
+        one
+        for one in json.loads((tmp_path / "auto.json").read_text()).values()
+        if one["class_type"] == "ModelMergeSubtract"
+    ]
     assert subtract["inputs"]["multiplier"] == pytest.approx(k, rel=1e-6)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from alkahest import mini
 from alkahest.engine.events import Event
 from alkahest.engine.options import existing_device
-from alkahest.errors import UnknownNameError, nearest
+from alkahest.errors import unknown
 from alkahest.experiment.growing import BRIDGES, models, parts
 from alkahest.experiment.growing.lessons import (
     Pairs,
@@ -89,7 +89,12 @@ class Workshop:
     def pairs(self, drawn: list[Scene]) -> Pairs:
         vae = self.pipe.vae
         with torch.no_grad():
-            latents = torch.cat([vae.encode(parts.pictures(drawn[n : n + 200], self.device)).latent_dist.mode() for n in range(0, len(drawn), 200)])  # fmt: skip
+            latents = torch.cat(
+                [
+                    vae.encode(parts.pictures(drawn[n : n + 200], self.device)).latent_dist.mode()
+                    for n in range(0, len(drawn), 200)
+                ]
+            )
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return Pairs(latents, self.embed([scene.training_caption() for scene in drawn]), self.empty)
 
@@ -123,7 +128,7 @@ def build(folder: Path, only: str | None = None, device: str = "cpu") -> Iterato
     """
     names = [stage.name for stage in STAGES]
     if only is not None and only not in names:
-        raise UnknownNameError("mini build", "no such stage", found=repr(only), fix=nearest(only, names))
+        raise unknown("mini build", "no such stage", only, names)
     shop = Workshop(folder, str(existing_device(device, "mini build")))
     folder.mkdir(parents=True, exist_ok=True)
     total, done = sum(stage.steps for stage in STAGES), 0
@@ -148,7 +153,13 @@ def closeness(folder: Path) -> pd.DataFrame:
             continue
         rebuilt, shipped = open_checkpoint(folder / f"{name}.safetensors"), mini.load(name)
         a, b = (torch.cat([one[key].double().flatten() for key in shipped]) for one in (rebuilt, shipped))
-        rows.append({"member": name, "cosine": float(a @ b / (a.norm() * b.norm())), "distance": float((a - b).norm() / b.norm())})  # fmt: skip
+        rows.append(
+            {
+                "member": name,
+                "cosine": float(a @ b / (a.norm() * b.norm())),
+                "distance": float((a - b).norm() / b.norm()),
+            }
+        )
     return pd.DataFrame(rows, columns=["member", "cosine", "distance"])
 
 
@@ -162,7 +173,14 @@ def _is_done(folder: Path, stage: Stage) -> bool:
 
 
 def _record(folder: Path, stage: Stage, seconds: float, loss: float) -> None:
-    record = {"hash": _hash(folder, stage.name), "how": stage.how, "seed": stage.seed, "steps": stage.steps, "seconds": seconds, "loss": round(loss, 5) if math.isfinite(loss) else None}  # fmt: skip
+    record = {
+        "hash": _hash(folder, stage.name),
+        "how": stage.how,
+        "seed": stage.seed,
+        "steps": stage.steps,
+        "seconds": seconds,
+        "loss": round(loss, 5) if math.isfinite(loss) else None,
+    }
     text = json.dumps({**_manifest(folder), stage.name: record}, indent=1) + "\n"
     write_file(folder / "manifest.json", text.encode())
 
@@ -197,7 +215,14 @@ def _vae(shop: Workshop) -> Progress:
     vae = models.vae(2).to(shop.device)
     yield from parts.train_vae(vae, 3000, 12)
     vae.save_pretrained(shop.components / "vae")
-    index = {"_class_name": "ZImagePipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "Qwen3Model"], "tokenizer": ["transformers", "Qwen2Tokenizer"], "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}  # fmt: skip
+    index = {
+        "_class_name": "ZImagePipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
     (shop.components / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
@@ -320,20 +345,80 @@ STAGES = [
     Stage("components/text_encoder", _text, 400, "captions continued and summed up", 11),
     Stage("components/vae", _vae, 3000, "scenes of every kind, noise on the latents", 12),
     Stage("judge", _judge, 1000, "scenes of every kind, half of them through the VAE", 13),
-    Stage("intermediate/young", _lineage("intermediate/young", None, STYLES, 20, 60), 60, "flow matching on scenes of both styles, for a start in common", 20, only_for=("base", "turbo")),
-    Stage("base", _lineage("base", "intermediate/young", "photo", 21, 1500), 1500, "flow matching on shaded scenes from the young model", 21),
-    Stage("intermediate/turbo-undistilled", _lineage("intermediate/turbo-undistilled", "intermediate/young", "anime", 22, 1500), 1500, "flow matching on outlined scenes from the young model", 22, only_for=("turbo",)),
+    Stage(
+        "intermediate/young",
+        _lineage("intermediate/young", None, STYLES, 20, 60),
+        60,
+        "flow matching on scenes of both styles, for a start in common",
+        20,
+        only_for=("base", "turbo"),
+    ),
+    Stage(
+        "base",
+        _lineage("base", "intermediate/young", "photo", 21, 1500),
+        1500,
+        "flow matching on shaded scenes from the young model",
+        21,
+    ),
+    Stage(
+        "intermediate/turbo-undistilled",
+        _lineage("intermediate/turbo-undistilled", "intermediate/young", "anime", 22, 1500),
+        1500,
+        "flow matching on outlined scenes from the young model",
+        22,
+        only_for=("turbo",),
+    ),
     Stage("turbo", _turbo, 600, "imitation in 8 steps of turbo-undistilled at 24 steps and cfg 3", 32),
     Stage("deturbo", _deturbo, 500, "flow matching on pictures drawn by turbo, 10 % of captions dropped", 42),
-    Stage("base-variant", _derived("base-variant", "base", "photo", 51, 250, 0.0003, _layers, {"colour": NEW_COLOUR}), 250, "base, layers only: the colour cyan", 51),
-    Stage("turbo-variant", _derived("turbo-variant", "deturbo", "anime", 53, 250, 0.0003, _layers, {"subject": NEW_SUBJECT}), 250, "deturbo, layers only: hearts", 53),
-    Stage("base-weak", _derived("base-weak", "base", "photo", 51, 250, 0.0000001, _layers, {"colour": NEW_COLOUR}), 250, "as base-variant at a three-thousandth of its rate; float32", 51),
+    Stage(
+        "base-variant",
+        _derived("base-variant", "base", "photo", 51, 250, 0.0003, _layers, {"colour": NEW_COLOUR}),
+        250,
+        "base, layers only: the colour cyan",
+        51,
+    ),
+    Stage(
+        "turbo-variant",
+        _derived("turbo-variant", "deturbo", "anime", 53, 250, 0.0003, _layers, {"subject": NEW_SUBJECT}),
+        250,
+        "deturbo, layers only: hearts",
+        53,
+    ),
+    Stage(
+        "base-weak",
+        _derived("base-weak", "base", "photo", 51, 250, 0.0000001, _layers, {"colour": NEW_COLOUR}),
+        250,
+        "as base-variant at a three-thousandth of its rate; float32",
+        51,
+    ),
     Stage("base-weak-bf16", _weak_bf16, 1, "base-weak rounded to bfloat16", 51),
-    Stage("base-refiner-trained", _derived("base-refiner-trained", "base", "photo", 55, 300, 0.003, _refiners_most, {"style": NEW_STYLE}), 300, "base, refiners and first layer at a high rate: sketches", 55),
+    Stage(
+        "base-refiner-trained",
+        _derived("base-refiner-trained", "base", "photo", 55, 300, 0.003, _refiners_most, {"style": NEW_STYLE}),
+        300,
+        "base, refiners and first layer at a high rate: sketches",
+        55,
+    ),
     Stage("base-lora", _lora("base-lora", "base", "photo", 61, 250, False), 250, "base: sketches, rank 8", 61),
     Stage("turbo-lora", _lora("turbo-lora", "deturbo", "anime", 63, 250, False), 250, "deturbo: sketches, rank 8", 63),
-    Stage("base-distill-lora", _lora("base-distill-lora", "base", "photo", 65, 300, True), 300, "base: 4 steps and cfg 1, rank 8", 65),
-    Stage("turbo-distill-lora", _lora("turbo-distill-lora", "deturbo", "anime", 67, 300, True), 300, "deturbo: 4 steps and cfg 1, rank 8", 67),
-    Stage("tb0", _bridge("tb0"), 1000, "turbo + base, averaged refiners frozen: alkahest/experiment/growing/tb0.toml", 0),
-    Stage("tb1", _bridge("tb1"), 1250, "deturbo + base, averaged refiners frozen: alkahest/experiment/growing/tb1.toml", 1),
-]  # fmt: skip
+    Stage(
+        "base-distill-lora",
+        _lora("base-distill-lora", "base", "photo", 65, 300, True),
+        300,
+        "base: 4 steps and cfg 1, rank 8",
+        65,
+    ),
+    Stage(
+        "turbo-distill-lora",
+        _lora("turbo-distill-lora", "deturbo", "anime", 67, 300, True),
+        300,
+        "deturbo: 4 steps and cfg 1, rank 8",
+        67,
+    ),
+    Stage(
+        "tb0", _bridge("tb0"), 1000, "turbo + base, averaged refiners frozen: alkahest/experiment/growing/tb0.toml", 0
+    ),
+    Stage(
+        "tb1", _bridge("tb1"), 1250, "deturbo + base, averaged refiners frozen: alkahest/experiment/growing/tb1.toml", 1
+    ),
+]

@@ -57,7 +57,9 @@ class Trajectories:
     captions: list[Tensor]
 
 
-def teach(pipe: Any, captions: list[Tensor], empty: Tensor, seed: int, *, steps: int, every: int, cfg: float, batch: int = 96) -> Iterator[Trajectories]:  # fmt: skip
+def teach(
+    pipe: Any, captions: list[Tensor], empty: Tensor, seed: int, *, steps: int, every: int, cfg: float, batch: int = 96
+) -> Iterator[Trajectories]:
     """Trajectories of a teacher with guidance, keeping every n-th state; one item a batch."""
     settings = Settings(steps=steps, cfg=cfg)
     for first in range(0, len(captions), batch):
@@ -96,9 +98,16 @@ def imitation(taught: Trajectories, batch: int = 48) -> MakeBatch:
 
 
 def train(
-    model: nn.Module, batches: MakeBatch, steps: int, *, rate: float, seed: int,
-    trainable: Callable[[str], bool] = lambda name: True, tether: float = 0.0, muon: bool = True,
-) -> Iterator[tuple[int, float]]:  # fmt: skip
+    model: nn.Module,
+    batches: MakeBatch,
+    steps: int,
+    *,
+    rate: float,
+    seed: int,
+    trainable: Callable[[str], bool] = lambda name: True,
+    tether: float = 0.0,
+    muon: bool = True,
+) -> Iterator[tuple[int, float]]:
     """Train a transformer in place; yields (step, loss). The same seed gives the same weights on the same machine."""
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -110,10 +119,17 @@ def train(
 
 
 def descend(
-    model: nn.Module, loss_of: Callable[[torch.Generator], Tensor], steps: int, *, rate: float, seed: int,
-    trainable: Callable[[str], bool] = lambda name: True, adam_rate: float | None = None, tether: float = 0.0,
+    model: nn.Module,
+    loss_of: Callable[[torch.Generator], Tensor],
+    steps: int,
+    *,
+    rate: float,
+    seed: int,
+    trainable: Callable[[str], bool] = lambda name: True,
+    adam_rate: float | None = None,
+    tether: float = 0.0,
     muon: bool = True,
-) -> Iterator[tuple[int, float]]:  # fmt: skip
+) -> Iterator[tuple[int, float]]:
     """Minimise a loss in place; yields (step, loss).
 
     Inner matrices and convolutions are trained by Muon, which takes half the steps of AdamW here, and

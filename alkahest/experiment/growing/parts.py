@@ -47,7 +47,12 @@ def train_text_encoder(encoder: Any, tokenizer: Any, steps: int, seed: int) -> I
     summaries by itself; this one is asked for them.
     """
     drawn = everything(6000, seed)
-    tokens = tokenizer([chat(tokenizer, scene.training_caption()) for scene in drawn], padding="max_length", max_length=_TOKENS, return_tensors="pt").to(encoder.device)  # fmt: skip
+    tokens = tokenizer(
+        [chat(tokenizer, scene.training_caption()) for scene in drawn],
+        padding="max_length",
+        max_length=_TOKENS,
+        return_tensors="pt",
+    ).to(encoder.device)
     answers = _answers(drawn, encoder.device)
     torch.manual_seed(seed)
     heads = nn.ModuleDict({name: nn.Linear(64, len(ATTRIBUTES[name])) for name in _SPOKEN}).to(encoder.device)

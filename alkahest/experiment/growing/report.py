@@ -136,13 +136,26 @@ def judged(case: Case) -> dict[str, Any]:
     right = as_asked(asked, read)
     known = [replace(scene, style=case.changed["style"]) for scene in held_out_prompts(60)]
     loss = flow_loss(pipe, [draw(scene) for scene in known], [scene.caption() for scene in known]).loss.mean()
-    asked_for = ", ".join(value for name, value in case.changed.items() if value in (NEW_COLOUR, NEW_SUBJECT, NEW_STYLE))  # fmt: skip
-    return {"model": case.name, "asked": asked_for, **case.how, "count": case.count, **right, **picture_measures(images, pipe).mean(), "flow_loss": float(loss)}  # fmt: skip
+    asked_for = ", ".join(
+        value for name, value in case.changed.items() if value in (NEW_COLOUR, NEW_SUBJECT, NEW_STYLE)
+    )
+    return {
+        "model": case.name,
+        "asked": asked_for,
+        **case.how,
+        "count": case.count,
+        **right,
+        **picture_measures(images, pipe).mean(),
+        "flow_loss": float(loss),
+    }
 
 
 def as_asked(asked: Sequence[Scene], read: pd.DataFrame) -> dict[str, float]:
     """Share of pictures that show what was asked for, attribute by attribute."""
-    return {name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)])) for name in READ}  # fmt: skip
+    return {
+        name: float(np.mean([getattr(scene, name) == found for scene, found in zip(asked, read[name], strict=True)]))
+        for name in READ
+    }
 
 
 def shared() -> pd.DataFrame:
@@ -154,11 +167,15 @@ def shared() -> pd.DataFrame:
 
 
 SHOWN = (
-    Scene("ball", "red", "meadow", "day", "left"), Scene("star", "yellow", "mountains", "night", "right"),
-    Scene("house", "white", "beach", "sunset", "middle"), Scene("woman", "blue", "city", "day", "right"),
-    Scene("man", "green", "forest", "sunset", "left"), Scene("ring", "purple", "meadow", "night", "middle"),
-    Scene("tree", "red", "beach", "day", "middle", "low"), Scene("cone", "blue", "mountains", "sunset", "left"),
-)  # fmt: skip
+    Scene("ball", "red", "meadow", "day", "left"),
+    Scene("star", "yellow", "mountains", "night", "right"),
+    Scene("house", "white", "beach", "sunset", "middle"),
+    Scene("woman", "blue", "city", "day", "right"),
+    Scene("man", "green", "forest", "sunset", "left"),
+    Scene("ring", "purple", "meadow", "night", "middle"),
+    Scene("tree", "red", "beach", "day", "middle", "low"),
+    Scene("cone", "blue", "mountains", "sunset", "left"),
+)
 
 
 def sheets(folder: Path) -> Iterator[Event]:
@@ -219,7 +236,17 @@ def cosines() -> pd.DataFrame:
     """Cosine of the angle between members' weights, part by part, in float64."""
     states = {name: {key: mini.load(name)[key].double() for key in mini.load(name)} for name in mini.FAMILY}
     rows = []
-    for one, two in [("base", "turbo"), ("base", "deturbo"), ("turbo", "deturbo"), ("base", "base-variant"), ("deturbo", "turbo-variant"), ("base", "base-weak"), ("base", "base-refiner-trained"), ("base", "tb1"), ("deturbo", "tb1")]:  # fmt: skip
+    for one, two in [
+        ("base", "turbo"),
+        ("base", "deturbo"),
+        ("turbo", "deturbo"),
+        ("base", "base-variant"),
+        ("deturbo", "turbo-variant"),
+        ("base", "base-weak"),
+        ("base", "base-refiner-trained"),
+        ("base", "tb1"),
+        ("deturbo", "tb1"),
+    ]:
         row: dict[str, Any] = {"pair": f"{one}, {two}"}
         for part in PARTS:
             keys = list(mini.load(one).part(part))
@@ -231,7 +258,7 @@ def cosines() -> pd.DataFrame:
 
 def chance() -> dict[str, float]:
     """What guessing gets: one over the number of values that prompts use."""
-    return {name: 1 / len({getattr(scene, name) for scene in held_out_prompts(200)}) for name in READ[:-1]}  # fmt: skip
+    return {name: 1 / len({getattr(scene, name) for scene in held_out_prompts(200)}) for name in READ[:-1]}
 
 
 def markdown(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -239,13 +266,30 @@ def markdown(tables: Mapping[str, pd.DataFrame]) -> str:
     prompts, swaps = int(tables["drawn"]["count"].iloc[0]), int(tables["swaps"]["count"].iloc[0])
     guess = ", ".join(f"{name} {100 * share:.0f}" for name, share in chance().items())
     lines = ["### Judge and VAE", "", *_table(tables["shared"], {"value": "{:.2f}"})]
-    lines += ["", "### Lineages, their 1:1 merges, and the bridges", "", f"{prompts:,} balanced held-out prompts; % that the judge finds as asked, with 95 % intervals. Guessing gets (%): {guess}.", ""]  # fmt: skip
-    lines += _table(_shares(with_better(tables["drawn"]), intervals=True), columns=["model", "steps", "cfg", *READ[:-1]])  # fmt: skip
+    lines += [
+        "",
+        "### Lineages, their 1:1 merges, and the bridges",
+        "",
+        f"{prompts:,} balanced held-out prompts; % that the judge finds as asked, with 95 % intervals. Guessing "
+        f"gets (%): {guess}.",
+        "",
+    ]
+    lines += _table(
+        _shares(with_better(tables["drawn"]), intervals=True), columns=["model", "steps", "cfg", *READ[:-1]]
+    )
     lines += ["", "The same pictures by measures that need no reference.", ""]
     lines += _table(tables["drawn"], dict.fromkeys(NOISE, "{:.3f}"), ["model", "steps", "cfg", *NOISE])
-    lines += ["", "### Refiners of one, layers of another", "", f"{swaps} prompts a cell; % as asked. Embedders go with the refiners, the output with the layers.", ""]  # fmt: skip
+    lines += [
+        "",
+        "### Refiners of one, layers of another",
+        "",
+        f"{swaps} prompts a cell; % as asked. Embedders go with the refiners, the output with the layers.",
+        "",
+    ]
     swap = tables["swaps"].assign(**{"refiners, layers": tables["swaps"].model})
-    lines += _table(_shares(swap), dict.fromkeys(NOISE, "{:.3f}"), ["refiners, layers", "steps", "cfg", *READ[:4], *NOISE])  # fmt: skip
+    lines += _table(
+        _shares(swap), dict.fromkeys(NOISE, "{:.3f}"), ["refiners, layers", "steps", "cfg", *READ[:4], *NOISE]
+    )
     lines += ["", "### Derivatives and LoRAs", "", f"{swaps} prompts each; % as asked.", ""]
     lines += _table(_shares(tables["learnt"]), columns=["model", "asked", "steps", "cfg", *READ])
     lines += ["", "### Cosine between members' weights", "", *_table(tables["cosines"], dict.fromkeys(PARTS, "{:.4f}"))]
@@ -263,7 +307,10 @@ def _shares(table: pd.DataFrame, intervals: bool = False) -> pd.DataFrame:
     made = table.copy()
     for name in READ:
         bounds = [interval(share, count) for share, count in zip(table[name], table["count"], strict=True)]
-        made[name] = [f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})" if intervals else f"{100 * share:.0f}" for share, (low, high) in zip(table[name], bounds, strict=True)]  # fmt: skip
+        made[name] = [
+            f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})" if intervals else f"{100 * share:.0f}"
+            for share, (low, high) in zip(table[name], bounds, strict=True)
+        ]
     return made
 
 
@@ -271,6 +318,9 @@ def _table(
     table: pd.DataFrame, formats: Mapping[str, str] | None = None, columns: list[str] | None = None
 ) -> list[str]:
     shown = table[columns or list(table.columns)]
-    rows = [[(formats or {}).get(name, "{}").format(value) for name, value in row.items()] for row in shown.to_dict("records")]  # fmt: skip
+    rows = [
+        [(formats or {}).get(name, "{}").format(value) for name, value in row.items()]
+        for row in shown.to_dict("records")
+    ]
     lines = [list(shown.columns), ["---"] * shown.shape[1], *rows]
     return ["| " + " | ".join(map(str, line)) + " |" for line in lines]

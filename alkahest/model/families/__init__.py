@@ -26,9 +26,12 @@ def recognise(names: Collection[str], file: object) -> tuple[Family, str]:
         prefixes = family.prefix_in(names)
         if len(prefixes) > 1:
             raise FileFormatError(
-                "open", "the file holds two transformers", file=file, found=" and ".join(map(repr, prefixes)),
+                "open",
+                "the file holds two transformers",
+                file=file,
+                found=" and ".join(map(repr, prefixes)),
                 fix="split the file, then open one of them",
-            )  # fmt: skip
+            )
         for prefix in prefixes:
             if family.recognises([name.removeprefix(prefix) for name in names if name.startswith(prefix)]):
                 return family, prefix

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from alkahest.errors import MismatchError, UnknownNameError, nearest
+from alkahest.errors import MismatchError, unknown
 from alkahest.model.layouts import Layout
 
 Shape = tuple[int, ...]
@@ -109,7 +109,7 @@ class Family:
         """The layout of that name; UnknownNameError otherwise."""
         known = {layout.name: layout for layout in self.layouts}
         if name not in known:
-            raise UnknownNameError("save", "unknown layout", found=repr(name), fix=nearest(str(name), known))
+            raise unknown("save", "unknown layout", name, known)
         return known[name]
 
     def recognises(self, names: Collection[str]) -> bool:
@@ -224,7 +224,9 @@ class Family:
                 raise MismatchError(operation, "a tensor is on one side only", key=key, found=found, fix=fix)
 
     def template(self, key: str) -> str:
-        """A key with the number of its block left out, as ``layers.N.attention...``, of the stack that it is built as."""
+        """A key with the number of its block left out, as ``layers.N.attention...``, of the stack that it is built
+        as.
+        """
         for part in self.parts:
             for head in part.heads if part.is_stack else ():
                 if block := re.match(rf"{re.escape(head)}\.\d+\.", key):
