@@ -49,10 +49,10 @@ class AlkahestError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that another process can send it."""
-        return _arrived, (type(self), self.args, self.__dict__)
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _arrived(kind: type[AlkahestError], arguments: tuple[Any, ...], about: dict[str, Any]) -> AlkahestError:
+def _rebuild(kind: type[AlkahestError], arguments: tuple[Any, ...], about: dict[str, Any]) -> AlkahestError:
     error = kind.__new__(kind, *arguments)
     error.args = arguments
     error.__dict__.update(about)

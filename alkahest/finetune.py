@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import reported
-from alkahest.cli.train import Threads, trained
+from alkahest.cli.shared import exit_on_error
+from alkahest.cli.train import Threads, train_with_progress
 from alkahest.training import parallel
 from alkahest.training.loop import finetune
 
@@ -20,9 +20,9 @@ def main(
     threads: Threads = None,
 ) -> None:
     """Fine-tune over the GPUs that torchrun gives, or over processors where there is none."""
-    with reported(), parallel.processes() as device:
+    with exit_on_error(), parallel.processes() as device:
         first = parallel.rank() == 0
-        result = trained(config, folder, device, threads, quiet=not first)
+        result = train_with_progress(config, folder, device, threads, quiet=not first)
         if first:
             print(result)
 

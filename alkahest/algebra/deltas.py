@@ -14,9 +14,9 @@ from alkahest.algebra.expression import (
     AnyWeights,
     Expression,
     Names,
+    in_parentheses,
     refuse,
     require_same,
-    wrapped,
 )
 from alkahest.engine import terms
 from alkahest.engine.readable import Shapes
@@ -124,7 +124,7 @@ class Difference(Delta):
         return terms.times(factor, terms.minus(variant, base))
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{wrapped(self.variant, names, SUM)} - {wrapped(self.base, names, PRODUCT)}", SUM
+        return f"{in_parentheses(self.variant, names, SUM)} - {in_parentheses(self.base, names, PRODUCT)}", SUM
 
 
 class OfDelta(Delta):
@@ -157,7 +157,7 @@ class Scaled(OfDelta):
         yield from self.delta._scalars()
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{text_of(self.factor)} * {wrapped(self.delta, names, ATOM)}", PRODUCT
+        return f"{text_of(self.factor)} * {in_parentheses(self.delta, names, ATOM)}", PRODUCT
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,7 +176,7 @@ class ScaledParts(OfDelta):
 
     def _text(self, names: Names) -> tuple[str, int]:
         inside = ", ".join(f"{text!r}: {text_of(factor)}" for text, factor in self.factors)
-        return f"{wrapped(self.delta, names, ATOM)}.scaled({{{inside}}})", ATOM
+        return f"{in_parentheses(self.delta, names, ATOM)}.scaled({{{inside}}})", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,7 +191,7 @@ class Masked(OfDelta):
 
     def _text(self, names: Names) -> tuple[str, int]:
         verb = "only" if self.keep else "without"
-        return f"{wrapped(self.delta, names, ATOM)}.{verb}({self.pattern!r})", ATOM
+        return f"{in_parentheses(self.delta, names, ATOM)}.{verb}({self.pattern!r})", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -202,7 +202,7 @@ class Everywhere(OfDelta):
         return self.delta.at(key, rules, False)
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{wrapped(self.delta, names, ATOM)}.everywhere()", ATOM
+        return f"{in_parentheses(self.delta, names, ATOM)}.everywhere()", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,12 +226,12 @@ class DeltaSum(Delta):
         return terms.plus(self.left.at(key, rules, protected), self.right.at(key, rules, protected))
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return joined(self.left, self.right, names), SUM
+        return sum_text(self.left, self.right, names), SUM
 
 
-def joined(left: Expression, delta: Delta, names: Names) -> str:
+def sum_text(left: Expression, delta: Delta, names: Names) -> str:
     """The text of a sum, with a minus where the delta is a negative multiple."""
     sign = "+"
     if isinstance(delta, Scaled) and not isinstance(delta.factor, Param) and delta.factor < 0:
         sign, delta = "-", -delta
-    return f"{wrapped(left, names, SUM)} {sign} {wrapped(delta, names, PRODUCT)}"
+    return f"{in_parentheses(left, names, SUM)} {sign} {in_parentheses(delta, names, PRODUCT)}"

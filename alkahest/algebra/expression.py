@@ -182,7 +182,7 @@ def refuse(symbol: str, left: Expression, right: object) -> NoReturn:
         return side._kind if isinstance(side, Expression) else type(side).__name__
 
     def shown(side: object) -> str:
-        return wrapped(side, names, PRODUCT) if isinstance(side, Expression) else repr(side)
+        return in_parentheses(side, names, PRODUCT) if isinstance(side, Expression) else repr(side)
 
     lora = left.leaves()[0] if left.is_partial and not left.children else None
     raise AlgebraError(
@@ -194,7 +194,7 @@ def refuse(symbol: str, left: Expression, right: object) -> NoReturn:
     )
 
 
-def wrapped(expression: Expression, names: Names, least: int) -> str:
+def in_parentheses(expression: Expression, names: Names, least: int) -> str:
     """Its text, in parentheses where it binds less tightly than ``least``."""
     text, level = expression._text(names)
     return text if level >= least else f"({text})"

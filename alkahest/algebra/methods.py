@@ -167,7 +167,7 @@ class _Merged(Expression):
     def definitions(self) -> tuple[str, ...]:
         return (*filter(None, [self.method.definition]), *super().definitions())
 
-    def _applied(self, key: str, operands: list[Term], rules: Rules) -> Term:
+    def _term(self, key: str, operands: list[Term], rules: Rules) -> Term:
         values: dict[str, Any] = {name: rules.value(value) for name, value in self.settings}
         if self.method.random:
             values["uniform"] = _Uniform(int(values.pop("seed")), self.method.name)
@@ -205,9 +205,7 @@ class MergedDelta(_Merged, Delta):
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
         terms = [operand.at(key, rules, protected) for operand in self.operands]
         present = [one for one in terms if one is not None]
-        return (
-            self._applied(key, present, rules) if present and (self.method.many or len(present) == len(terms)) else None
-        )
+        return self._term(key, present, rules) if present and (self.method.many or len(present) == len(terms)) else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -229,7 +227,7 @@ class MergedWeights(_Merged, OfModels):
             or all(other == first for other in others)
         ):
             return first
-        return self._applied(key, [first, *(other for other in others if other is not None)], rules)
+        return self._term(key, [first, *(other for other in others if other is not None)], rules)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from alkahest.algebra.deltas import Delta, Difference, OfDelta, joined
-from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Names, refuse, require_same, wrapped
+from alkahest.algebra.deltas import Delta, Difference, OfDelta, sum_text
+from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Names, in_parentheses, refuse, require_same
 from alkahest.engine import terms
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.load import stream_into
@@ -217,11 +217,11 @@ class Weights(AnyWeights):
             kept = [key for key in self.shapes if self.is_protected(key)]
             what = ", ".join(dict.fromkeys(self.protection))
             notes.append(f"protected: {what} ({len(kept)} tensors stay {self.leading.name}'s, bit for bit)")
-        return notes + self.dropped()
+        return notes + self.protection_notes()
 
-    def dropped(self) -> list[str]:
+    def protection_notes(self) -> list[str]:
         """What protection leaves out of LoRAs, in words: their names are few, so this is said aloud."""
-        return [line for child in self.children if isinstance(child, Weights) for line in child.dropped()]
+        return [line for child in self.children if isinstance(child, Weights) for line in child.protection_notes()]
 
 
 class OfWeights(Weights):
@@ -251,7 +251,7 @@ class Protected(OfWeights):
         return self.weights.at(key, rules)
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return f"{wrapped(self.weights, names, ATOM)}.protect({self.pattern!r})", ATOM
+        return f"{in_parentheses(self.weights, names, ATOM)}.protect({self.pattern!r})", ATOM
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,7 +274,7 @@ class Sum(OfWeights):
             return terms.Plus(weights, delta)
         return terms.plus(weights, delta)
 
-    def dropped(self) -> list[str]:
+    def protection_notes(self) -> list[str]:
         lines, rules = [], Rules()
         for leaf in self.delta.leaves() if self.protection else ():
             if isinstance(leaf, Delta):
@@ -290,10 +290,10 @@ class Sum(OfWeights):
                         f"{leaf.name}: protection leaves out {len(kept)} of its {len(leaf.shapes)} tensors "
                         f"({', '.join(dict.fromkeys(map(self.family.part_of, kept)))})"
                     )
-        return lines + super().dropped()
+        return lines + super().protection_notes()
 
     def _text(self, names: Names) -> tuple[str, int]:
-        return joined(self.weights, self.delta, names), SUM
+        return sum_text(self.weights, self.delta, names), SUM
 
 
 def ends(delta: Delta) -> tuple[Weights | None, Weights | None]:

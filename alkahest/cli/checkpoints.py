@@ -28,9 +28,9 @@ from alkahest.cli.shared import (
     Threads,
     app,
     drain,
-    named,
+    exit_on_error,
     options_of,
-    reported,
+    split_arguments,
 )
 from alkahest.errors import RecipeError
 
@@ -47,7 +47,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint is, from its header: layout, storage, parts, sizes."""
-    with reported():
+    with exit_on_error():
         checkpoint = alkahest.open(source)
         if keys is None:
             print(json.dumps(checkpoint.summary(), indent=2) if as_json else checkpoint)
@@ -102,8 +102,8 @@ def merge(
     Every name in the expression is given as an option: `--bridge a.safetensors --base b.safetensors`,
     or as a number: `--k 171.1`. `--k auto` computes the multiplier (see `alkahest multiplier`).
     """
-    with reported():
-        expression, given = named(what or [])
+    with exit_on_error():
+        expression, given = split_arguments(what or [])
         options = options_of(
             dtype=dtype,
             layout=layout,
@@ -135,7 +135,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint in another layout or dtype."""
-    with reported():
+    with exit_on_error():
         options = options_of(
             dtype=dtype,
             layout=layout,
@@ -162,7 +162,7 @@ def recipe(
     A ComfyUI workflow has a recipe for each model that it saves. With --models-dir its files are looked up, opened
     and checked against each other, and --json is a recipe with their hashes, which runs anywhere.
     """
-    with reported():
+    with exit_on_error():
         from alkahest.recipes.read import recipes_in
 
         what, recipes = recipes_in(file, node)
@@ -170,7 +170,7 @@ def recipe(
             print(f"# {file}: {what}", file=sys.stderr)
         for found in recipes:
             if models_dir is not None:
-                found = _located(found, models_dir)
+                found = _locate(found, models_dir)
             if as_json:
                 print(_json(found))
             else:
@@ -190,9 +190,9 @@ def workflow(
 
     ComfyUI's own nodes say what they can, with multipliers past 10 split; Alkahest's nodes say the rest.
     """
-    with reported():
-        expression, given = named(what or [])
-        weights = _computed(_expression(expression, recipe, None, None, given)[1], given, {}, quiet=False)
+    with exit_on_error():
+        expression, given = split_arguments(what or [])
+        weights = _compute_multipliers(_expression(expression, recipe, None, None, given)[1], given, {}, quiet=False)
         for note in alkahest.write_workflow(weights, output, prefix):
             print(f"note: {note}", file=sys.stderr)
         print(output)
@@ -215,8 +215,8 @@ def verify(
     """
     from alkahest.recipes.verify import stream_verdict
 
-    with reported():
-        file, given = named(what)
+    with exit_on_error():
+        file, given = split_arguments(what)
         if file is None:
             raise typer.BadParameter("name the file to check")
         found = drain(stream_verdict(file, given, recompute), quiet).result
@@ -241,7 +241,7 @@ def make_checkpoint(
     quiet: Quiet = False,
 ) -> None:
     """Make up a checkpoint of true Z-Image shapes, to try real sizes without the real weights."""
-    with reported():
+    with exit_on_error():
         weights = alkahest.made_up(layers=layers, seed=seed, delta=delta, only=only, width=width)
         options = options_of(dtype=storage, layout=layout, max_shard_size=max_shard_size, threads=threads)
         _save(weights, output, options, as_json, quiet)
@@ -281,7 +281,7 @@ def _print_recipe(found: Any, several: bool) -> None:
         print("#   written with " + ", ".join(f"{name}={value}" for name, value in found.output.items()))
 
 
-def _located(found: Any, models_dir: Path) -> Any:
+def _locate(found: Any, models_dir: Path) -> Any:
     """A workflow's recipe with its files looked up, opened and hashed."""
     from alkahest.engine.options import Options
     from alkahest.engine.record import hashed_recipe
@@ -341,23 +341,23 @@ def _merge(
     from alkahest.recipes.inputs import output_for
 
     found, weights = _expression(expression, recipe, models_dir, node, given)
-    weights = _computed(weights, given, options, quiet)
+    weights = _compute_multipliers(weights, given, options, quiet)
     recorded = output_for(found, weights)
     if recorded != found.output:
         print("an input is quantised: ComfyUI's bits cannot be had, the arithmetic is Alkahest's own", file=sys.stderr)
     _save(weights, output, {**recorded, **options}, as_json, quiet)
 
 
-def _computed(
+def _compute_multipliers(
     weights: alkahest.Weights, given: dict[str, Any], options: dict[str, Any], quiet: bool
 ) -> alkahest.Weights:
     """The same with every ``--NAME auto`` computed."""
     for name in [name for name, value in given.items() if value == "auto"]:
-        weights = _with_computed(weights, name, options, quiet)
+        weights = _with_multiplier(weights, name, options, quiet)
     return weights
 
 
-def _with_computed(weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool) -> alkahest.Weights:
+def _with_multiplier(weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool) -> alkahest.Weights:
     """The same with the scalar ``name`` set to the multiplier that its delta needs."""
     from alkahest.measure.multiplier import auto_multiplied, stream_needed_multiplier
     from alkahest.model.dtypes import SCALED, storage_name

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import Quiet, app, drain, reported
+from alkahest.cli.shared import Quiet, app, drain, exit_on_error
 
 group = typer.Typer(help="The article's claims as experiments: list them, run them, report.", no_args_is_help=True)
 app.add_typer(group, name="experiment")
@@ -18,7 +18,7 @@ Root = Annotated[Path, typer.Option("--root", help="Folder of experiments.")]
 @group.command("list")
 def experiment_list(root: Root = Path("experiments")) -> None:
     """Every experiment and its recorded verdict."""
-    with reported():
+    with exit_on_error():
         from alkahest.errors import FileFormatError
         from alkahest.experiment.config import experiments
         from alkahest.experiment.record import checked_of, verdict
@@ -55,7 +55,7 @@ def experiment_run(
     quiet: Quiet = False,
 ) -> None:
     """Measure, and write each experiment's results, figures, README and manifest."""
-    with reported():
+    with exit_on_error():
         import torch
 
         from alkahest.errors import AlkahestError
@@ -90,7 +90,7 @@ def experiment_report(
     root: Root = Path("experiments"),
 ) -> None:
     """Write one HTML report of what is recorded."""
-    with reported():
+    with exit_on_error():
         from alkahest.experiment.config import experiments
         from alkahest.experiment.reproduce import write_reproduction
 

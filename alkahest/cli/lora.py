@@ -20,10 +20,10 @@ from alkahest.cli.shared import (
     Threads,
     app,
     drain,
-    named,
+    exit_on_error,
     options_of,
-    reported,
     require_outputs,
+    split_arguments,
 )
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def extract_lora(
     The supplement of the article: `alkahest extract-lora --base ALKAHEST --variant BASE --rank-thresh 0.995
     --exclude refiner -o supplement.safetensors`. A run that was stopped goes on where it was.
     """
-    with reported():
-        text, given = named(what or [])
+    with exit_on_error():
+        text, given = split_arguments(what or [])
         asked = {
             "rank": rank or None,
             "energy": rank_thresh,
@@ -122,7 +122,7 @@ def extract_lora(
 @loras.command("inspect")
 def inspect_lora(source: Source, as_json: AsJson = False) -> None:
     """Show what a LoRA is, from its header: kind, names, targets, ranks, scales."""
-    with reported():
+    with exit_on_error():
         lora = alkahest.open_lora(source)
         print(json.dumps(lora.summary(), indent=2) if as_json else lora)
 
@@ -130,7 +130,7 @@ def inspect_lora(source: Source, as_json: AsJson = False) -> None:
 @loras.command("convert")
 def convert_lora(source: Source, output: Output, flavour: Flavour = "comfyui") -> None:
     """Write a LoRA under another program's names, number for number."""
-    with reported():
+    with exit_on_error():
         print(alkahest.convert_lora(alkahest.open_lora(source), output, flavour))
 
 
@@ -152,7 +152,7 @@ def resize_lora(
     quiet: Quiet = False,
 ) -> None:
     """Write a LoRA of lower rank, by the rules of extract-lora; the models are not needed."""
-    with reported():
+    with exit_on_error():
         asked = {
             "rank": rank or None,
             "energy": rank_thresh,
@@ -185,8 +185,8 @@ def merge_loras(
     quiet: Quiet = False,
 ) -> None:
     """Write a sum of LoRAs as one LoRA, exactly unless a rank rule is given; the models are not needed."""
-    with reported():
-        text, given = named(what)
+    with exit_on_error():
+        text, given = split_arguments(what)
         if text is None:
             raise typer.BadParameter('name the sum, such as "a + 0.5 * b"')
         energy = 1.0 if rank_thresh is None and not rank else rank_thresh

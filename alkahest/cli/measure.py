@@ -19,8 +19,8 @@ from alkahest.cli.shared import (
     Threads,
     app,
     drain,
+    exit_on_error,
     options_of,
-    reported,
     require_outputs,
 )
 
@@ -51,9 +51,9 @@ def diff(
     quiet: Quiet = False,
 ) -> None:
     """Show where two checkpoints differ and how much, and how much of it adding would round away."""
-    from alkahest.measure.table import printed, stream_delta_table
+    from alkahest.measure.table import stream_delta_table, table_text
 
-    with reported():
+    with exit_on_error():
         if by not in ("part", "block", "module", "tensor"):
             raise typer.BadParameter("--by is part, block, module or tensor")
         require_outputs(csv, plot, html)
@@ -63,7 +63,7 @@ def diff(
             stream_delta_table(delta, weights, k, dtype, **options_of(device=device, threads=threads)), quiet
         ).result
         _write(table, csv, plot, html)
-        print(table.to_json(orient="records", indent=1) if as_json else printed(table, by))
+        print(table.to_json(orient="records", indent=1) if as_json else table_text(table, by))
 
 
 @app.command()
@@ -88,7 +88,7 @@ def multiplier(
     """Compute the multiplier that a difference needs to take effect, and say on what basis."""
     from alkahest.measure.multiplier import stream_needed_multiplier
 
-    with reported():
+    with exit_on_error():
         require_outputs(csv, plot, html)
         opened = alkahest.open(base)
         delta = alkahest.open(variant) - opened
@@ -120,10 +120,10 @@ def check(
 
     Exit code 1 if it is not importable.
     """
-    from alkahest.measure.lineage import checked, stream_nearest_base
+    from alkahest.measure.lineage import check_of, stream_nearest_base
     from alkahest.measure.table import stream_delta_table
 
-    with reported():
+    with exit_on_error():
         require_outputs(csv, plot, html)
         options = options_of(device=device, threads=threads)
         opened, candidates = alkahest.open(variant), [alkahest.open(base) for base in bases]
@@ -132,7 +132,7 @@ def check(
         table = nearest.delta
         if on is not None:
             table = drain(stream_delta_table(opened - nearest.base, on, **options), quiet).result
-        found = checked(table, on is not None)
+        found = check_of(table, on is not None)
         _write(table, csv, plot, html)
         if as_json:
             record = {
@@ -160,7 +160,7 @@ def cache(
     from alkahest.files.cache import KINDS, cache_folder
     from alkahest.files.reader import size_text
 
-    with reported():
+    with exit_on_error():
         if clear:
             freed = alkahest.clear_cache(kind)
             print(json.dumps({"freed": freed}) if as_json else f"{size_text(freed)} freed in {cache_folder()}")

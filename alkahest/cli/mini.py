@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import Quiet, app, drain, reported
+from alkahest.cli.shared import Quiet, app, drain, exit_on_error
 
 family = typer.Typer(help="The miniature family: rebuild it, measure it.", no_args_is_help=True)
 app.add_typer(family, name="mini")
@@ -24,7 +24,7 @@ def mini_build(
     quiet: Quiet = False,
 ) -> None:
     """Train the miniature family again from its seeds, and say how close it comes to the shipped one."""
-    with reported():
+    with exit_on_error():
         import torch
 
         from alkahest.experiment.growing.build import build, closeness
@@ -45,7 +45,7 @@ def mini_measure(
     quiet: Quiet = False,
 ) -> None:
     """Draw and judge the shipped family; print the tables of its README as Markdown."""
-    with reported():
+    with exit_on_error():
         import torch
 
         from alkahest.experiment.growing import report

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import app, reported
+from alkahest.cli.shared import app, exit_on_error
 
 group = typer.Typer(help="ComfyUI nodes: put them into a ComfyUI, and take them out again.", no_args_is_help=True)
 app.add_typer(group, name="nodes")
@@ -17,11 +17,11 @@ ComfyUI = Annotated[Path, typer.Argument(metavar="COMFYUI", help="The folder tha
 @group.command("install")
 def nodes_install(comfyui: ComfyUI) -> None:
     """Register Alkahest's nodes in a ComfyUI; restart it afterwards."""
-    with reported():
-        from alkahest.nodes.install import install, lacking
+    with exit_on_error():
+        from alkahest.nodes.install import find_lacking, install
 
         print(f"installed in {install(comfyui)}; restart ComfyUI")
-        python, missing = lacking(comfyui)
+        python, missing = find_lacking(comfyui)
         if missing:
             command = f"{python or 'python'} -m pip install {' '.join(missing)}"
             print(f"Multiplier, Supplement LoRA and Recipe Save also need, with ComfyUI's Python: {command}")
@@ -30,7 +30,7 @@ def nodes_install(comfyui: ComfyUI) -> None:
 @group.command("uninstall")
 def nodes_uninstall(comfyui: ComfyUI) -> None:
     """Remove them again."""
-    with reported():
+    with exit_on_error():
         from alkahest.nodes.install import uninstall
 
         print(f"removed {uninstall(comfyui)}")

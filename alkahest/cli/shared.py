@@ -76,7 +76,7 @@ def drain(events: Iterator[Any], quiet: bool, unit: str = "B") -> Any:
     return event
 
 
-def named(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
+def split_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     """The one argument without a name, and the ``--name value`` pairs: paths, or numbers."""
     alone: str | None = None
     given: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def options_of(**options: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Print our own errors without a traceback, and leave with the documented exit code."""
 
     # A shell tells background jobs to ignore SIGINT; that stays so.

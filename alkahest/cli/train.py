@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.cli.shared import AsJson, Device, Quiet, app, drain, reported
+from alkahest.cli.shared import AsJson, Device, Quiet, app, drain, exit_on_error
 from alkahest.errors import AlkahestError
 
 Threads = Annotated[int | None, typer.Option(help="Processor threads of the arithmetic; default: torch's.")]
@@ -36,13 +36,13 @@ def finetune(
 
     `alkahest finetune tb1.toml -o runs/tb1`; `alkahest finetune --plan z_image_bf16.safetensors --vram 24`.
     """
-    with reported():
+    with exit_on_error():
         if plan:
             _plan(config, vram, resolution, batch, frozen, processes, as_json)
             return
         if folder is None:
             raise typer.BadParameter("name the run's folder: -o FOLDER")
-        result = trained(config, folder, device, threads, quiet)
+        result = train_with_progress(config, folder, device, threads, quiet)
         print(
             json.dumps(
                 {"folder": str(result.folder), "frozen": result.frozen, "history": result.history.to_dict("records")}
@@ -52,7 +52,7 @@ def finetune(
         )
 
 
-def trained(config: Path, folder: Path, device: str, threads: int | None, quiet: bool) -> Any:
+def train_with_progress(config: Path, folder: Path, device: str, threads: int | None, quiet: bool) -> Any:
     """Run a configuration to its end behind a progress bar; its result, of several processes the first's."""
     import torch
 
@@ -83,7 +83,7 @@ def make_dataset(
     """Have models draw a dataset to train on, as the article's TB-1 was trained on Z-Image's own pictures."""
     from alkahest.training.dataset import make_dataset as draw
 
-    with reported():
+    with exit_on_error():
         try:
             lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:

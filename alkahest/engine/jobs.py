@@ -34,12 +34,12 @@ def jobs_of(run: Run, writer: Sink, data_start: int, items: list[Item]) -> Itera
         start = offsets[item.name]
         match item:
             case Carried():
-                yield from _carried(item, writer, start)
+                yield from _carry(item, writer, start)
             case Constant():
                 if item.data:
                     yield Job(item.name, item.nbytes, _constant(item.data, writer, start))
             case Weight(scale_name=str(scale_name)):
-                work = _scaled(run, writer, item, start, offsets[scale_name])
+                work = _work_on_scaled(run, writer, item, start, offsets[scale_name])
                 yield Job(item.name, item.nbytes + 4, work, place_of(item.pieces[0].term, otherwise=(0, start)))
             case Weight():
                 for piece in item.pieces:
@@ -63,13 +63,15 @@ def _plain_block(
             _copy(run, workspace, writer, form, piece, start, stop, offset)
             return
         with workspace.raw((stop - start) * form.itemsize, offset) as raw:
-            run.computed(piece.term, piece.key, start, stop, workspace, raw.view(form.torch))
+            run.compute(piece.term, piece.key, start, stop, workspace, raw.view(form.torch))
             writer.write(_bytes(raw), offset)
 
     return work
 
 
-def _scaled(run: Run, writer: Sink, item: Weight, offset: int, scale_offset: int) -> Callable[[Workspace], None]:
+def _work_on_scaled(
+    run: Run, writer: Sink, item: Weight, offset: int, scale_offset: int
+) -> Callable[[Workspace], None]:
     ranges = [(piece, start, stop) for piece in item.pieces for start, stop in blocks(piece.term, piece.elements)]
 
     def largest(workspace: Workspace) -> float:
@@ -122,7 +124,7 @@ def _values(run: Run, workspace: Workspace, piece: Piece, start: int, stop: int)
         yield values
 
 
-def _carried(item: Carried, writer: Sink, offset: int) -> Iterator[Job]:
+def _carry(item: Carried, writer: Sink, offset: int) -> Iterator[Job]:
     for start in range(0, item.nbytes, _COPY):
         count = min(_COPY, item.nbytes - start)
 

@@ -45,7 +45,7 @@ def _fill(run: Run, key: str, term: Term, target: torch.Tensor) -> Callable[[Wor
 
     def work(workspace: Workspace) -> None:
         for start, stop in blocks(term, flat.numel()):
-            run.computed(term, key, start, stop, workspace, flat[start:stop])
+            run.compute(term, key, start, stop, workspace, flat[start:stop])
 
     return work
 

@@ -31,7 +31,7 @@ _POWERS = 2.0 ** np.arange(-127, 129)  # by exponent, plus 127
 class Kernels(NamedTuple):
     """``pair(v, b)`` gives the sums of squares of v, b and v - b, how many of v - b are not 0, and the largest of them.
 
-    ``sampled`` tallies one run of elements in ``stride`` into arrays: see `_sampled`. ``combined(a, b, c, k, out)``
+    ``sampled`` tallies one run of elements in ``stride`` into arrays: see `_sample`. ``combined(a, b, c, k, out)``
     writes ``a + k * (b - c)``, all as the bits of bf16, and gives its largest magnitude before rounding.
     """
 
@@ -62,7 +62,7 @@ def kernels() -> Kernels | None:
             return numba.njit(function, nogil=True, error_model="numpy", **settings)
 
     # Sums may be taken in any order, which lets them run eight or sixteen abreast.
-    return Kernels(compiled(_pair, fastmath={"reassoc", "nsz", "contract"}), compiled(_sampled), compiled(_combined))
+    return Kernels(compiled(_pair, fastmath={"reassoc", "nsz", "contract"}), compiled(_sample), compiled(_combine))
 
 
 def _number(x: Any) -> Any:
@@ -104,7 +104,7 @@ def _pair(v: Numbers, b: Numbers) -> tuple[float, float, float, float, float]:
     return of_v, of_b, of_d, changed, float(np.int32(largest).view(np.float32))
 
 
-def _sampled(
+def _sample(
     v: Numbers,
     b: Numbers,
     w: Numbers,
@@ -143,7 +143,7 @@ def _sampled(
                 steps[3] += ulp_v * ulp_v
 
 
-def _combined(a: Any, b: Any, c: Any, k: float, out: Any) -> float:
+def _combine(a: Any, b: Any, c: Any, k: float, out: Any) -> float:
     """Each operation rounded to float32 by itself, as torch does, and the sum once more to bf16, to even on ties."""
     factor = np.float32(k)
     largest: Any = np.uint32(0)
@@ -179,9 +179,7 @@ def combination(term: Term) -> tuple[Term, float, Term, Term] | None:
     return found if is_bf16(a) and is_bf16(b) and is_bf16(c) else None
 
 
-def combined(
-    term: Term, start: int, stop: int, workspace: Workspace, loops: Kernels, out: torch.Tensor
-) -> float | None:
+def combine(term: Term, start: int, stop: int, workspace: Workspace, loops: Kernels, out: torch.Tensor) -> float | None:
     """Write the term's elements to ``out`` (bf16, on the CPU); the largest magnitude before rounding, NaN if one is
     NaN.
 

@@ -127,7 +127,7 @@ def make_plan(
     prefix = ALL_IN_ONE_PREFIX if chosen == "all-in-one" else ""
     requested = None if dtype is None else storage_name(dtype)  # type: ignore[arg-type]
     groups: list[list[Item]] = []
-    for name, keys in names.grouped(leading.shapes).items():
+    for name, keys in names.group(leading.shapes).items():
         form, spelling = _storage(leading, keys, requested)
         pieces = tuple(_piece(expression, key, rules, form, spelling) for key in keys)
         shape = _joined_shape([leading.shapes[key] for key in keys])
@@ -143,12 +143,12 @@ def make_plan(
     return Plan([_in_file_order(group) for group in _shards(groups, max_shard_bytes)], chosen, notes, metadata)
 
 
-def restored(weights: Iterable[Weight], only: Callable[[str], bool] = lambda key: True) -> Counter[str]:
+def count_restored(weights: Iterable[Weight], only: Callable[[str], bool] = lambda key: True) -> Counter[str]:
     """How many unchanged tensors had to be decoded and rounded once, by change of storage."""
     changes: Counter[str] = Counter()
     for weight in weights:
         for piece in weight.pieces:
-            held = _stored(piece.term)
+            held = _place_of(piece.term)
             if held is not None and not piece.copied and only(piece.key):
                 changes[f"{held.stored.storage} to {weight.storage}"] += 1
     return changes
@@ -192,12 +192,12 @@ def _piece(expression: Computable, key: str, rules: Rules, form: Format, spellin
     found = expression.at(key, rules)
     if found is None:
         raise AlgebraError("save", "no value for a tensor", key=key)
-    held = _stored(found)
+    held = _place_of(found)
     same = held is not None and held.stored.form == form and (held.stored.spelling is None) == (spelling is None)
     return Piece(key, found, math.prod(expression.shapes[key]), held if same else None)
 
 
-def _stored(found: Term) -> Slice | None:
+def _place_of(found: Term) -> Slice | None:
     """Where the bytes of a tensor lie that an expression leaves as it is."""
     return found.leaf.stored(found.key) if isinstance(found, terms.Source) else None
 
@@ -262,7 +262,7 @@ def _in_file_order(items: list[Item]) -> list[Item]:
 
 def _notes(expression: Computable, leading: Leading, layout: str, weights: list[Weight]) -> list[str]:
     notes = []
-    for change, count in restored(weights, expression.is_protected).items():
+    for change, count in count_restored(weights, expression.is_protected).items():
         notes.append(f"{count} protected tensors change storage ({change}): decoded and rounded once, not copied")
     if leading.companions and layout != "all-in-one":
         notes.append(

@@ -17,7 +17,7 @@ from pathlib import Path
 from alkahest.engine.events import Event
 from alkahest.engine.jobs import jobs_of
 from alkahest.engine.options import Options, names_file
-from alkahest.engine.plan import Plan, restored
+from alkahest.engine.plan import Plan, count_restored
 from alkahest.engine.record import headers_of, plan_of, readers_of, recipe_of
 from alkahest.engine.shards import file_names, write_json, write_shards
 from alkahest.engine.terms import Computable
@@ -198,7 +198,7 @@ def _result(
     weights = list(plan.weights())
     pieces = [piece for weight in weights for piece in weight.pieces]
     copied = sum(piece.copied is not None for piece in pieces)
-    changes = dict(restored(weights))
+    changes = dict(count_restored(weights))
     return Saved(
         path=target,
         files=[target / name for name in names] if options.makes_folder(target) else [target],
@@ -210,5 +210,5 @@ def _result(
         restored=changes,
         nonfinite=dict(run.nonfinite),
         overflowed=dict(run.overflowed),
-        notes=[*plan.notes, *expression.dropped(), *_unrepeatable(expression)],
+        notes=[*plan.notes, *expression.protection_notes(), *_unrepeatable(expression)],
     )

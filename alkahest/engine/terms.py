@@ -132,7 +132,7 @@ class Computable(Protocol):
 
     def is_protected(self, key: str) -> bool: ...
 
-    def dropped(self) -> list[str]:
+    def protection_notes(self) -> list[str]:
         """What protection leaves out of LoRAs, in words."""
         ...
 

@@ -16,7 +16,7 @@ import torch
 
 from alkahest.engine.evaluate import evaluate
 from alkahest.engine.events import Event
-from alkahest.engine.loops import Kernels, combined, kernels
+from alkahest.engine.loops import Kernels, combine, kernels
 from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.terms import Term, needs_whole_tensor, sources
@@ -104,11 +104,11 @@ class Run:
         if result is not None:
             yield Event(total, total, "done", result())
 
-    def computed(self, term: Term, key: str, start: int, stop: int, workspace: Workspace, out: torch.Tensor) -> None:
+    def compute(self, term: Term, key: str, start: int, stop: int, workspace: Workspace, out: torch.Tensor) -> None:
         """Write elements ``start`` to ``stop`` of a term to ``out``, checked and rounded once to its dtype."""
         form = FORMAT_OF[out.dtype]
-        if form.name == "bf16" and out.device.type == "cpu" and (loops := self._compiled()):
-            largest = combined(term, start, stop, workspace, loops, out)
+        if form.name == "bf16" and out.device.type == "cpu" and (loops := self._kernels()):
+            largest = combine(term, start, stop, workspace, loops, out)
             if largest is not None and largest < form.largest + half_step(form):  # false for NaN
                 return
         turn = self.whole_tensor if needs_whole_tensor(term) else contextlib.nullcontext()
@@ -117,7 +117,7 @@ class Run:
             self.check(values, key, form, term)
             self.round(values, key, start, out)
 
-    def _compiled(self) -> Kernels | None:
+    def _kernels(self) -> Kernels | None:
         if not self._is_large or self.options.rounding != "nearest" or self._device.type != "cpu":
             return None
         with self._lock:  # loaded by one worker

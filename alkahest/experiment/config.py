@@ -210,26 +210,26 @@ def run_file(experiment: Experiment, run: Run) -> Path:
 def _check(experiment: Experiment, path: Path) -> None:
     _require_among(experiment.holds, VERDICTS, "no such verdict", path)
     if not experiment.checks:
-        raise _refused("a claim needs a check", path, fix="[[check]]")
+        raise _refusal("a claim needs a check", path, fix="[[check]]")
     names = [case.name for case in experiment.cases]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise _refused("two cases have one name", path, found=twice[0])
+        raise _refusal("two cases have one name", path, found=twice[0])
     _check_sampling(experiment.sampling, "the experiment", path)
     for case in experiment.cases:
         _check_case(case, {run.name for run in experiment.runs}, path)
     for check in experiment.checks:
         if (check.at_least is None) == (check.at_most is None):
-            raise _refused(f"check {check.says!r} needs one bound", path, fix="at_least = ... or at_most = ...")
+            raise _refusal(f"check {check.says!r} needs one bound", path, fix="at_least = ... or at_most = ...")
         if check.of not in ("", "max", "min", "mean"):
-            raise _refused(f"check {check.says!r}: of is max, min or mean", path, found=repr(check.of))
+            raise _refusal(f"check {check.says!r}: of is max, min or mean", path, found=repr(check.of))
     for figure in experiment.figures:
         if figure.kind not in ("lines", "bars"):
-            raise _refused(f"figure {figure.title!r}: kind is lines or bars", path, found=repr(figure.kind))
+            raise _refusal(f"figure {figure.title!r}: kind is lines or bars", path, found=repr(figure.kind))
     for sheet in experiment.sheets:
         _check_sampling(sheet.sampling, f"sheet {sheet.title!r}", path)
     for name, what in experiment.inputs.items():
         if not (re.fullmatch(r"[a-z_][a-z0-9_]*", name) and isinstance(what, (str, Mapping))):
-            raise _refused("an input is a name and a file, or a table", path, found=f"{name} = {what!r}")
+            raise _refusal("an input is a name and a file, or a table", path, found=f"{name} = {what!r}")
 
 
 def _check_case(case: Case, runs: Collection[str], path: Path) -> None:
@@ -243,7 +243,7 @@ def _check_case(case: Case, runs: Collection[str], path: Path) -> None:
     _check_sampling(case.sampling, where, path)
     for name, values in case.over.items():
         if not isinstance(values, list) or not values:
-            raise _refused(f"{where}: {name} needs a list of values", path, found=repr(values))
+            raise _refusal(f"{where}: {name} needs a list of values", path, found=repr(values))
 
 
 def _check_sampling(given: Mapping[str, Any], where: str, path: Path) -> None:
@@ -255,5 +255,5 @@ def _require_among(value: object, known: Collection[str], problem: str, path: Pa
         raise unknown("experiment", problem, value, known, file=path)
 
 
-def _refused(problem: str, path: Path, found: object = None, fix: str | None = None) -> FileFormatError:
+def _refusal(problem: str, path: Path, found: object = None, fix: str | None = None) -> FileFormatError:
     return FileFormatError("experiment", problem, file=path, found=found, fix=fix)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from alkahest.errors import FileFormatError
 from alkahest.experiment.config import Drawing, Experiment, read_experiment
 from alkahest.experiment.measure import Tables
-from alkahest.experiment.record import matching, slug, tables_of
+from alkahest.experiment.record import rows_where, slug, tables_of
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 _DASHES = ("-", "--", "-.", ":")
@@ -22,7 +22,7 @@ _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")  # one more than col
 
 def figure_of(drawing: Drawing, tables: Tables) -> Plot:
     """A drawing of ``experiment.toml`` from its tables. FileFormatError if it names a column that is not there."""
-    table = matching(tables.get(drawing.table, pd.DataFrame()), drawing.where)
+    table = rows_where(tables.get(drawing.table, pd.DataFrame()), drawing.where)
     for name in [drawing.x, *drawing.columns]:
         if name not in table.columns or not len(table):
             raise FileFormatError(

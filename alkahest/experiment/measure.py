@@ -63,7 +63,7 @@ class Inputs(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._known:
-            self._known[name] = self._made(name, self._given[name])
+            self._known[name] = self._make(name, self._given[name])
         return self._known[name]
 
     def __contains__(self, name: object) -> bool:
@@ -75,7 +75,7 @@ class Inputs(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._given)
 
-    def _made(self, name: str, what: Any) -> Any:
+    def _make(self, name: str, what: Any) -> Any:
         if isinstance(what, str):
             return open_input(file_of(what, self._base, self.family), name=name)
         options = dict(what)
@@ -143,7 +143,11 @@ def _steps(experiment: Experiment, inputs: Inputs, runs: Path | None) -> Iterato
             yield f"{measured.name}: rounding", "rounding", partial(_rounding, measured, inputs)
     for case in experiment.cases:
         if case.run and runs is None:
-            yield f"{case.name}, recorded", "pictures", partial(recorded, experiment, "pictures", "case", case.name)
+            yield (
+                f"{case.name}, recorded",
+                "pictures",
+                partial(recorded_rows, experiment, "pictures", "case", case.name),
+            )
             continue
         for stage in _stages(experiment, case, runs):
             for values in product(*case.over.values()):
@@ -153,10 +157,10 @@ def _steps(experiment: Experiment, inputs: Inputs, runs: Path | None) -> Iterato
                     *([stage] if stage else []),
                     *(f"{name} = {value}" for name, value in chosen.items()),
                 ]
-                yield ", ".join(words), "pictures", partial(_drawn, experiment, inputs, case, chosen, stage, runs)
+                yield ", ".join(words), "pictures", partial(_draw, experiment, inputs, case, chosen, stage, runs)
 
 
-def recorded(experiment: Experiment, table: str, column: str, value: str) -> Iterator[dict[str, Any]]:
+def recorded_rows(experiment: Experiment, table: str, column: str, value: str) -> Iterator[dict[str, Any]]:
     """Rows of an earlier measurement that only a training run can give."""
     path = experiment.folder / "results" / f"{table}.csv"
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame({column: []})
@@ -173,7 +177,7 @@ def recorded(experiment: Experiment, table: str, column: str, value: str) -> Ite
 
 def _history(experiment: Experiment, run: Run, family: Path | None, runs: Path | None) -> Iterator[dict[str, Any]]:
     if runs is None:
-        yield from recorded(experiment, "history", "run", run.name)
+        yield from recorded_rows(experiment, "history", "run", run.name)
         return
     config = read_config(run_file(experiment, run))
     if family is not None:
@@ -196,7 +200,7 @@ def _stages(experiment: Experiment, case: Case, runs: Path | None) -> list[str]:
     return [name for name in every if name in case.stages or not case.stages]
 
 
-def _drawn(
+def _draw(
     experiment: Experiment, inputs: Inputs, case: Case, chosen: Mapping[str, Any], stage: str, runs: Path | None
 ) -> Iterator[dict[str, Any]]:
     scalars = {name: value for name, value in chosen.items() if name in names_in(case.weights)}
@@ -215,7 +219,7 @@ def _drawn(
         measures = picture_measures(images, pipe).mean().to_dict()
         read = attributes(images, load_judge(inputs.family) if inputs.family else None)
     row = {"case": case.name, **({"stage": stage} if stage else {}), **chosen, "prompts": len(asked)}
-    yield {**row, **judged(asked, read, case.unsaid), **measures}
+    yield {**row, **shares_as_asked(asked, read, case.unsaid), **measures}
 
 
 def _sheet(experiment: Experiment, inputs: Inputs, sheet: Sheet) -> Image:
@@ -270,7 +274,7 @@ def prompts_of(case: Case, count: int) -> list[Scene]:
     return [replace(scene, **case.ask) for scene in scenes[:count]]
 
 
-def judged(asked: list[Scene], read: pd.DataFrame, unsaid: tuple[str, ...] = ()) -> dict[str, float]:
+def shares_as_asked(asked: list[Scene], read: pd.DataFrame, unsaid: tuple[str, ...] = ()) -> dict[str, float]:
     """Shares in per cent: as asked for each attribute that was said, ``right`` their mean, each style, what came
     unsaid.
     """

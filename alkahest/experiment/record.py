@@ -41,7 +41,7 @@ class Checked:
     holds: bool
 
 
-def checked(experiment: Experiment, tables: Tables) -> list[Checked]:
+def evaluate_checks(experiment: Experiment, tables: Tables) -> list[Checked]:
     """Every check's number. FileFormatError if a check names rows or columns that are not there."""
     rows = []
     for check in experiment.checks:
@@ -75,7 +75,7 @@ def record(
     """
     texts = {name: table.to_csv(index=False, float_format="%.6g") for name, table in found.tables.items()}
     tables = {name: pd.read_csv(io.StringIO(text)) for name, text in texts.items()}  # as a later look finds them
-    checks = checked(experiment, tables)
+    checks = evaluate_checks(experiment, tables)
     told = verdict(experiment, checks)
     texts["checks"] = pd.DataFrame([vars(check) for check in checks]).to_csv(index=False, float_format="%.6g")
     files = {f"{name}.csv": text.encode() for name, text in texts.items()} | draw(experiment, tables)
@@ -114,23 +114,21 @@ def measured_by(experiment: Experiment, family: Path | None, seconds: float, gro
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         **now,
-        "inputs": {name: _described(what, experiment, family) for name, what in experiment.inputs.items()},
+        "inputs": {name: _describe(what, experiment, family) for name, what in experiment.inputs.items()},
     }
 
 
 def measured_digest(experiment: Experiment) -> str:
     """A hash of all that changes numbers; words, checks and figures do not."""
     kept = {name: getattr(experiment, name) for name in _MEASURED}
-    return _hashed(
-        {**kept, "runs": [run.name for run in experiment.runs]}
-    )  # what is in their files is `grown_digest`'s
+    return _hash({**kept, "runs": [run.name for run in experiment.runs]})  # what is in their files is `grown_digest`'s
 
 
 def grown_digest(experiment: Experiment) -> str:
     """A hash of the training runs, their configurations, and what is drawn of them."""
     configs = {run.name: run_file(experiment, run).read_text() for run in experiment.runs}
     cases = [case for case in experiment.cases if case.run]
-    return _hashed(
+    return _hash(
         {
             "runs": configs,
             "cases": cases,
@@ -139,7 +137,7 @@ def grown_digest(experiment: Experiment) -> str:
     )
 
 
-def _hashed(kept: Mapping[str, Any]) -> str:
+def _hash(kept: Mapping[str, Any]) -> str:
     text = json.dumps(kept, default=lambda value: vars(value) if is_dataclass(value) else str(value), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -157,7 +155,7 @@ def require_grown(experiment: Experiment, family: Path | None) -> None:
         )
 
 
-def recorded(experiment: Experiment) -> Found:
+def read_found(experiment: Experiment) -> Found:
     """What an earlier run found. FileFormatError if there was none, or it measured something else."""
     about = _manifest(experiment)
     if about.get("measured") != measured_digest(experiment):
@@ -256,13 +254,13 @@ def _number(experiment: Experiment, check: Check, tables: Tables, where: Mapping
     for name in [*where, check.column]:
         if name not in table.columns:
             raise wrong(f"the table {check.table} has no such column", name)
-    rows = matching(table, where)[check.column].dropna()
+    rows = rows_where(table, where)[check.column].dropna()
     if not len(rows) or (len(rows) > 1 and not check.of):
         raise wrong("it needs one row" if not check.of else "no row matches", f"{len(rows)} where {dict(where)}")
     return float(getattr(rows, check.of)()) if check.of else float(rows.iloc[0])
 
 
-def matching(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
+def rows_where(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     """The rows that have these values; a list means one of them, and numbers are equal up to rounding."""
     for name, value in where.items():
         wanted = value if isinstance(value, list) else [value]
@@ -275,7 +273,7 @@ def _equal(one: Any, other: Any) -> bool:
     return math.isclose(one, other, rel_tol=1e-6) if numbers else one == other
 
 
-def _described(what: Any, experiment: Experiment, family: Path | None) -> Any:
+def _describe(what: Any, experiment: Experiment, family: Path | None) -> Any:
     file = what if isinstance(what, str) else what.get("of")
     told = {"file": what} if isinstance(what, str) else dict(what)
     return (

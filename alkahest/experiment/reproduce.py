@@ -16,8 +16,8 @@ from alkahest.experiment.record import (
     Checked,
     checked_of,
     index,
+    read_found,
     record,
-    recorded,
     require_grown,
     tables_of,
     verdict,
@@ -51,7 +51,7 @@ def run_experiment(experiment: Experiment, family: Path | None = None, runs: Pat
 
 def rewrite(experiment: Experiment) -> str:
     """Write checks, figures, README and verdict anew from the recorded tables, after words or bounds have changed."""
-    return record(experiment, recorded(experiment), None, None, figures_of)
+    return record(experiment, read_found(experiment), None, None, figures_of)
 
 
 def write_index(root: Path) -> None:
@@ -61,12 +61,12 @@ def write_index(root: Path) -> None:
     done = [one for one in experiments(root) if (one.folder / "results" / "checks.csv").exists()]
     path, above = root / "README.md", root.parent / "README.md"
     text = path.read_text() if path.exists() else f"# Experiments\n\n{_INDEX}\n{_END}\n"
-    write_file(path, _filled(text, _INDEX, index(done)).encode())
+    write_file(path, _fill(text, _INDEX, index(done)).encode())
     if above.exists() and _VERDICTS in (text := above.read_text()):
-        write_file(above, _filled(text, _VERDICTS, verdicts(done, root.name)).encode())
+        write_file(above, _fill(text, _VERDICTS, verdicts(done, root.name)).encode())
 
 
-def _filled(text: str, start: str, content: str) -> str:
+def _fill(text: str, start: str, content: str) -> str:
     if _END not in text.partition(start)[2]:
         raise FileFormatError(
             "experiment",

@@ -29,7 +29,7 @@ def blake3_of(readers: Sequence[Reader], cancelled: threading.Event | None = Non
     """
     from blake3 import blake3
 
-    digests = [_remembered(reader) for reader in readers]
+    digests = [_recall(reader) for reader in readers]
     todo = {index: blake3(max_threads=1) for index, digest in enumerate(digests) if not digest}
     # A page-aligned buffer: the kernel copies to it six times as fast as to a bytearray's odd address.
     buffer = memoryview(mmap.mmap(-1, _HASH_CHUNK))
@@ -43,7 +43,7 @@ def blake3_of(readers: Sequence[Reader], cancelled: threading.Event | None = Non
                 hasher.update(view)
     for index, hasher in todo.items():
         digests[index] = hasher.hexdigest()
-        _remember(readers[index], digests[index])
+        _keep(readers[index], digests[index])
     return digests
 
 
@@ -64,7 +64,7 @@ def identity(reader: Reader) -> str | None:
 
     None for a file so young that it could still change without changing its time.
     """
-    if reader.size <= _QUICKLY_HASHED or _remembered(reader):
+    if reader.size <= _QUICKLY_HASHED or _recall(reader):
         return blake3_of([reader])[0]
     return None if _is_young(reader) else f"{reader.path.resolve()} {reader.stamp}"
 
@@ -73,7 +73,7 @@ def _entry(reader: Reader) -> str:
     return hashlib.blake2b(os.fsencode(reader.path.resolve()), digest_size=16).hexdigest()
 
 
-def _remembered(reader: Reader) -> str:
+def _recall(reader: Reader) -> str:
     with contextlib.suppress(KeyError, TypeError):
         known = cache.load("blake3", _entry(reader))
         if known["stamp"] == list(reader.stamp) and known["format"] == cache.KINDS["blake3"].format():
@@ -81,7 +81,7 @@ def _remembered(reader: Reader) -> str:
     return ""
 
 
-def _remember(reader: Reader, digest: str) -> None:
+def _keep(reader: Reader, digest: str) -> None:
     reader.check_unchanged()
     if not _is_young(reader):
         value = {

@@ -47,11 +47,11 @@ def locate(source: str | os.PathLike[str]) -> Located:
     if hub_id and not path.exists() and not Path(hub_id[1]).is_dir():
         path = _from_hub(str(source))
     if path.is_dir():
-        return _folder(path)
+        return _open_folder(path)
     if not path.exists():
         raise FileFormatError("open", "no such file or folder", file=source, fix=_nearby(path))
     if path.name.endswith(".index.json"):
-        return _sharded(path)
+        return _open_shards(path)
     if path.suffix.lower() == ".gguf":
         read_header(Reader(path))
         raise UnsupportedError("open", "GGUF files are not supported", file=path, fix="use the .safetensors file")
@@ -63,10 +63,10 @@ def locate(source: str | os.PathLike[str]) -> Located:
             expected=".safetensors",
             fix="get the .safetensors of the same model, or convert it where you trust it",
         )
-    return _single(path)
+    return _open_single(path)
 
 
-def _single(path: Path, config: dict[str, Any] | None = None) -> Located:
+def _open_single(path: Path, config: dict[str, Any] | None = None) -> Located:
     shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
     if shard and int(shard[1]) > 1:
         raise FileFormatError(
@@ -78,7 +78,7 @@ def _single(path: Path, config: dict[str, Any] | None = None) -> Located:
     return Located(path, (reader,), tensors, header.metadata, config)
 
 
-def _folder(path: Path) -> Located:
+def _open_folder(path: Path) -> Located:
     if (path / "transformer").is_dir():
         path = path / "transformer"
     config_file = path / "config.json"
@@ -87,9 +87,9 @@ def _folder(path: Path) -> Located:
     singles = sorted(path.glob("*.safetensors"))
     named = [p for p in singles if p.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
     if named or (len(singles) == 1 and not indexes):
-        return _single((named or singles)[0], config)
+        return _open_single((named or singles)[0], config)
     if indexes:
-        return _sharded(indexes[0], config)
+        return _open_shards(indexes[0], config)
     if singles:
         names = ", ".join(p.name for p in singles[:5])
         raise FileFormatError("open", "the folder holds several models", file=path, found=names, fix="name one file")
@@ -102,7 +102,7 @@ def _folder(path: Path) -> Located:
     )
 
 
-def _sharded(index: Path, config: dict[str, Any] | None = None) -> Located:
+def _open_shards(index: Path, config: dict[str, Any] | None = None) -> Located:
     weight_map = _json_file(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError("open", "the index has no weight_map", file=index, fix="get the index again")

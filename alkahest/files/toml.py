@@ -70,12 +70,12 @@ def value_of(kind: Any, value: Any, operation: str, file: object, where: str) ->
             f"{where.rpartition(': ')[0]}: this value is of the wrong kind",
             file=file,
             key=key,
-            expected=_worded(problem),
+            expected=_in_words(problem),
             found=repr(value)[:200],
         ) from None
 
 
-def _worded(problem: str) -> str:
+def _in_words(problem: str) -> str:
     """What was expected, in the words of TOML."""
     text = problem.removeprefix("Expected ").partition(", got")[0]
     for kind, word in {

@@ -50,7 +50,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         self.files = widgets.Select(description="checkpoints", rows=8, style=STYLE, layout=_WIDE)
         self.candidates = widgets.SelectMultiple(description="bases to try", rows=4, style=STYLE, layout=_WIDE)
         self.header, self.answer, self.status = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.job = Job(self._guessed, on_result=self._answered, title="Guess lineage")
+        self.job = Job(self._guess_lineage, on_result=self._show_answer, title="Guess lineage")
         self.folder.observe(lambda _: self.look(), "value")
         self.files.observe(lambda _: self._chosen(), "value")
         super().__init__([self.folder, self.status, self.files, self.header, self.candidates, self.job, self.answer])
@@ -87,7 +87,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         except AlkahestError as error:
             self.header.value = f"<pre role='alert' style='white-space:pre-wrap'>{html.escape(reason_of(error))}</pre>"
 
-    def _guessed(self) -> Iterator[Event]:
+    def _guess_lineage(self) -> Iterator[Event]:
         if self.checkpoint is None:
             raise AlkahestError("guess lineage", "no checkpoint is chosen", fix="choose one in the first list")
         place = Path(self.folder.value).expanduser()
@@ -100,7 +100,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
             )
         yield from stream_nearest_base(self.checkpoint, tried)
 
-    def _answered(self, found: Any) -> None:
+    def _show_answer(self, found: Any) -> None:
         if self._asked is not self.checkpoint:
             return  # another file was chosen meanwhile
         self.lineage = found

@@ -88,7 +88,7 @@ def number_text(value: float) -> str:
     return f"{value:.3g}"
 
 
-def titled(table: pandas.DataFrame, what: str) -> str:
+def title_of_plot(table: pandas.DataFrame, what: str) -> str:
     of = str(table.attrs.get("of", ""))
     if len(of) > 90:
         of = f"{of[:60]} ... {of[-25:]}"

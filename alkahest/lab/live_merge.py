@@ -143,7 +143,7 @@ class LiveMerge(Panel):
         self.measures: dict[str, float] = {}
         self._shown: Weights = bridge
         self._kept: list[dict[str, Any]] = []
-        self._redraw = Redraw(self._drawn, self.alert)
+        self._redraw = Redraw(self._draw_picture, self.alert)
         self.protect = widgets.Checkbox(
             value=True,
             description=f"protect {', '.join(bridge.protection) or protect}",
@@ -217,7 +217,7 @@ class LiveMerge(Panel):
             widgets.HBox([self.model_path, self.save_model], layout=_WRAP),
         ]
 
-    def _drawn(self) -> Iterator[None]:
+    def _draw_picture(self) -> Iterator[None]:
         self.cancel_button.disabled = False
         held = False
         try:
@@ -225,7 +225,7 @@ class LiveMerge(Panel):
                 self.say("waiting: another live merge is drawing")
                 yield
             with self.live.lock:
-                yield from self._sampled(time.monotonic())
+                yield from self._sample_picture(time.monotonic())
         finally:
             if held:
                 _DRAWING.release()
@@ -233,7 +233,7 @@ class LiveMerge(Panel):
             if self._png:
                 self.show(self._png, self.alt)  # a preview may be in its place
 
-    def _sampled(self, started: float) -> Iterator[None]:
+    def _sample_picture(self, started: float) -> Iterator[None]:
         wanted, shown = self.expression, started
         values = {name: control.value for name, control in self.settings.items() if name != "prompts"}
         prompts = lines_of(self.settings["prompts"])
@@ -257,7 +257,7 @@ class LiveMerge(Panel):
         took = (
             f"{change.tensors} tensors rewritten in {change.seconds:.2f} s, drawn in {time.monotonic() - started:.1f} s"
         )
-        self.say("\n".join([wanted.text(), took, *wanted.dropped()]))
+        self.say("\n".join([wanted.text(), took, *wanted.protection_notes()]))
 
     def _set_beside(self) -> None:
         columns = {"now": self.measures} | {f"kept {n}": one["measures"] for n, one in enumerate(self._kept, 1)}

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alkahest.lab.figure import COLOURS, Plot, axes_for, legend_beside, number_text, titled
+from alkahest.lab.figure import COLOURS, Plot, axes_for, legend_beside, number_text, title_of_plot
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +32,7 @@ def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None 
     ax.set_ylim(-0.02, max(1.1, 1.05 * float(np.nanmax(curve.nearest_kept))))
     ax.set_ylabel("share of the delta, unitless\n(added, rounded to nearest)")
     _mark_multipliers(ax, curve.k)
-    ax.set_title(title or titled(curve, "What adding leaves of the delta"))
+    ax.set_title(title or title_of_plot(curve, "What adding leaves of the delta"))
     words = ", ".join(f"{number_text(1 - _at(curve, 'absorbed_energy', k))} at {k:g}x" for k in _inside(curve.k))
     return Plot(
         ax, f"{ax.get_title()}: share of the delta's energy that survives rounding, over the multiplier: {words}."
@@ -63,7 +63,7 @@ def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = N
     ax.set_yscale("log")
     ax.set_ylabel("norm / norm of the weights,\nunitless (log scale)")
     _mark_multipliers(ax, curve.k)
-    ax.set_title(title or titled(curve, "What multiplying costs"))
+    ax.set_title(title or title_of_plot(curve, "What multiplying costs"))
     words = ", ".join(
         f"{number_text(_at(curve, 'noise_least', k))} to {number_text(_at(curve, 'noise_most', k))} at {k:g}x"
         for k in _inside(curve.k)
@@ -109,7 +109,7 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
         middle = math.sqrt(low * high)
         ax.set_xlim(middle / math.sqrt(10), middle * math.sqrt(10))
     ax.grid(axis="y", color="0.9")
-    ax.set_title(title or titled(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
+    ax.set_title(title or title_of_plot(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
     words = ", ".join(
         f"{part} {number_text(value) if good else 'untouched'}"
         for part, value, good in zip(parts.part, values, some, strict=True)

@@ -56,7 +56,7 @@ def delta_browser(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
         parts = ["all", *dict.fromkeys(table.part)]
         return explore(draw, size=(10, 5), statistic=list(plots.STATISTICS), part=parts, view=list(_VIEWS))
 
-    return _measured("delta_browser", what, lambda: stream_delta_table(_delta(what), on), browse)
+    return _after_measuring("delta_browser", what, lambda: stream_delta_table(_delta(what), on), browse)
 
 
 def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
@@ -72,7 +72,7 @@ def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> A
         added = not_protected(what, ends(what)[1] if on is None else on) if isinstance(what, Delta) else None
         return MultiplierPanel(table, added)
 
-    return _measured("multiplier_panel", what, lambda: stream_delta_table(_delta(what), on), choose)
+    return _after_measuring("multiplier_panel", what, lambda: stream_delta_table(_delta(what), on), choose)
 
 
 def rank_panel(what: Delta | pd.DataFrame, values: int = 200) -> Any:
@@ -91,7 +91,7 @@ def rank_panel(what: Delta | pd.DataFrame, values: int = 200) -> Any:
 
         return explore(draw, size=(12, 7), rule=list(RULES))
 
-    return _measured("rank_panel", what, lambda: stream_delta_spectra(_delta(what), values=values), choose)
+    return _after_measuring("rank_panel", what, lambda: stream_delta_spectra(_delta(what), values=values), choose)
 
 
 class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
@@ -164,7 +164,7 @@ def _by_module(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {module: table[table.module == module] for module in largest.index}
 
 
-def _measured(
+def _after_measuring(
     operation: str,
     what: Delta | pd.DataFrame,
     measure: Callable[[], Iterator[Any]],
@@ -182,7 +182,7 @@ def _measured(
 
 
 def _delta(what: Delta | pd.DataFrame) -> Delta:
-    assert isinstance(what, Delta)  # `_measured` has seen to it
+    assert isinstance(what, Delta)  # `_after_measuring` has seen to it
     return what
 
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, unknown
-from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside, number_text, titled
+from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside, number_text, title_of_plot
 from alkahest.lab.multiplier_plots import multiplier_by_part as multiplier_by_part
 from alkahest.lab.multiplier_plots import multiplier_overview as multiplier_overview
 from alkahest.lab.multiplier_plots import noise as noise
@@ -67,7 +67,7 @@ def delta_magnitudes(
     _by_depth(ax, table, values, _log_axis(ax, values))
     ax.set_ylabel(f"{STATISTICS[statistic]}\n(log scale)")
     legend_beside(ax, fontsize=None)
-    ax.set_title(title or titled(table, "Where it differs"))
+    ax.set_title(title or title_of_plot(table, "Where it differs"))
     untouched = int((values == 0).sum())
     by_part = _by_part(table, values)
     largest = max(by_part, key=lambda name: by_part[name])
@@ -111,7 +111,7 @@ def magnitude_heatmap(
         ax.set_xlabel(f"{ax.get_xlabel()};  x: untouched, exactly 0", labelpad=26)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
     bar.set_label(f"{STATISTICS[statistic]}\n(log scale)", fontsize=8)
-    ax.set_title(title or titled(table, "Module by depth"))
+    ax.set_title(title or title_of_plot(table, "Module by depth"))
     words = "nothing differs"
     if positive.size:
         row, column = np.unravel_index(np.nanargmax(grid), grid.shape)
@@ -202,7 +202,7 @@ def spectrum(spectra: pandas.DataFrame, ax: Axes | None = None, title: str | Non
     ax.set_xlabel("number of the singular value (log scale)")
     ax.set_ylabel("singular value / noise edge, unitless (log scale)")
     legend_beside(ax)
-    ax.set_title(title or titled(spectra, "Spectrum"))
+    ax.set_title(title or title_of_plot(spectra, "Spectrum"))
     ranks = chosen.stable_rank
     above = (
         f"the first is {number_text(chosen.above_edge.min())} to {number_text(chosen.above_edge.max())} times the "
@@ -283,7 +283,7 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
             thin["rank"][capped].max(), color="0.35", ls="--", lw=1, label=f"rank_max ({capped.sum()} capped)"
         )
     axes[0, 0].legend(loc="best", fontsize=8)
-    heading = title or titled(report, "What the LoRA keeps")
+    heading = title or title_of_plot(report, "What the LoRA keeps")
     figure.suptitle(heading)
     energy = float((thin.delta_norm**2 * thin.energy).sum() / (thin.delta_norm**2).sum())
     ranks = f"{thin['rank'].min()} to {thin['rank'].max()}, median {thin['rank'].median():g}"

@@ -12,7 +12,7 @@ import pandas as pd
 from alkahest.files.whole import write_file
 from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
-from alkahest.measure.lineage import checked
+from alkahest.measure.lineage import check_of
 from alkahest.measure.multiplier import Multiplier
 from alkahest.measure.rounding import absorbed, rounding_curve
 from alkahest.measure.table import rolled_up
@@ -51,7 +51,7 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
         return _page(of, [*parts, "<p><b>No difference: all tensors are equal.</b></p>"])
     parts += ["<h2>By part</h2>", _table(_with_absorbed(rolled_up(table, "part")), ["part", *_COLUMNS, "absorbed"])]
     if not table.base_norm.isna().any():
-        parts += ["<h2>Can it be imported?</h2>", checked(table)._repr_html_()]
+        parts += ["<h2>Can it be imported?</h2>", check_of(table)._repr_html_()]
     if multiplier is not None:
         parts += ["<h2>The multiplier</h2>", multiplier._repr_html_(), _figure(plots.multiplier_by_part(multiplier))]
     parts += [

@@ -89,8 +89,8 @@ class SamplingGrid(Panel):
         self.table: Cells | None = None
         self.prompts = text_lines("prompts, one a line", prompts)
         self.negative_prompts = text_lines("negative prompts, one a line", negative)
-        self.boxes = {name: _listed(name, values) for name, values in {**numbers, "seed": seeds}.items()}
-        self.job = Job(self._drawn, on_result=self._show_table, title="Draw")
+        self.boxes = {name: _number_box(name, values) for name, values in {**numbers, "seed": seeds}.items()}
+        self.job = Job(self._draw_grid, on_result=self._show_table, title="Draw")
         self.children = [
             widgets.HBox([self.prompts, self.negative_prompts], layout=widgets.Layout(flex_flow="row wrap")),
             widgets.HBox(list(self.boxes.values()), layout=widgets.Layout(flex_flow="row wrap")),
@@ -99,7 +99,7 @@ class SamplingGrid(Panel):
             self.status,
         ]
 
-    def _drawn(self) -> Iterator[Event]:
+    def _draw_grid(self) -> Iterator[Event]:
         values = {name: numbers(box.value, name, whole=name in ("seed", "steps")) for name, box in self.boxes.items()}
         seeds = [int(seed) for seed in values.pop("seed")]
         # An empty line among several is a negative prompt: none at all.
@@ -138,6 +138,6 @@ def numbers(text: str, name: str, whole: bool = False) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def _listed(name: str, values: Sequence[float]) -> Any:
+def _number_box(name: str, values: Sequence[float]) -> Any:
     text = ", ".join(str(value) if isinstance(value, int) else f"{value:.10g}" for value in values)
     return widgets.Text(value=text, description=name.replace("_", " "), style=STYLE, layout=WIDE)

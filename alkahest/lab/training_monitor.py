@@ -54,7 +54,7 @@ class TrainingMonitor(Panel):
             self.picture,
             self.pictures,
         ]
-        self._seen = self._written()
+        self._seen = self._last_change()
         self._redraw.now()
         threading.Thread(target=self._watch, args=[seconds], name="alkahest monitor", daemon=True).start()
 
@@ -68,11 +68,11 @@ class TrainingMonitor(Panel):
 
     def _watch(self, seconds: float) -> None:
         while not self._stopped.wait(seconds):
-            if self.follow.value and (written := self._written()) != self._seen:
+            if self.follow.value and (written := self._last_change()) != self._seen:
                 self._seen = written
                 self._redraw.now()
 
-    def _written(self) -> float | None:
+    def _last_change(self) -> float | None:
         try:
             return (self.folder / "history.jsonl").stat().st_mtime
         except OSError:
@@ -88,7 +88,7 @@ class TrainingMonitor(Panel):
         plot = training_curve(self.history, self.measure.value, title=self.folder.name, figure=figure)
         self.show(png(figure), plot.alt)
         loss = f", loss {last.loss:.4g}" if last.loss == last.loss else ""
-        ago = time.time() - (self._written() or time.time())
+        ago = time.time() - (self._last_change() or time.time())
         self.say(f"step {int(last.step)}, stage {last.stage}{loss}; written {ago:.0f} s ago")
         yield
         self._show_pictures()

@@ -87,10 +87,10 @@ class Applied(OfWeights):
             key,
         )
 
-    def dropped(self) -> list[str]:
+    def protection_notes(self) -> list[str]:
         kept = [key for key in self.lora.updates if self.is_protected(key)]
         note = f"{self.lora.name}: protection leaves out {len(kept)} of its {len(self.lora.updates)} tensors"
-        return [note] * bool(kept) + super().dropped()
+        return [note] * bool(kept) + super().protection_notes()
 
     def _scalars(self) -> Iterator[Scalar]:
         yield self.strength

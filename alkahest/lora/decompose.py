@@ -40,7 +40,7 @@ class Decomposition:
         return up.to(dtype).contiguous(), down.to(dtype).contiguous()
 
 
-def decomposed(
+def decompose(
     matrix: Tensor, squares: float, rule: RankRule, edge: float, method: str, seed: int, key: str
 ) -> Decomposition:
     """As much of a float32 matrix as the rule needs; ``squares`` is its sum of squares.

@@ -134,7 +134,7 @@ def stream_extract_lora(
     """`extract_lora` as a generator of events."""
     if not isinstance(delta, Delta):
         raise AlgebraError("extract_lora", "a delta is needed", found=type(delta).__name__, fix="variant - base")
-    rule = RankRule.checked(
+    rule = RankRule.of(
         {"rank": rank, "energy": energy, "sum": sum, "ratio": ratio}, rank_max, noise_edge, "extract_lora"
     )
     for name, pattern in (("include", include), ("exclude", exclude), ("full", full)):

@@ -43,7 +43,7 @@ class RankRule:
     noise_edge: bool = False
 
     @classmethod
-    def checked(cls, given: dict[str, Any], rank_max: int | None, noise_edge: bool, operation: str) -> RankRule:
+    def of(cls, given: dict[str, Any], rank_max: int | None, noise_edge: bool, operation: str) -> RankRule:
         """The one rule that is given; AlgebraError for several, or one out of range."""
         chosen = {name: value for name, value in given.items() if value is not None}
         if len(chosen) > 1:
@@ -108,7 +108,7 @@ class RankRule:
         """
         real = int((values > _NUMERICAL * values[0]).sum())
         complete = complete or real < len(values)
-        found = self._asked(values[:real], squares, complete)
+        found = self._rank_by_rule(values[:real], squares, complete)
         if self.noise_edge:
             above = int((values[:real] > edge).sum())
             beyond = above == real and not complete
@@ -116,7 +116,7 @@ class RankRule:
                 return None if beyond else above
         return found
 
-    def _asked(self, values: Values, squares: float, complete: bool) -> int | None:
+    def _rank_by_rule(self, values: Values, squares: float, complete: bool) -> int | None:
         if self.name == "rank":
             reached = int(self.value)
             return min(reached, len(values)) if complete or reached <= len(values) else None
@@ -152,7 +152,7 @@ def lora_ranks(
     """
     import pandas as pd
 
-    rule = RankRule.checked({"rank": rank, "energy": energy, "sum": sum, "ratio": ratio}, rank_max, False, "lora_ranks")
+    rule = RankRule.of({"rank": rank, "energy": energy, "sum": sum, "ratio": ratio}, rank_max, False, "lora_ranks")
     rows, family = [], family_of(spectra.tensor)
     for row in spectra.itertuples():
         if min(row.shape) < MIN_DIM:

@@ -16,7 +16,7 @@ from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
 from alkahest.engine.workers import Run, blocks, why_nonfinite
 from alkahest.errors import AlgebraError, NonFiniteError
-from alkahest.lora.decompose import Decomposition, decomposed, of_loras
+from alkahest.lora.decompose import Decomposition, decompose, of_loras
 from alkahest.lora.noise import Noise, noise_of
 from alkahest.lora.rank import MIN_DIM, RankRule
 from alkahest.lora.write import Pair
@@ -122,7 +122,7 @@ class Extraction:
             if squares > 0:
                 noise = noise_of(term, shape, squares, count_changed(matrix) / matrix.numel(), workspace)
                 self._require_noise(noise, key)
-                found = decomposed(matrix, squares, self.rule, noise.edge, self.method, self.seed, key)
+                found = decompose(matrix, squares, self.rule, noise.edge, self.method, self.seed, key)
         if found is None or found.squares == 0:
             return Done({})
         self._require_noise(noise, key)

@@ -47,7 +47,7 @@ class Pair:
     def rank(self) -> int:
         return self.down.shape[0]
 
-    def folded(self) -> Pair:
+    def fold(self) -> Pair:
         """The same with a scale of 1, rounded once where the scale is no power of two."""
         if self.scale == 1.0:
             return self
@@ -69,7 +69,7 @@ def save_lora(
     differences in flavours that no program loads them in, OutputError as `save` does.
     """
     target = check_target(path, flavour, bool(full))
-    tensors = dict(named(pairs, full, flavour, family))
+    tensors = dict(named_tensors(pairs, full, flavour, family))
     header = build_header(
         ((name, _TAGS[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()),
         {"format": "pt", **(metadata or {})},
@@ -115,7 +115,7 @@ def check_target(path: str | os.PathLike[str], flavour: str, full: bool = False,
     return target
 
 
-def named(
+def named_tensors(
     pairs: Mapping[str, Pair], full: Mapping[str, Tensor], flavour: str, family: Family
 ) -> Iterator[tuple[str, Tensor]]:
     """Stored names and tensors of a LoRA in some program's flavour."""
@@ -127,10 +127,10 @@ def named(
         )
     for name, keys in thin.items():
         stored = prefix + _module(name, flat)
-        pair = _fused([pairs.get(key) for key in keys]) if len(keys) > 1 else pairs[keys[0]]
+        pair = _fuse([pairs.get(key) for key in keys]) if len(keys) > 1 else pairs[keys[0]]
         if flavour in ("diffusers", "peft"):
             # On seeing an alpha the one doubles its prefix; the other keeps alphas elsewhere.
-            pair = pair.folded()
+            pair = pair.fold()
         yield f"{stored}.{down}", pair.down
         yield f"{stored}.{up}", pair.up
         if flat or pair.scale != 1.0:
@@ -155,7 +155,7 @@ def _module(name: str, flat: bool) -> str:
     return module.replace(".", "_") if flat else module
 
 
-def _fused(members: list[Pair | None]) -> Pair:
+def _fuse(members: list[Pair | None]) -> Pair:
     """q, k and v as one: the same down if they share it, as halves of a fused LoRA do, else block-diagonal."""
     there = [pair for pair in members if pair is not None]
     first = there[0]
@@ -164,7 +164,7 @@ def _fused(members: list[Pair | None]) -> Pair:
     if alike and len(there) == len(members) and all(torch.equal(pair.down, first.down) for pair in there):
         return Pair(torch.cat([pair.up for pair in there]), first.down, first.scale)
     # A scale that they share stays: rank three times as large makes the alpha so, as musubi's converter has it.
-    parts = members if alike else [pair and pair.folded() for pair in members]
+    parts = members if alike else [pair and pair.fold() for pair in members]
     nothing = first.up.new_zeros(first.up.shape[0], 0)
     up: Tensor = torch.block_diag(  # type: ignore[no-untyped-call]
         *(nothing if pair is None else pair.up for pair in parts)

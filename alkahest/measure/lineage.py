@@ -15,7 +15,7 @@ from alkahest.engine.terms import name_leaves
 from alkahest.errors import AlgebraError
 from alkahest.measure.rounding import file_noise
 from alkahest.measure.table import rolled_up, stream_delta_table
-from alkahest.measure.text import listed, listed_html, percent
+from alkahest.measure.text import lines_under, lines_under_html, percent
 from alkahest.model.families import family_of
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ class RefinerCheck:
     reasons: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return listed(self.verdict, self.reasons)
+        return lines_under(self.verdict, self.reasons)
 
     def _repr_html_(self) -> str:
-        return listed_html(f"<b>{self.verdict}</b>", self.reasons)
+        return lines_under_html(f"<b>{self.verdict}</b>", self.reasons)
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,11 +58,11 @@ class NearestBase:
     reasons: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return listed(f"nearest: {self.name}", self.reasons)
+        return lines_under(f"nearest: {self.name}", self.reasons)
 
     def _repr_html_(self) -> str:
         table: str = self.table.to_html(index=False)
-        return listed_html(f"nearest: <b>{html.escape(self.name)}</b>", self.reasons) + table
+        return lines_under_html(f"nearest: <b>{html.escape(self.name)}</b>", self.reasons) + table
 
 
 @refuse_unknown_options
@@ -91,10 +91,10 @@ def stream_refiner_check(
 ) -> Iterator[Event]:
     """`refiner_check` as a generator of events."""
     measuring = stream_delta_table(_models("refiner_check", variant, base), bridge, device=device, threads=threads)
-    return in_turn([measuring], lambda table: checked(table, bridge is not None))
+    return in_turn([measuring], lambda table: check_of(table, bridge is not None))
 
 
-def checked(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
+def check_of(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
     """The `RefinerCheck` of a delta table that was measured with k = 1."""
     parts = parts_moved(table)
     moved = parts.moved.to_dict()

@@ -16,10 +16,10 @@ from alkahest.engine.events import Event, in_turn, result_of
 from alkahest.engine.options import refuse_unknown_options
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlgebraError, MismatchError, unknown
-from alkahest.measure.lineage import checked
+from alkahest.measure.lineage import check_of
 from alkahest.measure.rounding import ULPS, file_noise, rounding_curve, share_below
 from alkahest.measure.table import stream_delta_table
-from alkahest.measure.text import listed, listed_html, percent
+from alkahest.measure.text import lines_under, lines_under_html, percent
 
 if TYPE_CHECKING:
     import pandas
@@ -74,11 +74,11 @@ class Multiplier(float):
         return factors(self)
 
     def __repr__(self) -> str:
-        return listed(self._title(), self._lines())
+        return lines_under(self._title(), self._lines())
 
     def _repr_html_(self) -> str:
         table: str = self.per_part.to_html(index=False, float_format=lambda number: f"{number:.4g}")
-        return listed_html(f"<b>{html.escape(self._title())}</b>", self._lines()) + table
+        return lines_under_html(f"<b>{html.escape(self._title())}</b>", self._lines()) + table
 
     def _title(self) -> str:
         subtract, add = self.factors
@@ -236,7 +236,7 @@ def auto_multiplied(expression: Weights, name: str = "k") -> tuple[Delta, Weight
 
     AlgebraError if the scalar is not there, or if there are several such places.
     """
-    found = list(_multiplied(expression, name))
+    found = list(_find_multiplied(expression, name))
     if len(found) != 1 or name not in expression.params:
         raise AlgebraError(
             "auto",
@@ -247,13 +247,13 @@ def auto_multiplied(expression: Weights, name: str = "k") -> tuple[Delta, Weight
     return found[0]
 
 
-def _multiplied(expression: Expression, name: str) -> Iterator[tuple[Delta, Weights]]:
+def _find_multiplied(expression: Expression, name: str) -> Iterator[tuple[Delta, Weights]]:
     if isinstance(expression, Sum) and name in expression.delta.params:
         for one in _summands(expression.delta):
             if name in one.params:
                 yield one.bind(**{name: 1.0}), expression.weights
     for child in expression.children:
-        yield from _multiplied(child, name)
+        yield from _find_multiplied(child, name)
 
 
 def _summands(delta: Delta) -> Iterator[Delta]:
@@ -382,7 +382,7 @@ def _warnings(
     if untouched:
         yield f"{untouched} of {len(matrices)} matrices are untouched"
     if not table.base_norm.isna().any():
-        check = checked(table)
+        check = check_of(table)
         if check.verdict != "importable":
             yield (
                 f"{check.verdict}: the variant's refiner moved by {percent(check.refiner, 1)} of its norm (see "

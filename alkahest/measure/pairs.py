@@ -140,7 +140,7 @@ class _Task:
 
     def rows(self, run: Run, workspace: Workspace) -> list[dict[str, Any]]:
         with run.alone():
-            known = {name: _known(term, self, workspace) for name, term in self.deltas.items() if term is not None}
+            known = {name: _measure(term, self, workspace) for name, term in self.deltas.items() if term is not None}
         names = {**names_of(self.key, self.family), "shape": self.shape}
         return [
             {**names, "first": a, "second": b, **_pair(known.get(a), known.get(b))}
@@ -157,7 +157,7 @@ class _Known:
     directions: tuple[Tensor, Tensor, Tensor] | None
 
 
-def _known(term: Term, task: _Task, workspace: Workspace) -> _Known:
+def _measure(term: Term, task: _Task, workspace: Workspace) -> _Known:
     numbers = matrix_of(term, task.shape, workspace)
     squares = sum_of_squares(numbers.flatten())
     if not math.isfinite(squares):

@@ -91,23 +91,23 @@ def stream_table(
     """
     of = title_of(*expressions[:about])
     key = content_key(kind.operation, expressions, [*settings, *kind.settings])
-    known = None if key is None else _decoded(cache.load("tables", key))
+    known = None if key is None else _decode(cache.load("tables", key))
     if known is not None:
         table = kind.table(known)
         table.attrs["of"] = of
         yield Event(1, 1, "remembered", table)
         return
-    for event in _measured(kind, run, tasks()):
+    for event in _measure(kind, run, tasks()):
         if event.result is not None:
             event.result.attrs["of"] = of
             for reader in {reader for leaf in _leaves(expressions) for reader in leaf.files}:
                 reader.check_unchanged()
             if key is not None and key == content_key(kind.operation, expressions, [*settings, *kind.settings]):
-                cache.store("tables", key, _encoded(kind, event.result))
+                cache.store("tables", key, _encode(kind, event.result))
         yield event
 
 
-def _measured(kind: Kind, run: Run, tasks: Sequence[Task]) -> Iterator[Event]:
+def _measure(kind: Kind, run: Run, tasks: Sequence[Task]) -> Iterator[Event]:
     rows: dict[str, list[dict[str, Any]]] = {task.key: [] for task in tasks}
 
     def work(task: Task) -> Callable[[Workspace], None]:
@@ -143,27 +143,27 @@ def _leaves(expressions: Sequence[Expression | None]) -> list[Readable]:
     return list(name_leaves(*(one for one in expressions if one is not None)))
 
 
-def _encoded(kind: Kind, table: pandas.DataFrame) -> dict[str, Any]:
+def _encode(kind: Kind, table: pandas.DataFrame) -> dict[str, Any]:
     return {
         "what": kind.operation,
-        "rows": [{name: _packed(value) for name, value in row.items()} for row in table.to_dict("records")],
+        "rows": [{name: _pack(value) for name, value in row.items()} for row in table.to_dict("records")],
     }
 
 
-def _packed(value: Any) -> Any:
+def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return {"dtype": str(value.dtype), "data": base64.b64encode(value.tobytes()).decode()}
     return list(value) if isinstance(value, tuple) else value
 
 
-def _decoded(found: Any) -> list[dict[str, Any]] | None:
+def _decode(found: Any) -> list[dict[str, Any]] | None:
     try:
-        return [{name: _unpacked(value) for name, value in row.items()} for row in found["rows"]]
+        return [{name: _unpack(value) for name, value in row.items()} for row in found["rows"]]
     except (TypeError, KeyError, ValueError, AttributeError):  # none, or not one of ours: measure again
         return None
 
 
-def _unpacked(value: Any) -> Any:
+def _unpack(value: Any) -> Any:
     if isinstance(value, dict):
         return np.frombuffer(base64.b64decode(value["data"]), np.dtype(value["dtype"])).copy()
     return tuple(value) if isinstance(value, list) else value

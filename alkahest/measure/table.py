@@ -132,7 +132,7 @@ def stream_delta_table(
     if on is not None:
         require_same("delta_table", on, delta)
     scaled = k * delta
-    settings = [None if dtype is None else _asked(dtype)[0].name, exact]
+    settings = [None if dtype is None else _format_of(dtype)[0].name, exact]
     return stream_table(KIND, [scaled, on], settings, run, lambda: _tasks(scaled, on, dtype, exact))
 
 
@@ -190,7 +190,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     return result
 
 
-def printed(table: pandas.DataFrame, by: str = "part") -> str:
+def table_text(table: pandas.DataFrame, by: str = "part") -> str:
     """A delta table as text, by ``part``, ``block``, ``module`` or ``tensor``, with everything together at the end."""
     import pandas as pd
 
@@ -303,7 +303,7 @@ def _task(
         else {}
     )
     if on := models[2]:
-        unit = unit_of(Source(on.leading, key)) if dtype is None else _asked(dtype)
+        unit = unit_of(Source(on.leading, key)) if dtype is None else _format_of(dtype)
         units |= {"on": unit} if unit else {}
     factor, _ = without_factor(terms["delta"])
     shape = tuple(delta.shapes[key])
@@ -336,7 +336,7 @@ def without_factor(term: Term | None) -> tuple[float, Term | None]:
     return factor, term
 
 
-def _asked(dtype: str) -> tuple[Format, float]:
+def _format_of(dtype: str) -> tuple[Format, float]:
     name = storage_name(dtype)
     if name in SCALED:
         raise UnsupportedError(

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     pass
 
 
-def listed(title: str, lines: Sequence[str]) -> str:
+def lines_under(title: str, lines: Sequence[str]) -> str:
     """A title and lines under it, as text."""
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
-def listed_html(title: str, lines: Sequence[str]) -> str:
+def lines_under_html(title: str, lines: Sequence[str]) -> str:
     """The same in a notebook; ``title`` is HTML already."""
     return f"<div>{title}<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul></div>"
 

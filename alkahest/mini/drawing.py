@@ -60,7 +60,7 @@ def draw(scene: Scene) -> Array:
     subject = _SUBJECT[scene.subject](middle, foot, size, np.array(_RGB[scene.colour], np.float32))
     _paint_subject(canvas, subject, scene, middle, foot, size)
     if scene.quality == "low":
-        canvas = 0.5 + 0.8 * (_blurred(canvas, 1.6) - 0.5)
+        canvas = 0.5 + 0.8 * (_blur(canvas, 1.6) - 0.5)
     return np.clip(canvas, 0, 1)
 
 
@@ -131,7 +131,7 @@ def _sky(scene: Scene, horizon: float, rng: np.random.Generator) -> Array:
     return np.clip(canvas, 0, 1)
 
 
-def _blurred(canvas: Array, sigma: float) -> Array:
+def _blur(canvas: Array, sigma: float) -> Array:
     steps = np.arange(-4, 5)
     weights = np.exp(-0.5 * (steps / sigma) ** 2)
     weights /= weights.sum()

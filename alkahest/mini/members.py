@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from alkahest.errors import FileFormatError, unknown
-from alkahest.mini.shipped import FAMILY, LORAS, WEIGHTS, components, existing
+from alkahest.mini.shipped import FAMILY, LORAS, WEIGHTS, components, require_shipped
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 
@@ -15,14 +15,14 @@ def load(name: str) -> Checkpoint:
     """One member of the family as a Checkpoint: ``ak.mini.load("turbo")``."""
     if name not in FAMILY:
         raise unknown("mini.load", "no such member of the family", name, FAMILY)
-    return open_checkpoint(existing(WEIGHTS / f"{name}.safetensors"))
+    return open_checkpoint(require_shipped(WEIGHTS / f"{name}.safetensors"))
 
 
 def lora(name: str) -> Path:
     """The file of one LoRA of the family, for ``pipe.load_lora_weights``."""
     if name not in LORAS:
         raise unknown("mini.lora", "no such LoRA in the family", name, LORAS)
-    return existing(WEIGHTS / f"{name}.safetensors")
+    return require_shipped(WEIGHTS / f"{name}.safetensors")
 
 
 def save_pipeline(name: str, folder: str | Path) -> Path:

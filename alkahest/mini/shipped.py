@@ -43,12 +43,12 @@ def loras() -> dict[str, str]:
 
 def components() -> Path:
     """The pipeline folder with text encoder, tokenizer, VAE and scheduler that all members share."""
-    return existing(WEIGHTS / "components")
+    return require_shipped(WEIGHTS / "components")
 
 
 def manifest() -> dict[str, Any]:
     """How each shipped file was made: BLAKE3, seed, steps, seconds, data."""
-    read: dict[str, Any] = json.loads(existing(WEIGHTS / "manifest.json").read_text())
+    read: dict[str, Any] = json.loads(require_shipped(WEIGHTS / "manifest.json").read_text())
     return read
 
 
@@ -57,7 +57,7 @@ def is_miniature(sizes: Sizes) -> bool:
     return (sizes.width, sizes.text_width, sizes.latent_channels) == (96, 64, 16)
 
 
-def existing(path: Path) -> Path:
+def require_shipped(path: Path) -> Path:
     """A file that must have been shipped; FileFormatError otherwise."""
     if not path.exists():
         raise FileFormatError(

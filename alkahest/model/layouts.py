@@ -41,7 +41,7 @@ class Layout:
             if stored.endswith(end) and len(stored) > len(end):
                 return tuple(stored.removesuffix(end) + part for part in fused.parts)
         for old, new in self.renamed:
-            stored = _replaced(stored, old, new)
+            stored = _replace(stored, old, new)
         return (stored,)
 
     def stored(self, key: str) -> str:
@@ -51,7 +51,7 @@ class Layout:
                 if key.endswith(part):
                     return key.removesuffix(part) + end
         for old, new in self.renamed:
-            key = _replaced(key, new, old)
+            key = _replace(key, new, old)
         return key
 
     def rows(self, stored: str, total: int) -> tuple[int, ...] | None:
@@ -59,7 +59,7 @@ class Layout:
         fused = next((fused for end, fused in self.fused.items() if stored.endswith(end)), None)
         return (total,) if fused is None else fused.rows(total)
 
-    def grouped(self, keys: Iterable[str]) -> dict[str, list[str]]:
+    def group(self, keys: Iterable[str]) -> dict[str, list[str]]:
         """Stored name -> canonical names in row order, for the canonical ``keys`` in their order."""
         groups: dict[str, list[str]] = {}
         for key in keys:
@@ -69,7 +69,7 @@ class Layout:
         return groups
 
 
-def _replaced(name: str, old: str, new: str) -> str:
+def _replace(name: str, old: str, new: str) -> str:
     if old.startswith("."):
         return name.replace(old, new)
     return new + name.removeprefix(old) if name.startswith(old) else name

@@ -97,7 +97,7 @@ def _rotation(about: Mapping[str, Any], columns: int, refused: Any) -> int:
     return int(group)
 
 
-def unpacked(packed: Packed, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def unpack(packed: Packed, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The numbers of a packed weight, float32; ``raw`` has its bytes (uint8) and those of its helper tensors."""
     layouts = _layouts()
     given = {"orig_dtype": torch.float32, "orig_shape": packed.shape}

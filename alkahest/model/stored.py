@@ -20,7 +20,7 @@ from alkahest.errors import FileFormatError, UnsupportedError
 from alkahest.files.header import Entry
 from alkahest.files.reader import Reader
 from alkahest.model.dtypes import BY_TAG, FP8, Format
-from alkahest.model.packed import PACKED, Packed, packed_of, unpacked
+from alkahest.model.packed import PACKED, Packed, packed_of, unpack
 
 MARKER = "scaled_fp8"
 QUANTISATION = "_quantization_metadata"
@@ -111,7 +111,7 @@ def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, 
         used |= {f"{module}.{helper}" for helper in helpers} if name.endswith(".weight") else set()
         if not name.endswith(".weight"):
             helpers = {}
-        about = layers.get(module) or _declared(helpers, reader, name)
+        about = layers.get(module) or _declaration(helpers, reader, name)
         declared = str(about["format"]) if about else None
         kind = declared or ("nvfp4" if "weight_scale_2" in helpers else None)
         kept = tuple((helper, place[1]) for helper, place in helpers.items())
@@ -147,7 +147,7 @@ def whole_packed(stored: Stored) -> torch.Tensor:
     for name, entry in (("weight", stored.entry), *stored.helpers):
         raw[name] = torch.empty(entry.nbytes, dtype=torch.uint8)
         stored.reader.read_into(raw[name].numpy().data, entry.offset)
-    return unpacked(stored.packed, raw).flatten()
+    return unpack(stored.packed, raw).flatten()
 
 
 def _header_formats(metadata: Mapping[str, str], prefix: str, bare: Mapping[str, object]) -> dict[str, dict[str, Any]]:
@@ -166,7 +166,7 @@ def _header_formats(metadata: Mapping[str, str], prefix: str, bare: Mapping[str,
     return {name: value for name, value in formats.items() if f"{name}.weight" in bare}
 
 
-def _declared(helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader, name: str) -> dict[str, Any] | None:
+def _declaration(helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader, name: str) -> dict[str, Any] | None:
     """What ``comfy_quant`` says about a weight, its format above all."""
     if "comfy_quant" not in helpers:
         return None

@@ -57,7 +57,7 @@ def uninstall(comfyui: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def lacking(comfyui: str | os.PathLike[str]) -> tuple[str | None, list[str]]:
+def find_lacking(comfyui: str | os.PathLike[str]) -> tuple[str | None, list[str]]:
     """ComfyUI's Python, if it can be found, and the packages that the nodes need and it lacks."""
     root = Path(comfyui).expanduser()
     names = [root / one / place for one in ("venv", ".venv") for place in ("bin/python", "Scripts/python.exe")]

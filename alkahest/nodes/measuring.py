@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from alkahest.nodes.patches import require_same
-from alkahest.nodes.running import CATEGORY, SavingNode, reported, require_packages, with_progress
+from alkahest.nodes.running import CATEGORY, SavingNode, report_of, require_packages, with_progress
 
 
 class AlkahestMultiplier:
@@ -60,7 +60,7 @@ class AlkahestMultiplier:
 
         v, b, a = ModelWeights(variant, "variant"), ModelWeights(base, "base"), ModelWeights(bridge, "bridge")
         found = with_progress(stream_needed_multiplier(v - b, a.protect("refiner"), basis, target or None))
-        return reported(repr(found), float(found))
+        return report_of(repr(found), float(found))
 
 
 class AlkahestSupplement(SavingNode):
@@ -109,4 +109,4 @@ class AlkahestSupplement(SavingNode):
             stream_extract_lora(delta, energy=energy, rank_max=rank_max or None, exclude=exclude.strip() or None)
         )
         lora.save(path)
-        return reported(f"{path}\n{lora!r}")
+        return report_of(f"{path}\n{lora!r}")

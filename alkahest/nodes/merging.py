@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alkahest.nodes.patches import NOTHING, ZERO, difference, key_patches, patchable, require_same, selected
+from alkahest.nodes.patches import NOTHING, ZERO, difference, key_patches, patchable, require_same, select_weights
 from alkahest.nodes.running import CATEGORY
 from alkahest.workflow.translate import parts_of
 
@@ -63,11 +63,11 @@ class AlkahestMerge:
     ) -> tuple[Any]:
         require_same("Alkahest Merge", {"bridge": bridge, "variant": variant, "base": base})
         keys = patchable(bridge)
-        kept, factors = selected(protect, keys, "protect"), _factors(parts, keys)
+        kept, factors = select_weights(protect, keys, "protect"), _factors(parts, keys)
         v, b, merged = key_patches(variant), key_patches(base), bridge.clone()
         chosen = [key for key in keys if key not in kept and factors.get(key) != 0.0]
         merged.add_patches({key: difference(v, b, key, factors.get(key, 1.0)) for key in chosen}, multiplier, 1.0)
-        return (noted(merged, unique_id, multiplier, bridge, variant, base),)
+        return (note_multiplier(merged, unique_id, multiplier, bridge, variant, base),)
 
 
 class AlkahestSubtract:
@@ -93,12 +93,12 @@ class AlkahestSubtract:
     ) -> tuple[Any]:
         require_same("Alkahest Subtract", {"model1": model1, "model2": model2})
         keys, base, merged = patchable(model1), key_patches(model2), model1.clone()
-        kept = selected("refiner" if keep_refiner else "", keys, "keep refiner")
+        kept = select_weights("refiner" if keep_refiner else "", keys, "keep refiner")
         merged.add_patches({key: ZERO for key in keys if key in kept}, 1.0, 1.0)
         merged.add_patches({key: base[key] for key in keys if key not in kept}, -1.0, 1.0)
         if multiplier != 1.0:
             merged.add_patches({key: NOTHING for key in keys if key not in kept}, 0.0, multiplier)
-        return (noted(merged, unique_id, multiplier, model1, model2),)
+        return (note_multiplier(merged, unique_id, multiplier, model1, model2),)
 
 
 class AlkahestAdd:
@@ -121,12 +121,12 @@ class AlkahestAdd:
     ) -> tuple[Any]:
         require_same("Alkahest Add", {"model1": model1, "model2": model2})
         keys, delta, merged = patchable(model1), key_patches(model2), model1.clone()
-        kept = selected("refiner" if keep_refiner else "", keys, "keep refiner")
+        kept = select_weights("refiner" if keep_refiner else "", keys, "keep refiner")
         merged.add_patches({key: delta[key] for key in keys if key not in kept}, multiplier, 1.0)
-        return (noted(merged, unique_id, multiplier, model1, model2),)
+        return (note_multiplier(merged, unique_id, multiplier, model1, model2),)
 
 
-def noted(merged: Any, node: str, multiplier: float, *inputs: Any) -> Any:
+def note_multiplier(merged: Any, node: str, multiplier: float, *inputs: Any) -> Any:
     """The model with a note of the multipliers that this node and those before it used; a graph alone may not say."""
     known: dict[str, float] = {}
     for one in inputs:
@@ -139,5 +139,5 @@ def _factors(parts: str, keys: list[str]) -> dict[str, float]:
     """Factor by key; the last part that takes a key counts."""
     found: dict[str, float] = {}
     for pattern, factor in parts_of(parts).items():
-        found |= dict.fromkeys(selected(pattern, keys, "parts"), factor)
+        found |= dict.fromkeys(select_weights(pattern, keys, "parts"), factor)
     return found

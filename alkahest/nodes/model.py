@@ -62,10 +62,10 @@ class ModelWeights(Leaf):
         (weight, convert), *patches = self._patches[stored]
         # Most models that are measured are as they were loaded: a block of such a weight needs no copy of the whole.
         plain = not patches and convert in (None, as_it_is) and weight.dtype in _STORAGE
-        values = weight.detach().view(-1) if plain and weight.is_contiguous() else self._computed(stored)
+        values = weight.detach().view(-1) if plain and weight.is_contiguous() else self._compute(stored)
         out.copy_(values[offset + start : offset + stop])
 
-    def _computed(self, key: str) -> torch.Tensor:
+    def _compute(self, key: str) -> torch.Tensor:
         """One whole weight with its patches, flat; two are kept, because its blocks are asked for in turn."""
         from comfy.lora import calculate_weight
         from comfy.model_management import cast_to_device

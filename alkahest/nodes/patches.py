@@ -60,7 +60,7 @@ def canonical(key: str) -> tuple[str, ...]:
     return FAMILY.canonical(key.removeprefix(PREFIX))
 
 
-def selected(pattern: str, keys: list[str], operation: str) -> set[str]:
+def select_weights(pattern: str, keys: list[str], operation: str) -> set[str]:
     """The weights that a pattern takes; UnknownNameError if it takes none, or a part of a fused one."""
     if not pattern.strip():
         return set()

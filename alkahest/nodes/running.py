@@ -34,7 +34,7 @@ class SavingNode:
         return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
-def reported(report: str, *before: Any) -> dict[str, Any]:
+def report_of(report: str, *before: Any) -> dict[str, Any]:
     """What a node gives back: its results, the report last, which the editor shows too."""
     return {"ui": {"text": [report]}, "result": (*before, report)}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from alkahest.errors import AlkahestError
 from alkahest.nodes.merging import NOTED
-from alkahest.nodes.running import SavingNode, reported, require_packages, with_progress
+from alkahest.nodes.running import SavingNode, report_of, require_packages, with_progress
 
 
 class AlkahestSave(SavingNode):
@@ -44,7 +44,7 @@ class AlkahestSave(SavingNode):
             weights, options = ModelWeights(model, "model"), {"layout": "native"}
             said = f"no recipe, because:\n{error}"
         saved = with_progress(weights.stream(path, metadata=texts, **options))
-        return reported(f"{saved!r}\n{said}")
+        return report_of(f"{saved!r}\n{said}")
 
 
 def _from_files(prompt: Any, node: str, model: Any) -> tuple[Any, dict[str, Any], str]:

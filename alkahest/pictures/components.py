@@ -114,7 +114,7 @@ def _text_encoder(path: Path, dtype: torch.dtype) -> Any:
     """A Qwen3 from one file, such as ComfyUI's qwen_3_4b.safetensors; its sizes follow from the shapes."""
     from transformers import Qwen3Config, Qwen3Model
 
-    state = _stripped(path, _TEXT_PREFIXES, "embed_tokens.weight", dtype)
+    state = _strip_prefix(path, _TEXT_PREFIXES, "embed_tokens.weight", dtype)
     rows = {name: tensor.shape[0] for name, tensor in state.items()}
     head = rows["layers.0.self_attn.q_norm.weight"]
     config = Qwen3Config(
@@ -132,7 +132,7 @@ def _text_encoder(path: Path, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         encoder = Qwen3Model(config)
     encoder.rotary_emb = type(encoder.rotary_emb)(config)
-    return _filled(encoder, state, path, dtype)
+    return _fill(encoder, state, path, dtype)
 
 
 def _vae(path: Path, dtype: torch.dtype) -> Any:
@@ -141,7 +141,7 @@ def _vae(path: Path, dtype: torch.dtype) -> Any:
 
     if path.is_dir():
         return AutoencoderKL.from_pretrained(path, dtype=dtype)
-    state = _stripped(path, _VAE_PREFIXES, "decoder.conv_in.weight", torch.float32)
+    state = _strip_prefix(path, _VAE_PREFIXES, "decoder.conv_in.weight", torch.float32)
     levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.down."))
     blocks = 1 + max(int(name.split(".")[4]) for name in state if name.startswith("encoder.down.0.block."))
     config = {
@@ -178,7 +178,7 @@ def _tokenizer(path: Path, dtype: torch.dtype) -> Any:
     return tokenizer
 
 
-def _stripped(path: Path, prefixes: tuple[str, ...], landmark: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _strip_prefix(path: Path, prefixes: tuple[str, ...], landmark: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one model in a file, prefix removed, fp8 with its scale applied."""
     reader = Reader(path)
     header = read_header(reader)
@@ -200,7 +200,7 @@ def _stripped(path: Path, prefixes: tuple[str, ...], landmark: str, dtype: torch
     return state
 
 
-def _filled(module: torch.nn.Module, state: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _fill(module: torch.nn.Module, state: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> torch.nn.Module:
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     for name, shape in wanted.items():
         if name not in state or tuple(state[name].shape) != shape:

@@ -90,7 +90,7 @@ class LiveModel:
                 found=", ".join(self._loras()),
             )
         components, options = self._made_of
-        return _arrived, (self._token, self.expression, components, self.budget, options)
+        return _receive, (self._token, self.expression, components, self.budget, options)
 
     @property
     def params(self) -> dict[str, float]:
@@ -179,7 +179,7 @@ _here: WeakValueDictionary[str, LiveModel] = WeakValueDictionary()
 _sent: dict[str, LiveModel] = {}  # a worker keeps the one it was sent last
 
 
-def _arrived(token: str, expression: Weights, components: Any, budget: int, options: dict[str, Any]) -> LiveModel:
+def _receive(token: str, expression: Weights, components: Any, budget: int, options: dict[str, Any]) -> LiveModel:
     if token in _here:
         return _here[token]
     if token not in _sent:

@@ -45,8 +45,8 @@ def picture_measures(images: Any, pipe: Any = None, patch: int = PATCH) -> panda
     """
     import pandas as pd
 
-    pictures = [_array(image) for image in _listed(images)]
-    rows = [_measured(picture, patch) for picture in pictures]
+    pictures = [_array(image) for image in _as_list(images)]
+    rows = [_measure(picture, patch) for picture in pictures]
     if pipe is not None:
         pipe = getattr(pipe, "pipe", pipe)
         for row, picture in zip(rows, pictures, strict=True):
@@ -66,7 +66,7 @@ def picture_difference(images: Any, others: Any) -> pandas.DataFrame:
     """
     import pandas as pd
 
-    ours, theirs = ([_array(image) for image in _listed(side)] for side in (images, others))
+    ours, theirs = ([_array(image) for image in _as_list(side)] for side in (images, others))
     shapes = [[picture.shape for picture in side] for side in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise AlkahestError(
@@ -94,7 +94,7 @@ def flow_loss(
     import pandas as pd
 
     pipe = getattr(pipe, "pipe", pipe)
-    pictures, captions = [_array(image) for image in _listed(images)], list(prompts)
+    pictures, captions = [_array(image) for image in _as_list(images)], list(prompts)
     if len(pictures) != len(captions):
         raise AlkahestError(
             "flow_loss", "as many prompts as pictures are needed", expected=len(pictures), found=len(captions)
@@ -126,7 +126,7 @@ def encode(pipe: Any, picture: Array) -> Tensor:
     return ((latents - config.shift_factor) * config.scaling_factor).float()
 
 
-def _measured(picture: Array, patch: int) -> dict[str, float]:
+def _measure(picture: Array, patch: int) -> dict[str, float]:
     grey = picture @ np.array([0.299, 0.587, 0.114])
     return {
         "lag1": _lag1(grey),
@@ -166,7 +166,7 @@ def _grid_ratio(grey: Array, patch: int) -> float:
     return float(border.mean() / elsewhere.mean())
 
 
-def _listed(images: Any) -> list[Any]:
+def _as_list(images: Any) -> list[Any]:
     one = hasattr(images, "mode") or (hasattr(images, "ndim") and images.ndim == 3)
     return [images] if one else list(images)
 

@@ -28,7 +28,7 @@ def contact_sheet(
     pictures = {
         (_key(row, rows), _key(row, columns)): (row["path"], row.get("error")) for row in table.to_dict("records")
     }
-    native = next((_opened(path).size for path, _ in pictures.values() if is_picture(path)), (128, 128))
+    native = next((_open(path).size for path, _ in pictures.values() if is_picture(path)), (128, 128))
     width = size or max(1, -(-128 // native[0])) * native[0]
     height = round(width * native[1] / native[0])
     font = ImageFont.load_default(_FONT)
@@ -43,16 +43,16 @@ def contact_sheet(
     for x, column in enumerate(across):
         left = int(margin) + x * (width + _GAP)
         for n, line in enumerate(_label(columns, column)):
-            pen.text((left, top - (len(columns) - n) * (_FONT + 4) - _GAP), _fitted(line, width, font), "black", font)
+            pen.text((left, top - (len(columns) - n) * (_FONT + 4) - _GAP), _fit(line, width, font), "black", font)
         for y, row in enumerate(down):
             corner = (left, top + y * step)
             path, error = pictures.get((row, column), (None, "not drawn"))
             if is_picture(path):
                 filter_ = Image.Resampling.NEAREST if width >= native[0] else Image.Resampling.LANCZOS
-                sheet.paste(_opened(path).resize((width, height), filter_), corner)
+                sheet.paste(_open(path).resize((width, height), filter_), corner)
             else:
                 pen.rectangle((*corner, left + width, corner[1] + height), "lightgrey")
-                pen.text((left + _GAP, corner[1] + _GAP), _fitted(str(error), width, font), "black", font)
+                pen.text((left + _GAP, corner[1] + _GAP), _fit(str(error), width, font), "black", font)
     for y, row in enumerate(down):
         for n, line in enumerate(_label(rows, row)):
             pen.text((_GAP, top + y * step + n * (_FONT + 4)), line, "black", font)
@@ -71,7 +71,7 @@ def is_picture(path: Any) -> bool:
     return isinstance(path, str) or hasattr(path, "mode")
 
 
-def _opened(path: Any) -> Image:
+def _open(path: Any) -> Image:
     from PIL import Image
 
     if not isinstance(path, str):
@@ -95,7 +95,7 @@ def _label(names: Sequence[str], values: tuple[Any, ...]) -> list[str]:
     ]
 
 
-def _fitted(text: str, width: int, font: Any) -> str:
+def _fit(text: str, width: int, font: Any) -> str:
     while len(text) > 4 and font.getlength(text) > width:
         text = text[:-4] + "..."
     return text

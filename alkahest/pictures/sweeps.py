@@ -159,7 +159,7 @@ def _events(live: LiveModel, cells: list[Cell], executor: Executor | None, batch
     records: dict[Path, dict[str, Any]] = {}
     before = live.params
     try:
-        for cell, record in _drawn(live, cells, executor, batch):
+        for cell, record in _draw_cells(live, cells, executor, batch):
             records[cell.path] = record
             yield Event(len(records), len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
     finally:
@@ -200,12 +200,12 @@ def _cells(
     return cells
 
 
-def _drawn(
+def _draw_cells(
     live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     todo: dict[Path, Cell] = {}
     for cell in cells:
-        record = _remembered(cell.path)
+        record = _recall(cell.path)
         if record is None:
             todo[cell.path] = cell
         else:
@@ -216,10 +216,10 @@ def _drawn(
     batches = [group[n : n + batch] for group in groups.values() for n in range(0, len(group), batch)]
     if executor is None:
         for chosen in batches:
-            yield from _kept(chosen, draw(live, chosen))
+            yield from _keep(chosen, draw(live, chosen))
         return
     for number, drawn in spread(executor, draw, {number: (live, chosen) for number, chosen in enumerate(batches)}):
-        yield from _kept(batches[number], drawn)
+        yield from _keep(batches[number], drawn)
 
 
 def draw(live: LiveModel, cells: Sequence[Cell]) -> list[tuple[bytes, dict[str, Any]]]:
@@ -241,7 +241,7 @@ def _measures(image: Image) -> dict[str, Any]:
     return {**picture_measures(image).iloc[0].to_dict(), "error": None}
 
 
-def _kept(
+def _keep(
     cells: Sequence[Cell], drawn: Sequence[tuple[bytes, dict[str, Any]]]
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     for cell, (png, record) in zip(cells, drawn, strict=True):
@@ -252,7 +252,7 @@ def _kept(
         yield cell, {**record, "path": str(cell.path) if png else None}
 
 
-def _remembered(path: Path) -> dict[str, Any] | None:
+def _recall(path: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):

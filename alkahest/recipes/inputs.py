@@ -40,7 +40,7 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
             found=recipe.text,
             fix="alkahest extract-lora, or ak.extract_lora in Python",
         )
-    result = _parsed(recipe, given, beside, options)
+    result = _parse(recipe, given, beside, options)
     if not isinstance(result, Weights):
         raise RecipeError(
             "recipe", "the result is not a complete model", found=recipe.text, fix="add the delta to a checkpoint"
@@ -50,7 +50,7 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
 
 def build_delta(text: str, given: Mapping[str, Any], options: Sequence[str] = ()) -> Delta:
     """The delta that recipe text means, of files given by name."""
-    result = _parsed(Recipe(text), given, None, options)
+    result = _parse(Recipe(text), given, None, options)
     if not isinstance(result, Delta):
         raise RecipeError(
             "recipe",
@@ -73,7 +73,7 @@ def require_text(recipe: Recipe, operation: str, file: object = None) -> None:
         )
 
 
-def _parsed(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, options: Sequence[str]) -> Any:
+def _parse(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, options: Sequence[str]) -> Any:
     require_text(recipe, "recipe")
     wanted = require_wanted(given, recipe, options)
     names: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def _parsed(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, optio
         if isinstance(value, (int, float)):
             names[name] = value
         elif value is not None:
-            names[name] = matched(open_input(value, name=name), recipe, name)
+            names[name] = require_match(open_input(value, name=name), recipe, name)
         elif name in recipe.inputs:
             names[name] = found_input(recipe, name, beside)
         else:
@@ -120,7 +120,7 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | 
             continue
         in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
         try:
-            return matched(open_input(path.parent if in_folder else path, name=name), recipe, name)
+            return require_match(open_input(path.parent if in_folder else path, name=name), recipe, name)
         except (FileFormatError, UnsupportedError):  # another file of that name
             continue
         except RecipeError as error:
@@ -134,7 +134,7 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | 
     )
 
 
-def matched(checkpoint: Checkpoint | Lora, recipe: Recipe, name: str) -> Checkpoint | Lora:
+def require_match(checkpoint: Checkpoint | Lora, recipe: Recipe, name: str) -> Checkpoint | Lora:
     """An opened input, if it is the one that the recipe was made with; RecipeError otherwise."""
     recorded = recipe.inputs.get(name)
     if recorded is None:

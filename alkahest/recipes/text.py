@@ -116,7 +116,7 @@ class _Reader:
             case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
                 value = self.read(node.operand)
                 if not isinstance(value, (Expression, int, float)):
-                    raise self._refused(node, "a sign is for numbers and deltas only")
+                    raise self._refusal(node, "a sign is for numbers and deltas only")
                 return -value if isinstance(node.op, ast.USub) else value
             case ast.BinOp():
                 return self._operation(node)
@@ -126,11 +126,11 @@ class _Reader:
                 return [self.read(item) for item in items]
             case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
                 return {self.read(k): self.read(v) for k, v in zip(keys, values, strict=True) if k is not None}
-        raise self._refused(node, "this is not allowed in a recipe")
+        raise self._refusal(node, "this is not allowed in a recipe")
 
     def _name(self, node: ast.Name) -> Any:
         if node.id not in self.names:
-            raise self._refused(node, f"unknown name {node.id!r}", nearest(node.id, self.names))
+            raise self._refusal(node, f"unknown name {node.id!r}", nearest(node.id, self.names))
         value = self.names[node.id]
         if isinstance(value, (Expression, Param)):
             return value
@@ -140,7 +140,7 @@ class _Reader:
         left, right = self.read(node.left), self.read(node.right)
         for side in (left, right):
             if not isinstance(side, (Expression, Param, int, float)):
-                raise self._refused(node, "arithmetic is on checkpoints, deltas and numbers only")
+                raise self._refusal(node, "arithmetic is on checkpoints, deltas and numbers only")
         try:
             match node.op:
                 case ast.Add():
@@ -154,19 +154,19 @@ class _Reader:
         except AlkahestError:
             raise
         except (TypeError, ArithmeticError) as error:
-            raise self._refused(node, str(error)) from None
-        raise self._refused(node, "only + - * / are allowed")
+            raise self._refusal(node, str(error)) from None
+        raise self._refusal(node, "only + - * / are allowed")
 
     def _call(self, node: ast.Call) -> Any:
         arguments = [self.read(argument) for argument in node.args]
         if any(keyword.arg is None for keyword in node.keywords):
-            raise self._refused(node, "** is not allowed in a recipe")
+            raise self._refusal(node, "** is not allowed in a recipe")
         settings = {str(keyword.arg): self.read(keyword.value) for keyword in node.keywords}
         match node.func:
             case ast.Name(id=name):
                 functions = {**REGISTRY, **{function.__name__: function for function in _FUNCTIONS}}
                 if name not in functions:
-                    raise self._refused(
+                    raise self._refusal(
                         node,
                         f"unknown function {name!r}",
                         f"{nearest(name, functions)}; a method of your own is registered first: @ak.method()",
@@ -177,18 +177,18 @@ class _Reader:
             case ast.Attribute(value=target, attr=name):
                 subject = self.read(target)
                 if name not in _METHODS or not isinstance(subject, _METHODS[name]):
-                    raise self._refused(node, f"unknown method {name!r}", nearest(name, _METHODS))
+                    raise self._refusal(node, f"unknown method {name!r}", nearest(name, _METHODS))
                 function = getattr(subject, name)
             case _:
-                raise self._refused(node, "this cannot be called in a recipe", "is a * missing?")
+                raise self._refusal(node, "this cannot be called in a recipe", "is a * missing?")
         try:
             return function(*arguments, **settings)
         except AlkahestError:
             raise
         except (TypeError, AttributeError, ValueError) as error:
-            raise self._refused(node, str(error), expected=None) from None
+            raise self._refusal(node, str(error), expected=None) from None
 
-    def _refused(
+    def _refusal(
         self, node: ast.expr, problem: str, fix: str | None = None, expected: str | None = _GRAMMAR
     ) -> RecipeError:
         shown = ast.get_source_segment(self.text, node) or ast.dump(node)

@@ -24,7 +24,7 @@ from alkahest.errors import RecipeError
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
 from alkahest.model.dtypes import is_finite
-from alkahest.recipes.inputs import build, found_input, matched, require_text, require_wanted
+from alkahest.recipes.inputs import build, found_input, require_match, require_text, require_wanted
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.sources.lora import open_input
@@ -89,13 +89,13 @@ def stream_verdict(
             verdict.inputs[name] = _state(recipe, name, (given or {}).get(name), checkpoint.path.parent)
         if recompute:
             expression = build(recipe, given or {}, checkpoint.path.parent)
-            verdict.differing = yield from _differing(checkpoint, recipe, expression)
+            verdict.differing = yield from _compare(checkpoint, recipe, expression)
     elif recompute:
         raise RecipeError("verify", "nothing to recompute: no recipe is recorded", file=path)
     yield Event(done, done, "done", verdict)
 
 
-def _differing(checkpoint: Checkpoint, recipe: Recipe, expression: Weights) -> Generator[Event, None, list[str]]:
+def _compare(checkpoint: Checkpoint, recipe: Recipe, expression: Weights) -> Generator[Event, None, list[str]]:
     options = Options.of(recipe.output)
     plan = plan_of(expression, options)
     run = Run(options)
@@ -153,7 +153,7 @@ def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
             "recipe", f"{name!r} is a file, and a number is given for it", found=str(given), fix=f"--{name} PATH"
         )
     if given:  # somebody says that this is the input: if it is not, that is their error, not the file's
-        return f"{matched(open_input(given, name=name), recipe, name).path}, unchanged"
+        return f"{require_match(open_input(given, name=name), recipe, name).path}, unchanged"
     try:
         found = found_input(recipe, name, beside)
     except RecipeError as error:

@@ -85,7 +85,7 @@ class Checkpoint(Leaf, Mapping[str, torch.Tensor]):
     def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Workspace) -> None:
         piece = self.slices[key]
         if piece.stored.packed is not None:
-            out.copy_(self._unpacked(piece)[start:stop])
+            out.copy_(self._unpack(piece)[start:stop])
             return
         size, offset = piece.stored.form.itemsize, piece.offset + start * piece.stored.form.itemsize
         with workspace.raw((stop - start) * size, offset) as raw:
@@ -107,7 +107,7 @@ class Checkpoint(Leaf, Mapping[str, torch.Tensor]):
                 fix="get the file again, or allow_nonfinite=True to keep them",
             )
 
-    def _unpacked(self, piece: Slice) -> torch.Tensor:
+    def _unpack(self, piece: Slice) -> torch.Tensor:
         """The numbers of a packed tensor; the last two weights are kept whole, because blocks and rows are asked for
         one by one.
         """
@@ -133,7 +133,7 @@ class Checkpoint(Leaf, Mapping[str, torch.Tensor]):
             raise UnknownNameError("read", "no such tensor", file=self.path, key=key, fix=nearest(key, self._shapes))
         piece = self.slices[key]
         if piece.stored.packed is not None:
-            return self._unpacked(piece).clone().view(self._shapes[key])
+            return self._unpack(piece).clone().view(self._shapes[key])
         raw = (
             torch.frombuffer(
                 bytearray(piece.stored.reader.read(piece.offset, piece.elements * piece.stored.form.itemsize)),

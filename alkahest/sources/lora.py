@@ -33,7 +33,7 @@ from alkahest.model.families import Family, holds_model
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.sources.factors import NAMES, Update, scale_of, shape_of
-from alkahest.sources.lora_names import Name, family_of, is_lora, parsed
+from alkahest.sources.lora_names import Name, family_of, is_lora, parse_name
 
 _ROWS = 32  # computed at a time, whatever is asked for, so that no bit depends on where a block ends
 _KEPT = 8  # factors kept in memory: those of the tensor at hand, for every worker
@@ -220,7 +220,7 @@ def _updates(
 ) -> Iterator[tuple[str, Update]]:
     modules: dict[tuple[tuple[str, ...], str], dict[str, tuple[str, Entry, Name]]] = {}
     for stored, (_, entry) in located.tensors.items():
-        name = _parsed(stored, family, located.path)
+        name = _parse_name(stored, family, located.path)
         # A bias's difference is a target of its own; everything else of a module belongs together.
         module = modules.setdefault((name.keys, "bias" if name.role == "bias" else ""), {})
         if name.role in module:
@@ -361,9 +361,9 @@ def _settings(located: Located) -> dict[str, Any]:
     }
 
 
-def _parsed(stored: str, family: Family, file: Path) -> Name:
+def _parse_name(stored: str, family: Family, file: Path) -> Name:
     try:
-        return parsed(stored, family)
+        return parse_name(stored, family)
     except (UnknownNameError, UnsupportedError) as error:
         raise type(error)(
             error.operation, error.problem, file=file, key=error.key, found=error.found, fix=error.fix

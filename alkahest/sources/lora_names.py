@@ -86,7 +86,7 @@ class Name:
     role: str
 
 
-def parsed(stored: str, family: Family) -> Name:
+def parse_name(stored: str, family: Family) -> Name:
     """What a stored name means.
 
     >>> name = parsed("lora_unet_layers_0_attention_qkv.alpha", zimage.FAMILY); name.keys[0], name.role
@@ -118,7 +118,7 @@ def parsed(stored: str, family: Family) -> Name:
             f"this name fits no module of {family.title}" if suffix in ROLES else "this is no tensor of a LoRA",
             key=stored,
             found=module,
-            fix=nearest(_dotted(module, family), _known_near(module, family))
+            fix=nearest(_with_dots(module, family), _known_near(module, family))
             if suffix in ROLES
             else nearest(suffix, ROLES),
         )
@@ -160,7 +160,7 @@ def family_of(names: Iterable[str]) -> Family:
 
 
 def _keys(module: str, role: str, family: Family) -> tuple[str, ...]:
-    name = _dotted(module, family)
+    name = _with_dots(module, family)
     for end in (".bias",) if role == "bias" else (".weight", ""):
         keys = family.canonical(name + end)
         if all(family.template(key) in family.templates for key in keys):
@@ -168,7 +168,7 @@ def _keys(module: str, role: str, family: Family) -> tuple[str, ...]:
     return ()
 
 
-def _dotted(module: str, family: Family) -> str:
+def _with_dots(module: str, family: Family) -> str:
     """A module's name with dots, from one with underscores, which alone do not say where the dots were."""
     if block := _in_block(module, family):
         stack, number, rest = block

@@ -28,7 +28,7 @@ def add_lora(model: Any, config: Config, family: Family) -> None:
     targets = Pattern(config.lora.get("targets", family.lora_targets), family).require_match(
         dict(model.named_parameters()), "finetune"
     )
-    fixed = config.fixed(family)
+    fixed = config.frozen_pattern(family)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = [
         name

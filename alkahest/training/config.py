@@ -112,7 +112,7 @@ class Config:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `ak.sample` for them
     folder: Path = Path()
 
-    def fixed(self, family: Family) -> Pattern | None:
+    def frozen_pattern(self, family: Family) -> Pattern | None:
         """The tensors that do not move."""
         text = FROZEN.get(self.frozen, self.frozen)
         return Pattern(text, family) if text else None
@@ -121,7 +121,7 @@ class Config:
         """Whether a parameter of this name is trained: of a LoRA run the LoRA's, else all that do not stay fixed."""
         if self.lora:
             return ".lora_" in name
-        fixed = self.fixed(family)
+        fixed = self.frozen_pattern(family)
         return fixed is None or not fixed.matches(name)
 
     @property

@@ -86,7 +86,7 @@ def from_folder(folder: str | Path) -> Dataset:
         if not caption:
             skipped[name] = "no caption"
             continue
-        examples.append(Example(name, caption, "", partial(_opened, picture)))
+        examples.append(Example(name, caption, "", partial(_open, picture)))
     if not examples:
         found = f"{len(skipped)} pictures without a caption" if skipped else "no pictures"
         raise FileFormatError(
@@ -151,7 +151,7 @@ def from_scenes(
             f"scene {number}",
             scene.training_caption(),
             hashlib.blake2b(repr(scene).encode(), digest_size=16).hexdigest(),
-            partial(_drawn, scene),
+            partial(_draw, scene),
         )
         for number, scene in enumerate(drawn)
     ]
@@ -254,7 +254,7 @@ def _beside(picture: Path) -> str:
         return file.read(_MAX_CAPTION).decode(errors="replace").strip()
 
 
-def _opened(path: Path) -> Image:
+def _open(path: Path) -> Image:
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
@@ -262,7 +262,7 @@ def _opened(path: Path) -> Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _drawn(scene: Any) -> Image:
+def _draw(scene: Any) -> Image:
     import numpy as np
     from PIL import Image
 

@@ -124,7 +124,7 @@ def encode(dataset: Dataset, pipe: Any, resolution: int, multiple: int | None = 
     if not items:
         raise FileFormatError("dataset", "no picture could be read", found=next(iter(skipped.values()), "nothing"))
     found = [
-        Item(e.name, path, where[e.caption], (*size, _rounded(_shape(where[e.caption])[0]))) for e, path, size in items
+        Item(e.name, path, where[e.caption], (*size, _round_up(_shape(where[e.caption])[0]))) for e, path, size in items
     ]
     empty = _load(where[""])
     assert empty is not None  # it was just made
@@ -143,7 +143,7 @@ def bucket_size(width: int, height: int, resolution: int, step: int) -> tuple[in
     return high, wide
 
 
-def fitted(image: Image, size: tuple[int, int]) -> Image:
+def fit(image: Image, size: tuple[int, int]) -> Image:
     """A picture scaled and cropped round its middle to (height, width)."""
     from PIL import Image, ImageOps
 
@@ -214,7 +214,7 @@ class _Waiting:
         image = example.open()
         size = bucket_size(image.width, image.height, resolution, step)
         waiting = self._images.setdefault(size, [])
-        waiting.append((path, fitted(image, size)))
+        waiting.append((path, fit(image, size)))
         if len(waiting) * size[0] * size[1] >= _PIXELS:
             self._encode(size)
         scale = self.pipe.vae_scale_factor
@@ -230,7 +230,7 @@ class _Waiting:
             _save(path, latents)
 
 
-def _rounded(tokens: int) -> int:
+def _round_up(tokens: int) -> int:
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 

@@ -76,7 +76,7 @@ def reset_tensors(model: nn.Module, pattern: Pattern, seed: int) -> None:
                 parallel.assign(parameter, torch.from_numpy(numbers).view(parameter.shape) * spread)
 
 
-def prepared(
+def prepare(
     config: Config, start: Weights, folder: Path, device: str
 ) -> Generator[TrainingStep, None, tuple[dict[tuple[str, int], Encoded], Any]]:
     """Draw and encode the data, then load the model: events; returns data by name and resolution, and the pipeline.
@@ -97,13 +97,13 @@ def prepared(
                 if name not in datasets:
                     datasets[name] = yield from _dataset(name, config, folder, pipe)
                 if (name, stage.resolution) not in encoded:
-                    encoded[name, stage.resolution] = yield from _told(
+                    encoded[name, stage.resolution] = yield from _relay(
                         config, f"encoding {name}", encode(datasets[name], pipe, stage.resolution)
                     )
     for prompt in (*config.prompts, "", str(config.sampling.get("negative_prompt", ""))):
         embed(pipe, prompt)  # remembered for the pictures to come
     pipe.text_encoder.to("cpu")
-    pipe.transformer = (_transformer if parallel.size() == 1 else _sharded)(start, config, form, device)
+    pipe.transformer = (_transformer if parallel.size() == 1 else _shard)(start, config, form, device)
     return encoded, pipe
 
 
@@ -127,7 +127,7 @@ def blocks_of(model: Any, family: Family) -> list[nn.Module]:
     return [block for stack in family.stacks for block in getattr(model, stack, None) or ()]
 
 
-def _sharded(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
+def _shard(start: Weights, config: Config, form: torch.dtype, device: str) -> Any:
     """A transformer that is spread over the processes, block by block: none of them ever holds all of it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -165,7 +165,7 @@ def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[Tr
                 "finetune", "the prompts cannot be read", file=path, found=error, fix="a text file with a prompt a line"
             ) from None
     models = _Models(given["models"], open_inputs(config), pipe)
-    found: Dataset = yield from _told(config, f"drawing {name}", make_dataset(models, prompts, folder / "data" / name))
+    found: Dataset = yield from _relay(config, f"drawing {name}", make_dataset(models, prompts, folder / "data" / name))
     return found
 
 
@@ -193,7 +193,7 @@ def _scenes(given: Mapping[str, Any]) -> Dataset:
     return from_scenes(fixed.pop("count"), fixed.pop("seed"), **fixed)
 
 
-def _told(config: Config, what: str, events: Iterator[Any]) -> Generator[TrainingStep, None, Any]:
+def _relay(config: Config, what: str, events: Iterator[Any]) -> Generator[TrainingStep, None, Any]:
     """Pass on the progress of something that comes before training; returns its result."""
     result = None
     for event in events:

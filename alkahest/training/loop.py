@@ -22,13 +22,13 @@ from alkahest.training.adapter import add_lora, save_adapter
 from alkahest.training.config import Config, Stage
 from alkahest.training.encoded import Encoded
 from alkahest.training.events import TrainingStep
-from alkahest.training.inputs import prepared, reset_tensors, start_of
+from alkahest.training.inputs import prepare, reset_tensors, start_of
 from alkahest.training.memory import out_of_memory
 from alkahest.training.monitor import Monitor, read_history, split
-from alkahest.training.objective import Arithmetic, losses, noised
+from alkahest.training.objective import Arithmetic, add_noise, losses
 from alkahest.training.optimise import Updates, rate_at
 from alkahest.training.order import Order
-from alkahest.training.states import Frozen, about_checkpoint, existing, load_checkpoint, save_checkpoint
+from alkahest.training.states import Frozen, about_checkpoint, load_checkpoint, save_checkpoint, saved_checkpoints
 from alkahest.training.trained import Finetuned, Tensors, snapshot
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> 
     existing_device(device, "finetune")
     _check_processes(config)
     reset = Pattern(config.reset, start.family) if config.reset else None
-    for pattern in filter(None, (config.fixed(start.family), reset)):
+    for pattern in filter(None, (config.frozen_pattern(start.family), reset)):
         pattern.require_match(start.shapes, "finetune")
     try:
-        data, pipe = yield from prepared(config, start, path, device)
+        data, pipe = yield from prepare(config, start, path, device)
         yield from _Training(config, start, pipe, data, path).run()
     except (RuntimeError, MemoryError) as error:
         raise out_of_memory(error, config, start) or error from None
@@ -155,7 +155,7 @@ class _Training:
         self._resume()
         config, total = self.config, self.config.steps
         if self.step == 0:
-            yield self._measured("start", math.nan)
+            yield self._measure("start", math.nan)
         self.model.train()
         whole = None
         while self.step < total:
@@ -167,7 +167,7 @@ class _Training:
             self.monitor.step(self.step, loss, rate)
             key = f"{stage.name}: loss {loss:.4f}"
             if self.step % config.measure_every == 0 or self.step == total:
-                yield self._measured(key, loss)
+                yield self._measure(key, loss)
             else:
                 yield TrainingStep(self.step, total, key, loss=loss)
             if self.step % config.save_every == 0 or self.step == total:
@@ -191,13 +191,13 @@ class _Training:
             picked = [(order.datasets[number], example) for number, example in batch.picks[first : first + share]]
             latents = [dataset.latents(example) for dataset, example in picked]
             captions = [dataset.embedding(example) for dataset, example in picked]
-            made = noised(
+            made = add_noise(
                 latents, captions, picked[0][0].empty, stage, config.seed, self.step, part * stage.batch + first
             )
             loss = losses(self.model, made, self.how).mean()
             value = parallel.mean(float(loss.detach()))
             if not math.isfinite(value):
-                raise self._lost(value)
+                raise self._lost_error(value)
             mean += value / config.accumulate
             (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
         if config.clip:
@@ -207,8 +207,8 @@ class _Training:
             running.lerp_(parallel.local(self.trained[name].detach()).float().cpu(), 1 - config.ema)
         return mean
 
-    def _lost(self, value: float) -> NonFiniteError:
-        saved = existing(self.folder / "checkpoints")
+    def _lost_error(self, value: float) -> NonFiniteError:
+        saved = saved_checkpoints(self.folder / "checkpoints")
         good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
         return NonFiniteError(
             "finetune",
@@ -217,7 +217,7 @@ class _Training:
             fix=f"a smaller lr, or clip above 0; {good}",
         )
 
-    def _measured(self, key: str, loss: float) -> TrainingStep:
+    def _measure(self, key: str, loss: float) -> TrainingStep:
         self.model.eval()
         number, _ = self.config.stage_at(max(0, self.step - 1))
         row = self.monitor.measure(self.step, self.config.stages[number].name, loss)
@@ -254,7 +254,7 @@ class _Training:
         return parallel.like(rows, parameter)
 
     def _resume(self) -> None:
-        saved = existing(self.folder / "checkpoints")
+        saved = saved_checkpoints(self.folder / "checkpoints")
         if saved:
             self._go_on(saved[-1])
         self.monitor.resume(self.step)

@@ -19,7 +19,7 @@ from alkahest.pictures.sampler import sample
 from alkahest.training import parallel
 from alkahest.training.config import Config, Stage
 from alkahest.training.encoded import Encoded, Item
-from alkahest.training.objective import Arithmetic, losses, noised
+from alkahest.training.objective import Arithmetic, add_noise, losses
 
 if TYPE_CHECKING:
     import pandas
@@ -99,7 +99,7 @@ class Monitor:
             chosen = list(range(first, min(first + 16, len(held))))
             for bucket in {held.items[n].bucket for n in chosen}:
                 same = [n for n in chosen if held.items[n].bucket == bucket]
-                made = noised(
+                made = add_noise(
                     [held.latents(n) for n in same],
                     [held.embedding(n) for n in same],
                     held.empty,

@@ -26,7 +26,7 @@ class Noised:
     sigma: Tensor
 
 
-def noised(
+def add_noise(
     latents: Sequence[Tensor],
     captions: Sequence[Tensor],
     empty: Tensor,
@@ -44,7 +44,7 @@ def noised(
     """
     rngs = [seeded.generator(seed, f"noise {step}", "", first + number) for number in range(len(latents))]
     logits = torch.tensor([stage.mean + stage.std * rng.standard_normal() for rng in rngs], dtype=torch.float32)
-    sigma = shifted(torch.sigmoid(logits), stage.shift)
+    sigma = shift_sigma(torch.sigmoid(logits), stage.shift)
     dropped = [rng.random() < stage.drop for rng in rngs]
     data = torch.stack(list(latents)).float()
     noise = torch.from_numpy(np.stack([rng.standard_normal(data.shape[1:], np.float32) for rng in rngs]))
@@ -58,7 +58,7 @@ def noised(
     )
 
 
-def shifted(sigma: Tensor, shift: float) -> Tensor:
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """Noise levels after the shift that sampling uses too (ModelSamplingAuraFlow's)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -61,7 +61,7 @@ class Updates:
         master.grad = None
         if rows.dtype != torch.float32:
             part = f" of process {parallel.rank()}" if rows.shape != parameter.shape else ""
-            rows.copy_(rounded(master.data, self.config.seed, self.step_number, name + part))
+            rows.copy_(round_stochastically(master.data, self.config.seed, self.step_number, name + part))
         master.data = torch.empty(0, device=rows.device)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
@@ -88,7 +88,7 @@ class Updates:
                 kept[key] = parallel.local(value).to(self._parameters[name].device)
 
 
-def rounded(values: Tensor, seed: int, step: int, name: str) -> Tensor:
+def round_stochastically(values: Tensor, seed: int, step: int, name: str) -> Tensor:
     """float32 to bf16 stochastically, by seed, step and name."""
     digest = hashlib.blake2b(f"{seed} {step} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator(values.device).manual_seed(int.from_bytes(digest, "little"))

@@ -76,7 +76,7 @@ def mean(value: float) -> float:
     return float(told) / size()
 
 
-def agreed(value: Any) -> Any:
+def agree(value: Any) -> Any:
     """What the first process says, for all."""
     if size() == 1:
         return value

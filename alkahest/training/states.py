@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Ma
             fix="free some space: the run goes on from the checkpoint before",
         ) from None
     if parallel.rank() == 0:
-        for old in existing(folder)[:-_KEPT]:
+        for old in saved_checkpoints(folder)[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -78,12 +78,12 @@ def _shared_folder(target: Path, size: int) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             partial = str(stack.enter_context(whole_folder(target, size)))
-        yield Path(parallel.agreed(partial))
+        yield Path(parallel.agree(partial))
         parallel.wait()
     parallel.wait()
 
 
-def existing(folder: Path) -> list[Path]:
+def saved_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
 
@@ -96,7 +96,7 @@ def about_checkpoint(path: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(text)
         return {**about, "step": int(about["step"])}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, error) from None
+        raise _damage(path, error) from None
 
 
 def load_checkpoint(
@@ -115,10 +115,10 @@ def load_checkpoint(
         assert isinstance(what, TensorStorageMetadata)  # safetensors hold nothing else
         target = place(name, tuple(what.size), what.properties.dtype)
         if target is None:
-            raise _damaged(path, f"{name} of shape {tuple(what.size)} is not of this run")
+            raise _damage(path, f"{name} of shape {tuple(what.size)} is not of this run")
         state[name] = target
     if lacking := [name for name in needed if name not in state]:
-        raise _damaged(path, f"{lacking[0]} is not in it")
+        raise _damage(path, f"{lacking[0]} is not in it")
     try:
         with _readable(path), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
@@ -132,13 +132,13 @@ def _require_sound(path: Path) -> None:
     """Raise FileFormatError unless every file of a checkpoint is as long and as well formed as its header says."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise _damaged(path, "it holds no numbers")
+        raise _damage(path, "it holds no numbers")
     for file in files:
         reader = Reader(file)  # whose own errors are of the disk, not of what is on it
         try:
             read_header(reader)
         except FileFormatError as error:
-            raise _damaged(path, f"{file.name}: {error.problem}") from None
+            raise _damage(path, f"{file.name}: {error.problem}") from None
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _damaged(path: Path, what: object) -> FileFormatError:
+def _damage(path: Path, what: object) -> FileFormatError:
     return FileFormatError(
         "finetune",
         "this checkpoint is damaged",

@@ -87,7 +87,7 @@ class _Scope:
         self.links = {one: (origin, slot) for one, origin, slot, _, _ in self.ends}
 
 
-def flattened(workflow: Mapping[str, Any], file: object) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def flatten(workflow: Mapping[str, Any], file: object) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every node that the server would see: id, class, and inputs by name."""
     definitions = workflow.get("definitions") or {}
     subgraphs = definitions.get("subgraphs") or [] if isinstance(definitions, dict) else []
@@ -127,7 +127,7 @@ class _Editor:
             )
         definition = self.subgraphs[_kind(node, self.file)]
         inner = _Scope(self.file, definition, f"{scope.prefix}{one}:", scope, node)
-        inner.promoted = _promoted(inner, scope.promoted, one)
+        inner.promoted = _promotions(inner, scope.promoted, one)
         return inner
 
     def inputs(self, scope: _Scope, one: str, node: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class _Editor:
         return scope.promoted.get(("", str(name)), _UNSAID)
 
 
-def _promoted(inner: _Scope, outer: Mapping[tuple[str, str], Any], one: str) -> dict[tuple[str, str], Any]:
+def _promotions(inner: _Scope, outer: Mapping[tuple[str, str], Any], one: str) -> dict[tuple[str, str], Any]:
     """What an instance of a subgraph sets inside: (node inside, widget) -> value; ("", name) is an input of its own."""
     values = inner.instance.get("widgets_values")
     properties = inner.instance.get("properties")

@@ -12,7 +12,7 @@ from typing import Any
 
 from alkahest.errors import RecipeError
 from alkahest.files.reader import Reader
-from alkahest.workflow.editor import Link, flattened
+from alkahest.workflow.editor import Link, flatten
 
 MAX_BYTES = 64 << 20  # the largest of ComfyUI's own 650 templates has 1 MB
 
@@ -59,7 +59,7 @@ def read_graph(value: Any, file: object = None) -> Graph:
     """The nodes of a workflow, in whichever form; RecipeError for JSON that is none."""
     if isinstance(value, dict) and isinstance(value.get("nodes"), list):
         try:
-            return {one: Node(one, kind, inputs) for one, kind, inputs in flattened(value, file)}
+            return {one: Node(one, kind, inputs) for one, kind, inputs in flatten(value, file)}
         except RecursionError:
             raise RecipeError(
                 "workflow", "the graph is too deep", file=file, expected="at most some hundred reroutes in a row"

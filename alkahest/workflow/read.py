@@ -79,12 +79,12 @@ def _text(kind: bytes, rest: bytes) -> str:
     if kind == b"tEXt":
         return rest.decode("latin-1")
     if kind == b"zTXt":
-        return _unpacked(rest[1:]).decode("latin-1")
+        return _unpack(rest[1:]).decode("latin-1")
     packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
-    return (_unpacked(rest) if packed else rest).decode("utf-8", "replace")
+    return (_unpack(rest) if packed else rest).decode("utf-8", "replace")
 
 
-def _unpacked(data: bytes) -> bytes:
+def _unpack(data: bytes) -> bytes:
     try:
         return zlib.decompressobj().decompress(data, _MAX_TEXT)
     except zlib.error:

@@ -118,7 +118,7 @@ class _Reading:
         value = self.model(node, "model")
         if value.kind != WEIGHTS:
             what = "which is no model yet; add it to one" if value.kind == DELTA else "whose factors do not add up to 1"
-            raise self.refused(node, f"the model that arrives is {value.kind}, {what}", found=value.text)
+            raise self.refusal(node, f"the model that arrives is {value.kind}, {what}", found=value.text)
         output: dict[str, Any] = {"comfy_compatible": True}
         if layout := SAVERS.get(node.kind):
             output["layout"] = layout
@@ -142,26 +142,26 @@ class _Reading:
         link = node.inputs.get(name)
         if not isinstance(link, Link):
             why = link.why if isinstance(link, Absent) else "nothing is connected to it"
-            raise self.refused(node, f"{name} is missing: {why}")
+            raise self.refusal(node, f"{name} is missing: {why}")
         if link in self._known:
             return self._known[link]
         origin = self.graph.get(link.node)
         if origin is None:
-            raise self.refused(node, f"{name} comes from node {link.node}, which does not exist")
+            raise self.refusal(node, f"{name} comes from node {link.node}, which does not exist")
         if link.slot != 0:
-            raise self.refused(
+            raise self.refusal(
                 node, f"{name} takes output {link.slot} of {origin}, which is no model", expected="output 0"
             )
         if origin.id in self._path:
             circle = " -> ".join([*self._path[self._path.index(origin.id) :], origin.id])
-            raise self.refused(
+            raise self.refusal(
                 node,
                 "the graph runs in a circle",
                 found=circle,
                 fix="ComfyUI cannot run this either; take the loop out",
             )
         if len(self._path) >= _MAX_DEPTH:
-            raise self.refused(node, "the graph is too deep", expected=f"at most {_MAX_DEPTH} nodes in a row")
+            raise self.refusal(node, "the graph is too deep", expected=f"at most {_MAX_DEPTH} nodes in a row")
         self._path.append(origin.id)
         self._known[link] = found = self.of(origin, node)
         self._path.pop()
@@ -175,8 +175,8 @@ class _Reading:
             self.pass_through(node)
             return self.model(node, "model")
         if node.kind.startswith(_OTHER_FAMILIES):
-            raise self.refused(node, "this node is for another family of models", expected="Z-Image")
-        raise self.refused(
+            raise self.refusal(node, "this node is for another family of models", expected="Z-Image")
+        raise self.refusal(
             node,
             f"what this node does to a model is not known, and {after} takes its output",
             expected=", ".join([*_NODES, *_PASSING[:3], "..."]),
@@ -204,7 +204,7 @@ class _Reading:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise self.refused(
+            raise self.refusal(
                 node,
                 f"{name} is not a number",
                 found=f"{value!r:.200}" if number != math.inf else "more than a number can be",
@@ -217,7 +217,7 @@ class _Reading:
         while isinstance(value, Link) and seen < _MAX_DEPTH:
             origin, seen = self.graph.get(value.node), seen + 1
             if origin is None or not origin.kind.startswith("Primitive"):
-                raise self.refused(
+                raise self.refusal(
                     node,
                     f"{name} is computed while the graph runs",
                     found=f"it comes from {origin or 'node ' + value.node}",
@@ -225,20 +225,20 @@ class _Reading:
                 )
             value = origin.inputs.get("value")
         if isinstance(value, Absent):
-            raise self.refused(node, f"{name} is missing: {value.why}")
+            raise self.refusal(node, f"{name} is missing: {value.why}")
         if value is None or isinstance(value, Link):
-            raise self.refused(node, f"{name} is missing")
+            raise self.refusal(node, f"{name} is missing")
         return value
 
     def file(self, node: Node, folder: str, name: str) -> str:
         """The name in the recipe of the file that a loader loads."""
         text = self.literal(node, name)
         if not isinstance(text, str):
-            raise self.refused(node, f"{name} is not a file's name", found=str(text)[:200])
+            raise self.refusal(node, f"{name} is not a file's name", found=str(text)[:200])
         for known, file in self.files.items():
             if (file.folder, file.name) == (folder, text):
                 return known
-        chosen = next(one for one in _numbered(identifier(Path(text.replace("\\", "/")))) if one not in self.files)
+        chosen = next(one for one in _number_names(identifier(Path(text.replace("\\", "/")))) if one not in self.files)
         self.files[chosen] = ModelFile(folder, text, str(node))
         return chosen
 
@@ -266,7 +266,7 @@ class _Reading:
                     continue
                 kind = origin.inputs.get("type", "lumina2") if origin.kind == "CLIPLoader" else "lumina2"
                 if origin.kind in _OTHER_ENCODERS or kind not in _ENCODER_TYPES:
-                    raise self.refused(
+                    raise self.refusal(
                         origin,
                         "this text encoder is for another family of models",
                         expected="Z-Image: CLIPLoader with type lumina2",
@@ -275,11 +275,11 @@ class _Reading:
                 seen.add(origin.id)
                 waiting.append(origin.id)
 
-    def refused(self, node: Node, problem: str, **facts: Any) -> AlkahestError:
+    def refusal(self, node: Node, problem: str, **facts: Any) -> AlkahestError:
         return RecipeError("workflow", f"{node}: {problem}", file=self.source, **facts)
 
 
-def _numbered(stem: str) -> Iterator[str]:
+def _number_names(stem: str) -> Iterator[str]:
     yield stem
     number = 2
     while True:
@@ -301,14 +301,14 @@ def _checkpoint(reading: _Reading, node: Node) -> Value:
 
 
 def _subtract(reading: _Reading, node: Node) -> Value:
-    return values.subtracted(
+    return values.subtract(
         reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, "multiplier")
     )
 
 
 def _add(reading: _Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
-    made = values.added(first, second)
+    made = values.add(first, second)
     if first.kind == DELTA and second.kind == WEIGHTS and not first.terms:
         reading.notes.append(
             f"{node} has the difference as model1, so ComfyUI would keep that one's pad tokens; the recipe keeps "
@@ -318,7 +318,7 @@ def _add(reading: _Reading, node: Node) -> Value:
 
 
 def _simple(reading: _Reading, node: Node, ratio: str = "ratio") -> Value:
-    return values.mixed(reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, ratio))
+    return values.mix(reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, ratio))
 
 
 def _blocks(reading: _Reading, node: Node) -> Value:
@@ -339,7 +339,7 @@ def _lora(reading: _Reading, node: Node) -> Value:
         return weights
     name = reading.file(node, "loras", "lora_name")
     if weights.kind == TOTAL:
-        raise reading.refused(node, "a LoRA on a sum of models that is none yet", found=weights.text)
+        raise reading.refusal(node, "a LoRA on a sum of models that is none yet", found=weights.text)
     return values.plus(weights, values.times(strength, values.named_delta(name)))
 
 
@@ -347,7 +347,7 @@ def _our_merge(reading: _Reading, node: Node) -> Value:
     bridge, variant, base = (reading.model(node, name) for name in ("bridge", "variant", "base"))
     for name, value in (("bridge", bridge), ("variant", variant), ("base", base)):
         if value.kind != WEIGHTS:
-            raise reading.refused(node, f"{name} is {value.kind}, not a model", found=value.text)
+            raise reading.refusal(node, f"{name} is {value.kind}, not a model", found=value.text)
     # Zero on what is protected, and not .protect(): that would hold for what later nodes add as well.
     delta = values.difference(variant, base, _and_pads(str(reading.literal(node, "protect", "refiner"))))
     factor, parts = _factor(reading, node), str(reading.literal(node, "parts", ""))
@@ -360,7 +360,7 @@ def _our_merge(reading: _Reading, node: Node) -> Value:
 def _our_subtract(reading: _Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
     if not first.kind == second.kind == WEIGHTS:
-        raise reading.refused(node, "this node subtracts a model from a model", found=f"{first.kind} and {second.kind}")
+        raise reading.refusal(node, "this node subtracts a model from a model", found=f"{first.kind} and {second.kind}")
     kept = "refiner" if reading.literal(node, "keep_refiner", True) else ""
     return values.times(_factor(reading, node), values.difference(first, second, _and_pads(kept)))
 
@@ -368,7 +368,7 @@ def _our_subtract(reading: _Reading, node: Node) -> Value:
 def _our_add(reading: _Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
     if (first.kind, second.kind) != (WEIGHTS, DELTA):
-        raise reading.refused(
+        raise reading.refusal(
             node,
             "this node adds a difference to a model",
             expected="model1 a model, model2 a difference",
@@ -389,7 +389,7 @@ def _factor(reading: _Reading, node: Node) -> float | str:
     origin = reading.graph.get(link.node) if isinstance(link, Link) else None
     if origin is None or origin.kind != "AlkahestMultiplier":
         return reading.number(node, "multiplier")
-    names = _numbered("k_auto")
+    names = _number_names("k_auto")
     name = reading.computed.get(origin.id) or next(one for one in names if one not in reading.computed.values())
     reading.computed[origin.id] = name
     reading.notes.append(f"{origin} computes the multiplier of {node}: give it by --{name} NUMBER, or --{name} auto")

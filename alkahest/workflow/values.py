@@ -33,7 +33,7 @@ class Value:
                 "workflow", "the recipe of this graph is too long", expected=f"at most {MAX_TEXT:,} characters"
             )
 
-    def wrapped(self, least: int) -> str:
+    def in_parentheses(self, least: int) -> str:
         return self.text if self.level >= least else f"({self.text})"
 
 
@@ -47,12 +47,12 @@ def named_delta(name: str) -> Value:
 
 def difference(variant: Value, base: Value, zero: str = "") -> Value:
     """``variant - base``, zero on the tensors that the pattern selects."""
-    made = Value(f"{variant.wrapped(SUM)} - {base.wrapped(PRODUCT)}", SUM, DELTA)
+    made = Value(f"{variant.in_parentheses(SUM)} - {base.in_parentheses(PRODUCT)}", SUM, DELTA)
     return without(made, zero) if zero else made
 
 
 def without(delta: Value, pattern: str) -> Value:
-    return Value(f"{delta.wrapped(ATOM)}.without({pattern!r})", ATOM, DELTA)
+    return Value(f"{delta.in_parentheses(ATOM)}.without({pattern!r})", ATOM, DELTA)
 
 
 def times(factor: float | str, delta: Value) -> Value:
@@ -60,43 +60,43 @@ def times(factor: float | str, delta: Value) -> Value:
     if factor == 1.0:
         return delta
     if factor == -1.0:
-        text = delta.wrapped(PRODUCT)
+        text = delta.in_parentheses(PRODUCT)
         return Value(text[1:] if text.startswith("-") else f"-{text}", PRODUCT, DELTA, scaled=delta.scaled)
     number = factor if isinstance(factor, str) else text_of(factor)
     if delta.scaled:
-        return Value(f"{delta.wrapped(ATOM)}.scaled({{'all': {number}}})", ATOM, DELTA, scaled=True)
-    return Value(f"{number} * {delta.wrapped(ATOM)}", PRODUCT, DELTA, scaled=True)
+        return Value(f"{delta.in_parentheses(ATOM)}.scaled({{'all': {number}}})", ATOM, DELTA, scaled=True)
+    return Value(f"{number} * {delta.in_parentheses(ATOM)}", PRODUCT, DELTA, scaled=True)
 
 
 def plus(left: Value, delta: Value) -> Value:
     """Weights or a difference, and a difference added to it."""
     if delta.level >= PRODUCT and delta.text.startswith("-"):
-        return Value(f"{left.wrapped(SUM)} - {delta.wrapped(PRODUCT)[1:]}", SUM, left.kind)
-    return Value(f"{left.wrapped(SUM)} + {delta.wrapped(PRODUCT)}", SUM, left.kind)
+        return Value(f"{left.in_parentheses(SUM)} - {delta.in_parentheses(PRODUCT)[1:]}", SUM, left.kind)
+    return Value(f"{left.in_parentheses(SUM)} + {delta.in_parentheses(PRODUCT)}", SUM, left.kind)
 
 
-def subtracted(first: Value, second: Value, factor: float) -> Value:
+def subtract(first: Value, second: Value, factor: float) -> Value:
     """ModelMergeSubtract: ``first*m - m*second``."""
     if first.kind == second.kind == WEIGHTS:
         made = times(factor, difference(first, second))
-        return Value(made.text, made.level, DELTA, (*_scaled(first, factor), *_scaled(second, -factor)), made.scaled)
+        return Value(made.text, made.level, DELTA, (*_scale(first, factor), *_scale(second, -factor)), made.scaled)
     if first.kind == second.kind == DELTA:
         return plus(times(factor, first), times(-factor, second))
     if first.kind == WEIGHTS and second.kind == DELTA and factor == 1.0:
         return plus(first, times(-1.0, second))
-    return total(_scaled(first, factor), _scaled(second, -factor))
+    return total(_scale(first, factor), _scale(second, -factor))
 
 
-def added(first: Value, second: Value) -> Value:
+def add(first: Value, second: Value) -> Value:
     """ModelMergeAdd: ``first + second``."""
     if second.kind == DELTA and first.kind != TOTAL:
         return plus(first, second)
     if first.kind == DELTA and not first.terms and second.kind == WEIGHTS:
         return plus(second, first)
-    return total(_scaled(first, 1.0), _scaled(second, 1.0))
+    return total(_scale(first, 1.0), _scale(second, 1.0))
 
 
-def mixed(first: Value, second: Value, ratio: float) -> Value:
+def mix(first: Value, second: Value, ratio: float) -> Value:
     """ModelMergeSimple: ``ratio*first + (1 - ratio)*second``."""
     if ratio == 1.0:
         return first
@@ -105,7 +105,7 @@ def mixed(first: Value, second: Value, ratio: float) -> Value:
         return Value(f"lerp({first.text}, {second.text}, {text_of(share)})", ATOM, WEIGHTS)
     if first.kind == second.kind == DELTA:
         return plus(times(ratio, first), times(share, second))
-    return total(_scaled(first, ratio), _scaled(second, share))
+    return total(_scale(first, ratio), _scale(second, share))
 
 
 def total(first: tuple[tuple[str, float], ...], second: tuple[tuple[str, float], ...]) -> Value:
@@ -119,7 +119,7 @@ def total(first: tuple[tuple[str, float], ...], second: tuple[tuple[str, float],
     )
 
 
-def _scaled(value: Value, factor: float) -> tuple[tuple[str, float], ...]:
+def _scale(value: Value, factor: float) -> tuple[tuple[str, float], ...]:
     """The models that a value adds up, times a factor; none if it cannot be told."""
     if value.kind == WEIGHTS and not value.terms:
         return ((value.text, factor),)

@@ -85,8 +85,8 @@ class _Writing:
             case Sum():
                 self.notes.append(PADS)
                 start, protect = self.weights(one.weights), ", ".join(dict.fromkeys(one.weights.protection))
-                for factor, delta in _added(one.delta):
-                    start = self.added(start, factor, delta, protect, one.weights)
+                for factor, delta in _terms_of(one.delta):
+                    start = self.add_term(start, factor, delta, protect, one.weights)
                 return start
             case Mixture():
                 return self.mixture(one)
@@ -106,17 +106,17 @@ class _Writing:
                 mixed = self.merge(mixed, self.weights(other), first, share, protect, "")
             else:
                 mixed = self.node(
-                    "ModelMergeAdd", model1=mixed, model2=self.subtracted(self.weights(other), first, share)
+                    "ModelMergeAdd", model1=mixed, model2=self.subtract(self.weights(other), first, share)
                 )
         return mixed
 
-    def added(self, start: list[Any], factor: float, delta: Delta, protect: str, weights: Weights) -> list[Any]:
+    def add_term(self, start: list[Any], factor: float, delta: Delta, protect: str, weights: Weights) -> list[Any]:
         """One term of a sum: a core node if it changes all tensors alike, else Alkahest Merge."""
         if isinstance(delta, Lora):
             return self.lora(start, factor, delta, protect, weights)
         if isinstance(delta, Difference) and not protect:
             variant, base = self.weights(delta.variant), self.weights(delta.base)
-            return self.node("ModelMergeAdd", model1=start, model2=self.subtracted(variant, base, factor))
+            return self.node("ModelMergeAdd", model1=start, model2=self.subtract(variant, base, factor))
         kept: list[str] = []
         parts = ""
         while not isinstance(delta, Difference):
@@ -152,7 +152,7 @@ class _Writing:
             "AlkahestMerge", bridge=bridge, variant=variant, base=base, multiplier=factor, protect=protect, parts=parts
         )
 
-    def subtracted(self, variant: list[Any], base: list[Any], factor: float) -> list[Any]:
+    def subtract(self, variant: list[Any], base: list[Any], factor: float) -> list[Any]:
         """``factor * (variant - base)`` by core nodes, however large the factor."""
         first, *more = _split(factor)
         delta = self.node("ModelMergeSubtract", model1=variant, model2=base, multiplier=first)
@@ -189,14 +189,14 @@ class _Writing:
         return self.node("UNETLoader", unet_name=_file_name(path, "diffusion_models", one.name), weight_dtype="default")
 
 
-def _added(delta: Delta, factor: float = 1.0) -> Iterator[tuple[float, Delta]]:
+def _terms_of(delta: Delta, factor: float = 1.0) -> Iterator[tuple[float, Delta]]:
     """The terms of a delta with their factors, sums taken apart."""
     match delta:
         case DeltaSum():
-            yield from _added(delta.left, factor)
-            yield from _added(delta.right, factor)
+            yield from _terms_of(delta.left, factor)
+            yield from _terms_of(delta.right, factor)
         case Scaled():
-            yield from _added(delta.delta, factor * _value(delta.factor))
+            yield from _terms_of(delta.delta, factor * _value(delta.factor))
         case _:
             yield factor, delta
 

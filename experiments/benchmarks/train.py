@@ -41,7 +41,7 @@ def step_memory(
     from alkahest.training.config import Stage, config_of
     from alkahest.training.inputs import lighten
     from alkahest.training.memory import memory_plan
-    from alkahest.training.objective import Arithmetic, losses, noised
+    from alkahest.training.objective import Arithmetic, add_noise, losses
     from alkahest.training.optimise import Updates
 
     torch.set_num_threads(threads)
@@ -74,7 +74,7 @@ def step_memory(
     forget_peak(device)
     for number in range(2):
         started = time.perf_counter()
-        batch = noised([latents], [caption], caption, Stage("x", {}, 1, 1.0), 0, number)
+        batch = add_noise([latents], [caption], caption, Stage("x", {}, 1, 1.0), 0, number)
         updates.begin(number, 1e-5)
         loss = losses(model.train(), batch, how).mean()
         loss.backward()

@@ -9,6 +9,8 @@ import torch
 
 import alkahest as ak
 from alkahest.engine import terms
+from alkahest.engine.evaluate import evaluate
+from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlgebraError, MismatchError, UnknownNameError
 
@@ -212,3 +214,44 @@ def test_html_escapes_names_from_strangers(tmp_path: Path, trio: dict[str, Path]
     path = tmp_path / "<img src=x onerror=alert(1)>.safetensors"
     path.write_bytes(trio["base"].read_bytes())
     assert "<img" not in ak.open(path)._repr_html_()
+
+
+def numbers(expression: ak.Weights | ak.Delta, key: str) -> torch.Tensor:
+    found = expression.at(key, Rules())
+    assert found is not None
+    out = torch.empty(expression.shapes[key]).view(-1)
+    evaluate(found, 0, out.numel(), out, Workspace(torch.device("cpu")))
+    return out.view(expression.shapes[key]).double()
+
+
+def test_of_several_factors_the_last_that_fits_counts(models: tuple[ak.Checkpoint, ...]) -> None:
+    _, variant, base = models
+    delta = (variant - base).scaled({"layers": 2, "attention": 5, "layers.1": 7})
+    other = (variant - base).scaled({"layers.1": 7, "attention": 5, "layers": 2})
+    for scaled, factors in ((delta, (5.0, 2.0, 7.0, 7.0, 5.0, 1.0)), (other, (2.0, 2.0, 2.0, 2.0, 5.0, 1.0))):
+        keys = (
+            "layers.0.attention.to_q.weight",
+            "layers.0.feed_forward.w1.weight",
+            "layers.1.attention.to_q.weight",
+            "layers.1.feed_forward.w1.weight",
+            "noise_refiner.0.attention.to_q.weight",
+            "cap_embedder.1.weight",
+        )
+        for key, factor in zip(keys, factors, strict=True):
+            exact = factor * (variant[key].double() - base[key].double())
+            torch.testing.assert_close(numbers(scaled, key), exact, rtol=1e-6, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("t", [0.3, -0.7, 1.9])
+def test_a_change_from_the_left_goes_its_share_of_the_way(t: float, models: tuple[ak.Checkpoint, ...]) -> None:
+    bridge, variant, base = models
+    a, v, b = (model[LAYER].double() for model in models)
+    for expression, exact in (
+        (ak.lerp(bridge, variant, t), a + t * (v - a)),
+        (bridge + t * (variant - bridge), a + t * (v - a)),
+        (bridge - t * (variant - bridge), a - t * (v - a)),
+        (bridge + t * (bridge - variant), a + t * (a - v)),
+        (bridge + t * (variant - base), a + t * (v - b)),
+        (ak.weighted_sum([bridge, variant, base], [1 - t - 0.2, t, 0.2]), (0.8 - t) * a + t * v + 0.2 * b),
+    ):
+        torch.testing.assert_close(numbers(expression, LAYER), exact, rtol=1e-5, atol=1e-6, msg=expression.text())

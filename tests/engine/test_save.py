@@ -492,3 +492,19 @@ def test_metadata_is_readable_by_anyone(models: Models, tmp_path: Path) -> None:
     for model in models:
         (entry,) = recorded["inputs"][model.name]
         assert entry == {"file": model.path.name, "bytes": model.path.stat().st_size, "blake3": digest(model.path)}
+
+
+def test_what_happened_to_tensors_is_counted_by_hand(trio: dict[str, Path], tmp_path: Path) -> None:
+    """Of 101: layer 1 is computed, with a tensor of the final layer; the rest is copied, or decoded for another storage."""
+    bridge, variant, base = (ak.open(trio[name]) for name in ("bridge", "variant", "base"))
+    delta = (variant - base).only("layers.1, all_final_layer.2-1.linear.bias")
+    changed = [key for key in bridge.shapes if key.startswith("layers.1.")] + ["all_final_layer.2-1.linear.bias"]
+    same = (bridge + 2 * delta).save(tmp_path / "same.safetensors")
+    assert (same.computed, same.copied, same.restored) == (len(changed), 101 - len(changed), {})
+    wide = (bridge + 2 * delta).save(tmp_path / "wide.safetensors", dtype="fp32")
+    assert (wide.computed, wide.copied, wide.restored) == (16, 0, {"bf16 to fp32": 85})
+    small = (bridge + 2 * delta).save(tmp_path / "small.safetensors", dtype="fp8_e4m3fn")
+    matrices = [key for key in bridge.shapes if bridge.family.is_quantisable(key)]
+    rest = [key for key in matrices if key not in changed]
+    assert (small.computed, small.copied) == (16, 101 - 16 - len(rest))
+    assert small.restored == {"bf16 to fp8_e4m3fn": len(rest)}

@@ -15,12 +15,12 @@ from alkahest.cli import app
 from alkahest.engine.events import Event, result_of
 from alkahest.errors import AlkahestError, FileFormatError, UnknownNameError
 from alkahest.experiment.config import Case, experiment_named, experiments, read_experiment
-from alkahest.experiment.measure import judged, prompts_of, stream_experiment
+from alkahest.experiment.measure import prompts_of, shares_as_asked, stream_experiment
 from alkahest.experiment.record import (
     Checked,
-    checked,
     checked_of,
     digest,
+    evaluate_checks,
     index,
     measured_digest,
     readme,
@@ -329,7 +329,7 @@ def test_checks_and_verdicts() -> None:
     tables = {"pictures": pd.DataFrame({"case": ["a", "a", "b"], "k": [1.0, 171.1, 1.0], "right": [90.0, 60.0, 40.0]})}
 
     def found(**how: Any) -> Checked:
-        (one,) = checked(Experiment("t", "c", "m", checks=(Check("s", "right", **how),)), tables)
+        (one,) = evaluate_checks(Experiment("t", "c", "m", checks=(Check("s", "right", **how),)), tables)
         return one
 
     assert found(where={"case": "a", "k": 171.1}, at_least=60.0).holds
@@ -362,7 +362,7 @@ def test_the_judge_is_counted_as_said() -> None:
         ]
     )
     read.loc[0, "subject"] = "nothing"
-    row = judged(asked, read, ("light",))
+    row = shares_as_asked(asked, read, ("light",))
     assert row["subject"] == pytest.approx(200 / 3)
     assert row["right"] == pytest.approx((200 / 3 + 400) / 5)
     assert (row["anime"], row["photo"]) == (100, 0)
@@ -389,7 +389,7 @@ def test_the_committed_ones_are_whole(folder: Path) -> None:
     assert about["measured"] == measured_digest(one), f"alkahest experiment run {one.name}"
     assert about["results"] == {path.name: digest(path) for path in (folder / "results").iterdir()}
     assert (folder / "README.md").read_text() == readme(one)
-    assert [check.holds for check in checked(one, tables_of(one))] == [check.holds for check in checked_of(one)]
+    assert [check.holds for check in evaluate_checks(one, tables_of(one))] == [check.holds for check in checked_of(one)]
     assert about["verdict"] == verdict(one, checked_of(one))
     assert one.figures
 

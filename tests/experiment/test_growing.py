@@ -17,7 +17,7 @@ from alkahest.experiment.growing.lessons import (
     flow_matching,
     imitation,
     is_inner,
-    joined,
+    join,
     train,
 )
 from alkahest.experiment.growing.muon import Muon, orthogonal
@@ -90,7 +90,7 @@ def test_imitation_batches_follow_the_teacher() -> None:
         Trajectories(torch.randn(2, 4, 16, 8, 8), torch.tensor([1.0, 0.7, 0.4, 0.0]), [torch.randn(4, 64)] * 2)
         for _ in range(2)
     ]
-    taught = joined(parts_)
+    taught = join(parts_)
     assert taught.latents.shape[0] == len(taught.captions) == 4
     here, time, _, target = imitation(taught, batch=50)(torch.Generator().manual_seed(1))
     for n in range(50):

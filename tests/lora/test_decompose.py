@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from alkahest.lora import decompose
-from alkahest.lora.decompose import Decomposition, decomposed, of_factors
+from alkahest.lora import decompose as module
+from alkahest.lora.decompose import Decomposition, decompose, of_factors
 from alkahest.lora.rank import RankRule
 
 
@@ -18,8 +18,8 @@ def planted(rows: int, columns: int, rank: int, noise: float) -> torch.Tensor:
 
 
 def run(matrix: torch.Tensor, method: str, rank_max: int | None = 64, **given: float) -> Decomposition:
-    rule = RankRule.checked(given, rank_max, False, "test")
-    return decomposed(matrix, float(matrix.double().square().sum()), rule, math.nan, method, 0, "key")
+    rule = RankRule.of(given, rank_max, False, "test")
+    return decompose(matrix, float(matrix.double().square().sum()), rule, math.nan, method, 0, "key")
 
 
 @pytest.mark.parametrize("shape", [(340, 520), (520, 340)])
@@ -39,22 +39,19 @@ def test_against_a_full_decomposition(shape: tuple[int, int], method: str) -> No
 
 def test_the_sketch_widens_until_the_energy_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = planted(900, 1300, rank=40, noise=0.01)
-    monkeypatch.setattr(decompose, "_FIRST", 5)
+    monkeypatch.setattr(module, "_FIRST", 5)
     found = run(matrix, "randomised", None, energy=0.999)
     s = torch.linalg.svdvals(matrix.double()).numpy()
     least = int(np.searchsorted(np.cumsum(s**2), 0.999 * (s**2).sum())) + 1
     assert not found.complete
-    assert (
-        RankRule.checked({"energy": 0.999}, None, False, "test").choose(found.s, found.squares, False, math.nan)
-        == least
-    )
+    assert RankRule.of({"energy": 0.999}, None, False, "test").choose(found.s, found.squares, False, math.nan) == least
     assert least <= len(found.s) < 110
     capped = run(matrix, "randomised", 12, energy=0.999)
     assert len(capped.s) == 12, "a cap ends the search"
 
 
 def test_a_flat_spectrum_is_decomposed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decompose, "_EXACT_SIDE", 10)
+    monkeypatch.setattr(module, "_EXACT_SIDE", 10)
     noise = torch.randn(130, 210, generator=torch.Generator().manual_seed(0))
     found = run(noise, "auto", None, energy=0.995)
     assert found.complete

@@ -226,8 +226,8 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert 0 < last.done < last.total
     Path(parts.file.iloc[0]).write_bytes(b"damaged")
     done: list[str] = []
-    real = tensor.decomposed
-    monkeypatch.setattr(tensor, "decomposed", lambda *given: done.append(given[-1]) or real(*given))
+    real = tensor.decompose
+    monkeypatch.setattr(tensor, "decompose", lambda *given: done.append(given[-1]) or real(*given))
     again = ak.extract_lora(v - b, **asked)
     assert len(done) == len(whole.targets) - len(parts) + 1
     assert again.save(tmp_path / "again.safetensors").path.read_bytes() == whole.path.read_bytes()
@@ -262,7 +262,7 @@ def test_resizing_and_merging_need_no_models(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: Any) -> None:
         raise AssertionError("a matrix was computed")
 
-    monkeypatch.setattr(tensor, "decomposed", refuse)
+    monkeypatch.setattr(tensor, "decompose", refuse)
     small = ak.extract_lora(one, rank=2)
     report = small.report.set_index("tensor")
     again = small.save(tmp_path / "small.safetensors")

@@ -14,7 +14,7 @@ SQUARES = float((S**2).sum())
 
 
 def rule(rank_max: int | None = 64, noise_edge: bool = False, **given: Any) -> RankRule:
-    return RankRule.checked(given, rank_max, noise_edge, "test")
+    return RankRule.of(given, rank_max, noise_edge, "test")
 
 
 @pytest.mark.parametrize(

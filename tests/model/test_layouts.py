@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from alkahest.errors import AlkahestError, FileFormatError, UnknownNameError
 from alkahest.model.families import recognise
 from alkahest.model.families.zimage import FAMILY
-from alkahest.sources.lora_names import DOTTED, FLAT, REFUSED, ROLES, parsed
+from alkahest.sources.lora_names import DOTTED, FLAT, REFUSED, ROLES, parse_name
 
 
 def test_names_agree_with_diffusers_own_converter() -> None:
@@ -27,18 +27,18 @@ def test_names_agree_with_diffusers_own_converter() -> None:
 def test_round_trip_of_every_name() -> None:
     state = tiny.state()
     native, diffusers = FAMILY.layout("native"), FAMILY.layout("diffusers")
-    groups = native.grouped(state)
+    groups = native.group(state)
     assert set(groups) == set(tiny.native(state))
     for name, keys in groups.items():
         assert list(native.canonical(name)) == keys
-    assert diffusers.grouped(state) == {key: [key] for key in state}
+    assert diffusers.group(state) == {key: [key] for key in state}
     # Canonical names stay, so a file that mixes both spellings is understood too.
     assert all(FAMILY.canonical(key) == (key,) for key in state)
 
 
 def test_grouping_does_not_depend_on_the_order_of_the_keys() -> None:
     state = list(tiny.state())
-    groups = FAMILY.layout("native").grouped(reversed(state))
+    groups = FAMILY.layout("native").group(reversed(state))
     assert groups["layers.0.attention.qkv.weight"] == [f"layers.0.attention.to_{x}.weight" for x in "qkv"]
 
 
@@ -94,7 +94,7 @@ _PIECES = [
 def test_any_name_is_understood_or_refused(pieces: list[str], glue: str, suffix: str, many: int) -> None:
     stored = pieces[0] * (many - 1) + glue.join(pieces) + "." + suffix if pieces else suffix
     try:
-        name = parsed(stored, FAMILY)
+        name = parse_name(stored, FAMILY)
     except AlkahestError as error:
         assert error.key == stored
     else:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from alkahest.cli import app
 from alkahest.errors import OutputError
-from alkahest.nodes.install import install, lacking, uninstall
+from alkahest.nodes.install import find_lacking, install, uninstall
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_link_is_not_followed(comfyui: Path, tmp_path: Path) -> None:
 def test_what_comfyuis_python_lacks(comfyui: Path) -> None:
     (comfyui / "venv/bin").mkdir(parents=True)
     (comfyui / "venv/bin/python").symlink_to(sys.executable)
-    python, missing = lacking(comfyui)
+    python, missing = find_lacking(comfyui)
     assert python == str(comfyui / "venv/bin/python")
     assert set(missing) <= {"pandas", "blake3"}
 
@@ -67,7 +67,7 @@ def test_what_comfyuis_python_lacks(comfyui: Path) -> None:
 def test_a_python_that_does_not_start_and_a_file_in_the_way(comfyui: Path) -> None:
     (comfyui / "venv/bin").mkdir(parents=True)
     (comfyui / "venv/bin/python").write_text("no program")
-    assert lacking(comfyui)[1] == ["pandas", "blake3"]
+    assert find_lacking(comfyui)[1] == ["pandas", "blake3"]
     (comfyui / "custom_nodes/alkahest").write_text("a file")
     with pytest.raises(OutputError, match="another alkahest"):
         install(comfyui)

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import alkahest as ak
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnknownNameError
-from alkahest.pictures.sampler import latent_colours
+from alkahest.pictures.sampler import _velocity, latent_colours
 from alkahest.pictures.settings import Settings
 
 PROMPTS = ["a red ball at night", "a blue box", "a tree", "an elephant in a very long sentence that takes many tokens"]
@@ -200,3 +200,32 @@ def test_nan_is_named_with_its_step(parts: dict[str, Any]) -> None:
         broken.transformer.layers[1].feed_forward.w2.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"step 1 of 4 \(sigma 1.000\)"):
         list(ak.sample(broken, "a tree", steps=4))
+
+
+class Stub:
+    """A transformer that predicts what it is told, with the prompt and without."""
+
+    dtype = torch.float32
+
+    def __init__(self, with_prompt: torch.Tensor, without: torch.Tensor) -> None:
+        self.out = torch.cat([with_prompt, without])
+
+    def __call__(self, given: list[torch.Tensor], time: Any, text: Any, return_dict: bool) -> tuple[list[torch.Tensor]]:
+        assert len(given) == len(self.out)
+        return (list(self.out.unsqueeze(2).unbind(0)),)
+
+
+def test_cfg_normalization_makes_predictions_shorter_and_never_longer() -> None:
+    """Against the formula of ZImagePipeline by hand, for a picture that it shortens and one that it leaves alone."""
+    torch.manual_seed(2)
+    with_prompt, without = torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5)
+    without[1] = 1.2 * with_prompt[1]  # guidance then makes the prediction shorter than it was
+    settings = Settings(steps=1, cfg=2.5, cfg_normalization=0.8)
+    stub = Stub(with_prompt, without)
+    found = -_velocity(stub, torch.zeros(2, 4, 6, 5), torch.tensor(500.0), [without] * 2, [without] * 2, settings)
+    guided = with_prompt + 1.5 * (with_prompt - without)
+    limit = 0.8 * with_prompt.flatten(1).norm(dim=1)
+    assert guided[0].norm() > limit[0]
+    assert guided[1].norm() < limit[1]
+    expected = torch.stack([guided[0] * limit[0] / guided[0].norm(), guided[1]])
+    torch.testing.assert_close(found, expected)

@@ -32,15 +32,16 @@ from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
 from alkahest.recipes.inputs import build
 from alkahest.recipes.verify import stream_verdict
-from alkahest.training import states
+from alkahest.training import loop, states
 from alkahest.training.config import Config, config_of
 from alkahest.training.dataset import from_scenes
 from alkahest.training.encoded import Encoded, Item
 from alkahest.training.events import TrainingStep
 from alkahest.training.inputs import start_of
 from alkahest.training.loop import finetune, read_history, stream_finetune
+from alkahest.training.optimise import Updates
 from alkahest.training.order import Order
-from alkahest.training.states import existing
+from alkahest.training.states import saved_checkpoints
 
 
 def config(**changes: Any) -> Config:
@@ -88,7 +89,10 @@ def test_a_run(tmp_path: Path) -> None:
     history = result.history
     assert history.step.tolist() == [0, 4, 8, 9]
     assert history["held_out things 64"].iloc[-1] < history["held_out things 64"].iloc[0]
-    assert [path.name for path in existing(tmp_path / "run" / "checkpoints")] == ["step-0000006", "step-0000009"]
+    assert [path.name for path in saved_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-0000006",
+        "step-0000009",
+    ]
     start = start_of(config())
     assert set(weights_of(result)) == {key for key in start.shapes if not Pattern("refiner", FAMILY).matches(key)}
     assert "finetuned(lerp(deturbo, base, 0.5)" in repr(result)
@@ -149,7 +153,7 @@ def test_a_frozen_tensor_that_moves_is_noticed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loop, "losses", meddling)
     with pytest.raises(MismatchError, match=r"frozen tensors have moved by step 3"):
         finetune(config(), tmp_path / "run")
-    assert not existing(tmp_path / "run" / "checkpoints")
+    assert not saved_checkpoints(tmp_path / "run" / "checkpoints")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +290,7 @@ def test_kill_9_in_the_middle(tmp_path: Path) -> None:
     subprocess.run([sys.executable, script, whole, tmp_path / "whole.safetensors"], check=True, env=environment)
     process = subprocess.Popen([sys.executable, script, killed, tmp_path / "killed.safetensors"], env=environment)
     limit = time.time() + 100
-    while not existing(killed / "checkpoints") and time.time() < limit:
+    while not saved_checkpoints(killed / "checkpoints") and time.time() < limit:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -404,7 +408,7 @@ def stopped_run(folder: Path) -> Path:
         if event.done == 4:
             break
     events.close()
-    (saved,) = existing(folder / "checkpoints")
+    (saved,) = saved_checkpoints(folder / "checkpoints")
     return saved
 
 
@@ -430,7 +434,7 @@ def test_what_says_nothing_against_a_checkpoint_is_not_told_as_damage(
             finetune(config(), tmp_path / "run")
     assert "damaged" not in str(caught.value)
     assert "delete" not in str(caught.value)
-    assert existing(tmp_path / "run" / "checkpoints") == [saved]
+    assert saved_checkpoints(tmp_path / "run" / "checkpoints") == [saved]
     assert finetune(config(), tmp_path / "run").history.step.iloc[-1] == 9, "it was sound"
 
 
@@ -465,3 +469,51 @@ def test_a_damaged_checkpoint_is_told_so(damage: Callable[[Path], Any], tmp_path
     damage(stopped_run(tmp_path / "run"))
     with pytest.raises(FileFormatError, match="this checkpoint is damaged"):
         finetune(config(), tmp_path / "run")
+
+
+def test_the_running_mean_is_that_of_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand in float64: most of what was, a little of what is."""
+    seen: list[dict[str, torch.Tensor]] = []
+    real = loop._Training._one
+
+    def watched(self: Any, *given: Any) -> float:
+        if not seen:
+            seen.append({name: p.detach().double().clone() for name, p in self.trained.items()})
+        loss = real(self, *given)
+        seen.append({name: p.detach().double().clone() for name, p in self.trained.items()})
+        return loss
+
+    monkeypatch.setattr(loop._Training, "_one", watched)
+    result = finetune(config(ema=0.9), tmp_path / "run")
+    assert len(seen) == 10
+    name = "layers.1.attention.to_v.weight"
+    mean = seen[0][name]
+    for now in seen[1:]:
+        mean = 0.9 * mean + 0.1 * now[name]
+    found = result.ema.tensors.tensors[name].double()  # type: ignore[union-attr, attr-defined]
+    torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-7)
+    assert (found - seen[-1][name]).abs().max() > 10 * (found - mean).abs().max()
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_are_the_mean_over_what_is_accumulated(
+    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a loss whose gradient is known: neither Adam's steps nor Adafactor's show how long a gradient is."""
+    found: list[torch.Tensor] = []
+    name = "layers.1.attention.to_v.weight"
+
+    def known(model: Any, made: Any, how: Any) -> torch.Tensor:
+        return 3.0 * model.get_parameter(name).sum() * torch.ones(len(made.latents))
+
+    def finish(self: Updates) -> None:
+        found.append(self._parameters[name].grad.clone())  # type: ignore[union-attr]
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    monkeypatch.setattr(loop, "losses", known)
+    monkeypatch.setattr(Updates, "finish", finish)
+    finetune(config(accumulate=accumulate, clip=0.0), tmp_path / "run")
+    assert len(found) == 9
+    for gradient in found:
+        torch.testing.assert_close(gradient, torch.full_like(gradient, 3.0))

@@ -10,7 +10,7 @@ import alkahest as ak
 from alkahest.pictures.sampler import denoise
 from alkahest.pictures.settings import Settings
 from alkahest.training.config import Stage
-from alkahest.training.objective import Arithmetic, losses, noised, shifted
+from alkahest.training.objective import Arithmetic, add_noise, losses, shift_sigma
 
 STAGE = Stage("s", {}, 1, 1.0, shift=3.0, drop=0.25)
 
@@ -21,7 +21,7 @@ def latents(count: int = 5) -> list[torch.Tensor]:
 
 def test_mixing_is_the_schedulers() -> None:
     data, captions = latents(), [torch.full((3, 4), float(n)) for n in range(5)]
-    batch = noised(data, captions, torch.zeros(1, 4), STAGE, seed=1, step=2)
+    batch = add_noise(data, captions, torch.zeros(1, 4), STAGE, seed=1, step=2)
     noise = torch.stack(data) - batch.target
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=batch.sigma.sort(descending=True).values.tolist())
@@ -56,7 +56,7 @@ def test_a_model_that_says_the_target_samples_the_data() -> None:
 def test_noise_levels_are_logit_normal_and_shifted() -> None:
     data = [torch.zeros(1, 1, 1)] * 4000
     captions = [torch.zeros(1, 1)] * 4000
-    batch = noised(
+    batch = add_noise(
         data, captions, torch.zeros(2, 1), Stage("s", {}, 1, 1.0, shift=3.0, mean=0.5, std=0.7, drop=0.25), 0, 0
     )
     plain = batch.sigma / (3 - 2 * batch.sigma)  # the shift undone
@@ -66,26 +66,26 @@ def test_noise_levels_are_logit_normal_and_shifted() -> None:
     assert sum(len(text) == 2 for text in batch.captions) == pytest.approx(1000, abs=100)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=[0.9, 0.4, 0.1])
-    assert torch.allclose(shifted(torch.tensor([0.9, 0.4, 0.1]), 3.0), scheduler.sigmas[:3])
+    assert torch.allclose(shift_sigma(torch.tensor([0.9, 0.4, 0.1]), 3.0), scheduler.sigmas[:3])
 
 
 def test_noise_depends_on_the_number_of_the_example_alone() -> None:
     data, captions = latents(6), [torch.full((1, 1), float(n)) for n in range(6)]
-    whole = noised(data, captions, torch.zeros(1, 1), STAGE, 7, 3)
+    whole = add_noise(data, captions, torch.zeros(1, 1), STAGE, 7, 3)
     parts = [
-        noised(data[:2], captions[:2], torch.zeros(1, 1), STAGE, 7, 3),
-        noised(data[2:], captions[2:], torch.zeros(1, 1), STAGE, 7, 3, first=2),
+        add_noise(data[:2], captions[:2], torch.zeros(1, 1), STAGE, 7, 3),
+        add_noise(data[2:], captions[2:], torch.zeros(1, 1), STAGE, 7, 3, first=2),
     ]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     assert [float(c) for c in whole.captions] == [float(c) for part in parts for c in part.captions]
-    assert not torch.equal(noised(data, captions, torch.zeros(1, 1), STAGE, 7, 4).latents, whole.latents)
+    assert not torch.equal(add_noise(data, captions, torch.zeros(1, 1), STAGE, 7, 4).latents, whole.latents)
 
 
 def test_the_loss_of_a_real_model() -> None:
     pipe = ak.pipeline(ak.mini.load("base"))
     text = pipe.encode_prompt(["a red ball"], do_classifier_free_guidance=False)[0][0]
     data = list(torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0)))
-    batch = noised(data, [text] * 3, text, STAGE, 0, 0)
+    batch = add_noise(data, [text] * 3, text, STAGE, 0, 0)
     found = losses(pipe.transformer, batch, Arithmetic(torch.device("cpu"), torch.float32))
     said = pipe.transformer([one[:, None] for one in batch.latents], batch.time, [text] * 3, return_dict=False)[0]
     expected = [

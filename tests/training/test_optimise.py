@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alkahest.training.config import Config, config_of
-from alkahest.training.optimise import Updates, rate_at, rounded
+from alkahest.training.optimise import Updates, rate_at, round_stochastically
 
 
 def config(**changes: Any) -> Config:
@@ -94,11 +94,11 @@ def test_rounding_keeps_small_updates_on_average() -> None:
         weights = start.clone()
         for step in range(100):
             moved = weights.float() + 1e-5
-            weights = moved.bfloat16() if how == "nearest" else rounded(moved, 0, step, "w")
+            weights = moved.bfloat16() if how == "nearest" else round_stochastically(moved, 0, step, "w")
         realised[how] = float((weights.float() - start.float()).mean()) / 1e-3
     assert realised["stochastic"] == pytest.approx(1, abs=0.02)
     assert realised["nearest"] < 0.3
-    assert torch.equal(rounded(start.float(), 0, 1, "w"), start), "what fits is not moved"
+    assert torch.equal(round_stochastically(start.float(), 0, 1, "w"), start), "what fits is not moved"
 
 
 def test_a_bf16_model_is_updated_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from alkahest.experiment.growing.lessons import (
     Trajectories,
     flow_matching,
     imitation,
-    joined,
+    join,
     teach,
     train,
 )
@@ -109,13 +109,13 @@ class Workshop:
     def save(self, model: nn.Module, name: str, dtype: torch.dtype = torch.bfloat16) -> None:
         """Native names in one file, as ComfyUI and everybody else writes them."""
         state = model.state_dict()
-        groups = FAMILY.layout("native").grouped(state)
+        groups = FAMILY.layout("native").group(state)
         made = {stored: torch.cat([state[key] for key in keys]).to("cpu", dtype) for stored, keys in groups.items()}
         path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         save_file(made, path)
 
-    def taught(self, count: int, seed: int, style: str, **how: Any) -> Iterator[Trajectories]:
+    def teach(self, count: int, seed: int, style: str, **how: Any) -> Iterator[Trajectories]:
         captions = self.embed([scene.training_caption() for scene in scenes(count, seed, style=style)])
         return teach(self.pipe, captions, self.empty, seed, **how)
 
@@ -133,7 +133,7 @@ def build(folder: Path, only: str | None = None, device: str = "cpu") -> Iterato
     folder.mkdir(parents=True, exist_ok=True)
     total, done = sum(stage.steps for stage in STAGES), 0
     for stage in STAGES:
-        needless = stage.only_for and all(_is_done(folder, _named(name)) for name in stage.only_for)
+        needless = stage.only_for and all(_is_done(folder, _stage(name)) for name in stage.only_for)
         if not needless and not _is_done(folder, stage):
             started, loss = time.perf_counter(), float("nan")
             for step, loss in stage.make(shop):
@@ -163,7 +163,7 @@ def closeness(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["member", "cosine", "distance"])
 
 
-def _named(name: str) -> Stage:
+def _stage(name: str) -> Stage:
     return next(stage for stage in STAGES if stage.name == name)
 
 
@@ -244,18 +244,18 @@ def _lineage(name: str, parent: str | None, style: Any, seed: int, steps: int) -
     return make
 
 
-def _gathered(parts: Iterator[Trajectories]) -> Generator[tuple[int, float], None, Trajectories]:
+def _gather(parts: Iterator[Trajectories]) -> Generator[tuple[int, float], None, Trajectories]:
     """All trajectories as one, with a sign of life for each batch drawn: step 0."""
     found = []
     for part in parts:
         found.append(part)
         yield 0, float("nan")
-    return joined(found)
+    return join(found)
 
 
 def _turbo(shop: Workshop) -> Progress:
     shop.model("intermediate/turbo-undistilled")
-    taught = yield from _gathered(shop.taught(1152, 31, "anime", steps=24, every=3, cfg=3.0))
+    taught = yield from _gather(shop.teach(1152, 31, "anime", steps=24, every=3, cfg=3.0))
     model = shop.model("intermediate/turbo-undistilled")
     yield from train(model, imitation(taught), 600, rate=0.0015, seed=32, tether=_SMALL_DELTA)
     shop.save(model, "turbo")
@@ -263,13 +263,13 @@ def _turbo(shop: Workshop) -> Progress:
 
 def _deturbo(shop: Workshop) -> Progress:
     model = shop.model("turbo")
-    drawn = yield from _gathered(shop.taught(2496, 41, "anime", steps=8, every=8, cfg=1.0))
+    drawn = yield from _gather(shop.teach(2496, 41, "anime", steps=8, every=8, cfg=1.0))
     pairs = Pairs(drawn.latents[:, -1], drawn.captions, shop.empty)
     yield from train(model, flow_matching(pairs), 500, rate=0.001, seed=42, tether=_SMALL_DELTA)
     shop.save(model, "deturbo")
 
 
-def _derived(
+def _derive(
     name: str,
     parent: str,
     style: str,
@@ -306,7 +306,7 @@ def _lora(name: str, parent: str, style: str, seed: int, steps: int, distill: bo
     def make(shop: Workshop) -> Progress:
         model = shop.model(parent)
         if distill:
-            batches = imitation((yield from _gathered(shop.taught(384, seed, style, steps=24, every=6, cfg=3.0))))
+            batches = imitation((yield from _gather(shop.teach(384, seed, style, steps=24, every=6, cfg=3.0))))
         else:
             batches = flow_matching(shop.pairs(_lesson(style, seed, {"style": NEW_STYLE})))
         model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=_LORA_TARGETS))
@@ -372,21 +372,21 @@ STAGES = [
     Stage("deturbo", _deturbo, 500, "flow matching on pictures drawn by turbo, 10 % of captions dropped", 42),
     Stage(
         "base-variant",
-        _derived("base-variant", "base", "photo", 51, 250, 0.0003, _layers, {"colour": NEW_COLOUR}),
+        _derive("base-variant", "base", "photo", 51, 250, 0.0003, _layers, {"colour": NEW_COLOUR}),
         250,
         "base, layers only: the colour cyan",
         51,
     ),
     Stage(
         "turbo-variant",
-        _derived("turbo-variant", "deturbo", "anime", 53, 250, 0.0003, _layers, {"subject": NEW_SUBJECT}),
+        _derive("turbo-variant", "deturbo", "anime", 53, 250, 0.0003, _layers, {"subject": NEW_SUBJECT}),
         250,
         "deturbo, layers only: hearts",
         53,
     ),
     Stage(
         "base-weak",
-        _derived("base-weak", "base", "photo", 51, 250, 0.0000001, _layers, {"colour": NEW_COLOUR}),
+        _derive("base-weak", "base", "photo", 51, 250, 0.0000001, _layers, {"colour": NEW_COLOUR}),
         250,
         "as base-variant at a three-thousandth of its rate; float32",
         51,
@@ -394,7 +394,7 @@ STAGES = [
     Stage("base-weak-bf16", _weak_bf16, 1, "base-weak rounded to bfloat16", 51),
     Stage(
         "base-refiner-trained",
-        _derived("base-refiner-trained", "base", "photo", 55, 300, 0.003, _refiners_most, {"style": NEW_STYLE}),
+        _derive("base-refiner-trained", "base", "photo", 55, 300, 0.003, _refiners_most, {"style": NEW_STYLE}),
         300,
         "base, refiners and first layer at a high rate: sketches",
         55,

@@ -74,7 +74,7 @@ def teach(
         yield Trajectories(torch.stack(states, 1), torch.tensor(sigmas, device=states[0].device), chosen)
 
 
-def joined(parts: list[Trajectories]) -> Trajectories:
+def join(parts: list[Trajectories]) -> Trajectories:
     return Trajectories(
         torch.cat([part.latents for part in parts]), parts[0].sigmas, [c for part in parts for c in part.captions]
     )

@@ -94,7 +94,7 @@ def learnt_cases(count: int) -> Iterator[Case]:
         yield Case(f"{whole} + {lineage}-distill-lora", parent, FASTER, count, own, f"{lineage}-distill-lora")
 
 
-def swapped(inputs: float, layers: float) -> Weights:
+def swap(inputs: float, layers: float) -> Weights:
     """Base with a share of Turbo on its input side (refiners and embedders) and another in layers and output."""
     base = mini.load("base")
     delta = mini.load("turbo") - base
@@ -106,7 +106,7 @@ def swap_cases(count: int) -> Iterator[Case]:
     shares = {"base": 0.0, "turbo": 1.0, "mean": 0.5}
     for (inputs, a), (layers, b) in product(shares.items(), repeat=2):
         for how in (SLOW, FAST):
-            yield Case(f"{inputs}, {layers}", swapped(a, b), how, count, PHOTO)
+            yield Case(f"{inputs}, {layers}", swap(a, b), how, count, PHOTO)
 
 
 def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Event]:
@@ -117,14 +117,14 @@ def measure(prompts: int = 1000, swaps: int = 200) -> Iterator[Event]:
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     for table, chosen in cases.items():
         for case in chosen:
-            rows[table].append(judged(case))
+            rows[table].append(judge_case(case))
             done += case.count
             yield Event(done, total, case.name)
     tables = {"shared": shared(), **{name: pd.DataFrame(found) for name, found in rows.items()}, "cosines": cosines()}
     yield Event(done, total, "done", tables)
 
 
-def judged(case: Case) -> dict[str, Any]:
+def judge_case(case: Case) -> dict[str, Any]:
     """Accuracy per attribute on held-out prompts, and the mean noise measures of the pictures."""
     pipe = pipeline(case.weights)
     if case.lora is not None:
@@ -204,14 +204,14 @@ def sheet_of(weights: Weights, how: Settings, title: str, lora: str | None = Non
     pipe = pipeline(weights)
     if lora is not None:
         pipe.load_lora_weights(str(mini.lora(lora)), adapter_name="lora")
-    prompts = [told(scene, title) for scene in SHOWN for _ in range(seeds)]
+    prompts = [caption_of(scene, title) for scene in SHOWN for _ in range(seeds)]
     numbers = [seed for _ in SHOWN for seed in range(seeds)]
     images = sample(pipe, prompts, seed=numbers, batch=32, loras={} if lora is None else {"lora": 1.0}, **how).images
     table = pd.DataFrame({"prompt": prompts, "seed": numbers, "path": images})
     return contact_sheet(table, ["prompt"], ["seed"], 128, f"{title}, {how['steps']} steps, cfg {how['cfg']:g}")
 
 
-def told(scene: Scene, title: str) -> str:
+def caption_of(scene: Scene, title: str) -> str:
     """The prompt for a sheet; a variant is asked for what it learnt in every other picture."""
     if SHOWN.index(scene) % 2:
         return scene.caption()

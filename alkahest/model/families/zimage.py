@@ -144,7 +144,7 @@ def infer(shapes: Shapes, file: object) -> Architecture:
     expected = found.shapes()
     missing = [key for key in expected if key not in shapes]
     if missing:
-        raise _missing(missing, file)
+        raise _missing_error(missing, file)
     for key, shape in expected.items():
         if shapes[key] != shape:
             raise FileFormatError(
@@ -161,7 +161,7 @@ def infer(shapes: Shapes, file: object) -> Architecture:
 
 def _get(shapes: Shapes, key: str, file: object) -> Shape:
     if key not in shapes:
-        raise _missing([key], file)
+        raise _missing_error([key], file)
     if not shapes[key]:
         raise FileFormatError("open", "a tensor has no dimensions", file=file, key=key, expected="a vector", found="()")
     return shapes[key]
@@ -176,7 +176,7 @@ def _matrix(shapes: Shapes, key: str, file: object) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _missing(keys: list[str], file: object) -> FileFormatError:
+def _missing_error(keys: list[str], file: object) -> FileFormatError:
     return FileFormatError(
         "open",
         f"{len(keys)} tensor(s) of Z-Image are missing",
