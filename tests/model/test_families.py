@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,3 +202,26 @@ def test_rows_of_a_fused_tensor_need_not_be_equal() -> None:
 def test_the_first_family_still_opens(tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "a.safetensors", tiny.native(tiny.state()))
     assert ak.open(path).family.title == "Z-Image"
+
+
+# Parts of the names of Z-Image's tensors.
+TENSORS = re.compile(
+    r"noise_refiner|context_refiner|siglip|cap_embedder|x_embedder|t_embedder|pad_token|feed_forward|to_q$|qkv|adaLN"
+    r"|norm_final|final_layer|^layers\.\d"
+)
+# A pattern of ComfyUI's nodes, and the text encoder's own names, of which `layers.0` is no block of Z-Image.
+ELSEWHERE = re.compile(r"pad_tokens|layers\.0\.(self_attn|mlp)\..*")
+
+
+def test_no_other_module_names_a_tensor() -> None:
+    package = Path(ak.__file__).parent
+    named = []
+    for path in package.rglob("*.py"):
+        where = path.relative_to(package).as_posix()
+        if where.startswith(("model/families/", "mini/", "experiment/growing/")):  # the family that ships is Z-Image's
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and re.fullmatch(r"[\w.*]+", text) and TENSORS.search(text):
+                named += [] if ELSEWHERE.fullmatch(text) else [f"{where}:{node.lineno} {text}"]  # type: ignore[attr-defined]
+    assert not named
