@@ -141,3 +141,15 @@ def test_no_pickle_and_no_eval() -> None:
                 assert node.func.id not in ("eval", "exec", "compile", "__import__"), path
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
                 assert ast.unparse(node.func) not in ("torch.load", "pickle.load", "np.load"), path
+
+
+def test_only_sources_know_a_checkpoint_by_its_class() -> None:
+    asked = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_test = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+            if (is_test or isinstance(node, ast.MatchClass)) and "Checkpoint" in {
+                name.id for name in ast.walk(node) if isinstance(name, ast.Name)
+            }:
+                asked.append(module_name(path))
+    assert {name for name in asked if not name.startswith("sources.")} == set()

@@ -119,6 +119,7 @@ class Leading(Readable):
 
     family: Family
     architecture: Sizes
+    layout: str = ""  # how its files name the tensors; empty if it is in none
     metadata: Mapping[str, str] = {}
     companions: Mapping[str, tuple[Reader, Entry]] = {}  # tensors of other models in the same file
     unknown: Sequence[str] = ()  # tensors that the family does not have

@@ -14,12 +14,12 @@ from typing import Any
 
 from alkahest.algebra.deltas import Delta, DeltaSum, Difference, Everywhere, Masked, Scaled, ScaledParts
 from alkahest.algebra.expression import Expression
+from alkahest.algebra.leaves import Leaf
 from alkahest.algebra.mixtures import Mixture
 from alkahest.algebra.weights import Protected, Sum, Weights
 from alkahest.engine.scalars import Param, Scalar, text_of
 from alkahest.errors import AlgebraError, OutputError
 from alkahest.files.whole import write_file
-from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.lora import Lora
 from alkahest.workflow.folders import FOLDERS
 
@@ -78,7 +78,7 @@ class _Writing:
 
     def weights(self, one: Expression) -> list[Any]:
         match one:
-            case Checkpoint():
+            case Leaf() if one.files:
                 return self.checkpoint(one)
             case Protected():
                 return self.weights(one.weights)
@@ -173,17 +173,18 @@ class _Writing:
             )
         return self.node("LoraLoaderModelOnly", model=start, lora_name=name, strength_model=factor)
 
-    def checkpoint(self, one: Checkpoint) -> list[Any]:
-        if len(one.files) > 1 or one.layout != "native":
+    def checkpoint(self, one: Leaf) -> list[Any]:
+        path = one.files[0].path
+        if len(one.files) > 1 or one.layout != one.family.default_layout:
+            place = path if len(one.files) == 1 else path.parent
             raise OutputError(
                 "workflow",
                 "ComfyUI cannot load this checkpoint",
-                file=one.path,
+                file=place,
                 expected="one file with native names",
                 found=f"{one.layout}, {len(one.files)} files",
-                fix=f"alkahest convert {one.path} -o {one.name}.safetensors",
+                fix=f"alkahest convert {place} -o {one.name}.safetensors",
             )
-        path = one.files[0].path
         if one.companions:
             return self.node("CheckpointLoaderSimple", ckpt_name=_file_name(path, "checkpoints", one.name))
         return self.node("UNETLoader", unet_name=_file_name(path, "diffusion_models", one.name), weight_dtype="default")

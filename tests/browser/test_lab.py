@@ -98,8 +98,9 @@ MERGE = (
 # What has the focus, as a screen reader names it.
 FOCUSED = """() => {
     const at = document.activeElement;
-    const label = at.labels && at.labels.length ? at.labels[0].innerText : at.getAttribute('aria-label') ||
-    at.innerText; return (at.getAttribute('role') || at.tagName.toLowerCase()) + ': ' + (label || '').trim();
+    const label = at.labels && at.labels.length ? at.labels[0].innerText :
+        at.getAttribute('aria-label') || at.innerText;
+    return (at.getAttribute('role') || at.tagName.toLowerCase()) + ': ' + (label || '').trim();
 }"""
 
 
@@ -183,8 +184,8 @@ def test_a_live_merge_by_keyboard_alone(opened: Callable[..., Any], tmp_path: Pa
 # Marks what has the focus, and gives its name or "".
 REACHED = FOCUSED.replace("return (", "at.dataset.reached = 'yes';\n    return (")
 # The controls of all panels that are shown and can be used, and that Tab never came to.
-UNREACHED = """() => [...document.querySelectorAll('.jp-OutputArea :is(button, input, select, textarea,
-[role=slider])')]
+UNREACHED = """() => [...document.querySelectorAll(`.jp-OutputArea :is(button, input, select, textarea,
+    [role=slider])`)]
     .filter(one => !one.disabled && one.offsetParent !== null && !one.dataset.reached)
     .map(one => one.outerHTML.slice(0, 200))"""
 
