@@ -7,8 +7,13 @@ expected, what was found, and what to do about it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class AlkahestError(Exception):
@@ -108,6 +113,33 @@ def unknown(
       fix: did you mean 'native'? Known: native, diffusers
     """
     return UnknownNameError(operation, problem, file=file, key=key, found=repr(name), fix=nearest(str(name), known))
+
+
+def refuse_unknown_options(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function: UnknownNameError, with the nearest name, for an option that it does not have.
+
+    Python's own words for that name neither what was meant nor a way out.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    is_class = function.__name__ == "__init__"
+    operation = function.__qualname__.split(".")[0] if is_class else function.__name__
+    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name != "self"]
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        raise TypeError(f"{function.__qualname__} takes any name")
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        require_known(operation, options, known)
+        return function(*arguments, **options)
+
+    return call
+
+
+def require_known(operation: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise UnknownNameError, with the nearest name, for a name that means nothing here."""
+    for name in given:
+        if name not in known:
+            raise unknown(operation, "unknown option", name, known)
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

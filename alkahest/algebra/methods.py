@@ -51,6 +51,9 @@ class Method:
     definition: str  # empty for those that ship; tells apart what a notebook defines one after the other
 
     def __call__(self, *operands: Any, **settings: Any) -> Any:
+        for name in settings:
+            if name not in self.defaults:
+                raise unknown(self.name, "unknown setting", name, self.defaults)
         given = (
             tuple(operands[0])
             if self.many and len(operands) == 1 and isinstance(operands[0], (list, tuple))
@@ -71,9 +74,6 @@ class Method:
                 kind = "deltas" if self.makes is Delta else "weights"
                 found = operand.text() if isinstance(operand, Expression) else repr(operand)
                 raise AlgebraError(self.name, f"the operands must be {kind}", found=found)
-        for name in settings:
-            if name not in self.defaults:
-                raise unknown(self.name, "unknown setting", name, self.defaults)
         values = {**self.defaults, **settings}
         chosen = tuple((name, scalar(value, f"{self.name} {name}")) for name, value in values.items())
         return (MergedDelta if self.makes is Delta else MergedWeights)(self, given, chosen)

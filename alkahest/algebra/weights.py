@@ -20,12 +20,12 @@ from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Names, in_parenth
 from alkahest.engine import terms
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.load import stream_into
-from alkahest.engine.options import Options, refuse_unknown_options
+from alkahest.engine.options import Options
 from alkahest.engine.readable import Leading, Shapes
 from alkahest.engine.save import Saved, stream
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
-from alkahest.errors import AlgebraError
+from alkahest.errors import AlgebraError, refuse_unknown_options
 from alkahest.model.keys import Pattern
 
 _NOT_A_DELTA = ": that is for deltas; choose before adding: bridge + (variant - base).only('layers')"

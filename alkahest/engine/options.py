@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
-from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest, unknown
+from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest, require_known
 from alkahest.model.dtypes import storage_name
 
-P = ParamSpec("P")
-T = TypeVar("T")
 ROUNDINGS = ("nearest", "stochastic")
 _MAX_THREADS = 8
 _RECORDED = (
@@ -31,31 +27,6 @@ _RECORDED = (
     "metadata",
 )
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def refuse_unknown_options(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a public function: UnknownNameError, with the nearest name, for an option that it does not have.
-
-    Python's own words for that name neither what was meant nor a way out.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name != "self"]
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
-        raise TypeError(f"{function.__qualname__} takes any name")
-
-    @functools.wraps(function)
-    def call(*arguments: P.args, **options: P.kwargs) -> T:
-        require_known(function.__name__, options, known)
-        return function(*arguments, **options)
-
-    return call
-
-
-def require_known(operation: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raise UnknownNameError, with the nearest name, for a name that means nothing here."""
-    for name in given:
-        if name not in known:
-            raise unknown(operation, "unknown option", name, known)
 
 
 @dataclass(frozen=True)

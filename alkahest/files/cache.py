@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alkahest.errors import unknown
+from alkahest.errors import refuse_unknown_options, unknown
 
 if TYPE_CHECKING:
     import pandas
@@ -55,6 +55,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alkahest"
 
 
+@refuse_unknown_options
 def cached() -> pandas.DataFrame:
     """What the cache folder holds: a DataFrame with kind, file, bytes and time of each entry, newest first.
 
@@ -80,6 +81,7 @@ def cached() -> pandas.DataFrame:
     return found.sort_values("time", ascending=False, ignore_index=True)
 
 
+@refuse_unknown_options
 def clear_cache(kind: str | None = None) -> int:
     """Delete what the cache folder holds, or one kind of it; returns how many bytes that were.
 

@@ -15,9 +15,9 @@ import pandas as pd
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
-from alkahest.engine.options import Options, refuse_unknown_options
+from alkahest.engine.options import Options
 from alkahest.engine.record import readers_of, recipe_of
-from alkahest.errors import AlgebraError, OutputError, unknown
+from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options, unknown
 from alkahest.files.hashes import blake3_of
 from alkahest.files.whole import write_file
 from alkahest.lab.figure import image_tag, strip

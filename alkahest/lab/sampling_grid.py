@@ -11,8 +11,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from alkahest.engine.events import Event
-from alkahest.engine.options import refuse_unknown_options
-from alkahest.errors import AlkahestError
+from alkahest.errors import AlkahestError, refuse_unknown_options
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel, lines_of, text_lines
 from alkahest.pictures.live import LiveModel

@@ -14,13 +14,13 @@ from torch import Tensor
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.leaves import DeltaLeaf
 from alkahest.engine.events import Event, result_of
-from alkahest.engine.options import Options, refuse_unknown_options
+from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.record import Recipe, inputs_of, stream_hashes
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import name_leaves
 from alkahest.engine.workers import Job, Run, place_of, spread
-from alkahest.errors import AlgebraError, UnsupportedError, unknown
+from alkahest.errors import AlgebraError, UnsupportedError, refuse_unknown_options, unknown
 from alkahest.files.cache import KINDS
 from alkahest.files.reader import Reader
 from alkahest.lora.decompose import METHODS

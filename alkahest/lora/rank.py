@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alkahest.errors import refuse_unknown_options
 from alkahest.measure.table import names_of
 from alkahest.model.families import family_of
 
@@ -132,6 +133,7 @@ class RankRule:
         return min(reached, len(values)) if complete or reached <= len(values) else None
 
 
+@refuse_unknown_options
 def lora_ranks(
     spectra: pandas.DataFrame,
     *,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alkahest.errors import OutputError, UnsupportedError, unknown
+from alkahest.errors import OutputError, UnsupportedError, refuse_unknown_options, unknown
 from alkahest.files.header import build_header
 from alkahest.files.reader import same_file
 from alkahest.files.whole import as_output_error, whole_file
@@ -172,6 +172,7 @@ def _fuse(members: list[Pair | None]) -> Pair:
     return Pair(up, torch.cat([pair.down for pair in parts if pair is not None]), first.scale if alike else 1.0)
 
 
+@refuse_unknown_options
 def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfyui") -> Lora:
     """Write the same LoRA for another program (`alkahest.lora.write.FLAVOURS`), and open it.
 

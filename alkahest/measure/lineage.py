@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event, in_turn, result_of
-from alkahest.engine.options import refuse_unknown_options
 from alkahest.engine.terms import name_leaves
-from alkahest.errors import AlgebraError
+from alkahest.errors import AlgebraError, refuse_unknown_options
 from alkahest.measure.rounding import file_noise
 from alkahest.measure.table import rolled_up, stream_delta_table
 from alkahest.measure.text import lines_under, lines_under_html, percent

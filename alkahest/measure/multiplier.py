@@ -13,9 +13,8 @@ from alkahest.algebra.deltas import Delta, DeltaSum
 from alkahest.algebra.expression import Expression
 from alkahest.algebra.weights import Sum, Weights, ends
 from alkahest.engine.events import Event, in_turn, result_of
-from alkahest.engine.options import refuse_unknown_options
 from alkahest.engine.scalars import Rules
-from alkahest.errors import AlgebraError, MismatchError, unknown
+from alkahest.errors import AlgebraError, MismatchError, refuse_unknown_options, unknown
 from alkahest.measure.lineage import check_of
 from alkahest.measure.rounding import ULPS, file_noise, rounding_curve, share_below
 from alkahest.measure.table import stream_delta_table

@@ -14,12 +14,12 @@ from torch import Tensor
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import require_same
 from alkahest.engine.events import Event, result_of
-from alkahest.engine.options import Options, refuse_unknown_options
+from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
 from alkahest.engine.workers import BLOCK, Run, why_nonfinite
-from alkahest.errors import AlgebraError, unknown
+from alkahest.errors import AlgebraError, refuse_unknown_options, unknown
 from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.spectrum import matrix_of, randomised_svd
 from alkahest.measure.table import names_of
@@ -96,6 +96,7 @@ def _tasks(deltas: Mapping[str, Delta], rank: int, seed: int) -> list[_Task]:
     ]
 
 
+@refuse_unknown_options
 def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pandas.DataFrame:
     """One number for every two deltas of a comparison, as a square table: all tensors together.
 

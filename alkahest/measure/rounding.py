@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alkahest.errors import refuse_unknown_options
 from alkahest.model.dtypes import Format
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def share_below(histogram: npt.NDArray[Any], size: float) -> float:
     return float((histogram * inside).sum()) / total
 
 
+@refuse_unknown_options
 def absorbed(table: pandas.DataFrame, k: float = 1.0) -> pandas.DataFrame:
     """What adding ``k`` times a measured delta to its weights changes nothing of: a row for each row of the table.
 
@@ -102,6 +104,7 @@ def absorbed(table: pandas.DataFrame, k: float = 1.0) -> pandas.DataFrame:
     return table[labels].assign(**found)
 
 
+@refuse_unknown_options
 def rounding_curve(table: pandas.DataFrame, ks: Sequence[float] | None = None) -> pandas.DataFrame:
     """What rounding does to ``k`` times a measured delta, over many ``k``: a row for each.
 
@@ -152,6 +155,7 @@ def rounding_curve(table: pandas.DataFrame, ks: Sequence[float] | None = None) -
     return curve
 
 
+@refuse_unknown_options
 def file_noise(table: pandas.DataFrame) -> pandas.DataFrame:
     """How much of a delta may be rounding of the files it was taken from: shares of its sum of squares, per row.
 

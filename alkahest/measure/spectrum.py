@@ -16,12 +16,12 @@ from alkahest.algebra.expression import require_same
 from alkahest.algebra.weights import Weights, ends
 from alkahest.engine.evaluate import evaluate
 from alkahest.engine.events import Event, result_of
-from alkahest.engine.options import Options, refuse_unknown_options
+from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
 from alkahest.engine.workers import Run, blocks, place_of, why_nonfinite
-from alkahest.errors import AlgebraError
+from alkahest.errors import AlgebraError, refuse_unknown_options
 from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.table import names_of
 from alkahest.measure.tally import sum_of_squares

@@ -18,12 +18,12 @@ from alkahest.algebra.weights import Weights, ends
 from alkahest.engine.evaluate import evaluate
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.loops import Kernels, Numbers, bits_of, is_bf16, kernels
-from alkahest.engine.options import Options, refuse_unknown_options
+from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Minus, Source, Term, Times, sources
 from alkahest.engine.workers import Run, blocks, place_of, why_nonfinite
-from alkahest.errors import AlgebraError, UnsupportedError, unknown
+from alkahest.errors import AlgebraError, UnsupportedError, refuse_unknown_options, unknown
 from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.rounding import absorbed
 from alkahest.measure.tally import Tally
@@ -143,6 +143,7 @@ def _tasks(delta: Delta, on: Weights | None, dtype: str | None, exact: bool) -> 
     return [_task(key, delta, models, dtype, exact, loops) for key in delta.shapes]
 
 
+@refuse_unknown_options
 def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pandas.DataFrame:
     """A delta table's rows added up by ``part``, ``block``, ``module`` or several of them, in model order.
 

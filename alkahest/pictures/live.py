@@ -21,7 +21,7 @@ from alkahest.engine.options import Options, byte_count
 from alkahest.engine.readable import Bits, Readable, Shapes, Workspace
 from alkahest.engine.scalars import Rules, number
 from alkahest.engine.terms import Apply, Minus, Plus, Source, Term, Times
-from alkahest.errors import UnsupportedError, unknown
+from alkahest.errors import UnsupportedError, refuse_unknown_options, unknown
 from alkahest.files.reader import size_text
 from alkahest.model.dtypes import decode
 from alkahest.model.stored import Slice
@@ -60,6 +60,7 @@ class LiveModel:
     it are named scalars as well, by their adapter names: ``live.set({"style": 0.8})``.
     """
 
+    @refuse_unknown_options
     def __init__(
         self,
         expression: Weights,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alkahest.algebra.weights import Weights
-from alkahest.errors import MismatchError, UnknownNameError, UnsupportedError, nearest
+from alkahest.errors import MismatchError, UnknownNameError, UnsupportedError, nearest, refuse_unknown_options
 from alkahest.model.dtypes import FORMATS, FP8, storage_name
 from alkahest.pictures.components import load_components
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _BIG = 1_000_000_000  # parameters; above this the default is bf16, because 6 billion in fp32 are 25 GB
 
 
+@refuse_unknown_options
 def pipeline(
     weights: Weights,
     components: Any = None,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alkahest.errors import AlkahestError
+from alkahest.errors import AlkahestError, refuse_unknown_options
 from alkahest.pictures.sampler import embed
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ Array = npt.NDArray[np.float64]
 PATCH = 16  # pixels: one transformer token is 2 x 2 latents of 8 x 8 pixels, in Z-Image and in the miniatures
 
 
+@refuse_unknown_options
 def picture_measures(images: Any, pipe: Any = None, patch: int = PATCH) -> pandas.DataFrame:
     """Noise and grid measures of pictures, one row each.
 
@@ -56,6 +57,7 @@ def picture_measures(images: Any, pipe: Any = None, patch: int = PATCH) -> panda
     return pd.DataFrame(rows)
 
 
+@refuse_unknown_options
 def picture_difference(images: Any, others: Any) -> pandas.DataFrame:
     """How far pictures are from others of the same prompt and seed, one row each.
 
@@ -81,6 +83,7 @@ def picture_difference(images: Any, others: Any) -> pandas.DataFrame:
     return pd.DataFrame(rows)
 
 
+@refuse_unknown_options
 def flow_loss(
     pipe: Any, images: Any, prompts: Iterable[str], seed: int = 0, sigmas: Iterable[float] = (0.2, 0.4, 0.6, 0.8, 0.95)
 ) -> pandas.DataFrame:

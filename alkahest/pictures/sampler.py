@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alkahest.engine.events import Event
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, unknown
+from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, refuse_unknown_options, unknown
 from alkahest.pictures.settings import SHIFT, Settings
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Sampling(Iterator[Step]):
         return "".join(_html(image, prompt) for image, prompt in pictures)
 
 
+@refuse_unknown_options
 def sample(
     pipe: Any,
     prompt: str | Sequence[str],

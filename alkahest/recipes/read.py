@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alkahest.engine.record import MAX_TEXT, METADATA_KEY, Recipe
-from alkahest.errors import RecipeError
+from alkahest.errors import RecipeError, refuse_unknown_options
 from alkahest.files.locate import locate
 from alkahest.files.reader import Reader
 from alkahest.recipes.text import names_in
@@ -17,6 +17,7 @@ from alkahest.workflow.read import PNG, read_workflow
 from alkahest.workflow.translate import WorkflowRecipe, recipes_of
 
 
+@refuse_unknown_options
 def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Recipe]:
     """What a file is, in words, and the recipe in it.
 

@@ -21,7 +21,7 @@ import torch
 from alkahest.algebra.expression import identifier
 from alkahest.algebra.leaves import Leaf
 from alkahest.engine.readable import Workspace
-from alkahest.errors import FileFormatError, NonFiniteError, UnknownNameError, nearest
+from alkahest.errors import FileFormatError, NonFiniteError, UnknownNameError, nearest, refuse_unknown_options
 from alkahest.files.header import Entry
 from alkahest.files.locate import Located, locate
 from alkahest.files.reader import Reader, size_text
@@ -259,6 +259,7 @@ class Part(Mapping[str, torch.Tensor]):
         return "\n".join(lines + ([f"  ... and {len(self) - 20} more"] if len(self) > 20 else []))
 
 
+@refuse_unknown_options
 def open(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoint:
     """Open a Z-Image checkpoint by reading its headers.
 

@@ -24,6 +24,7 @@ from alkahest.errors import (
     NonFiniteError,
     UnknownNameError,
     UnsupportedError,
+    refuse_unknown_options,
 )
 from alkahest.files.header import Entry
 from alkahest.files.locate import Located, locate
@@ -183,6 +184,7 @@ class Lora(DeltaLeaf):
         return f"<div><b>{html.escape(self.name)}</b>: LoRA {html.escape(self.path.name)}<table>{rows}</table></div>"
 
 
+@refuse_unknown_options
 def open_lora(source: str | os.PathLike[str], *, name: str | None = None) -> Lora:
     """Open a LoRA by reading its header: a delta on the weights that it names.
 

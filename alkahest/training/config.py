@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from alkahest.errors import FileFormatError, UnsupportedError, unknown
+from alkahest.errors import FileFormatError, UnsupportedError, refuse_unknown_options, unknown
 from alkahest.files.toml import Bounds, dataclass_of, read_toml, value_of
 from alkahest.mini.scenes import ATTRIBUTES
 from alkahest.model.families import Family
@@ -145,6 +145,7 @@ class Config:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+@refuse_unknown_options
 def read_config(path: str | Path) -> Config:
     """Read a run from a TOML file. FileFormatError if it is none, UnknownNameError for a key that means nothing."""
     path = Path(path).expanduser()

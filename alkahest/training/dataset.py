@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alkahest.engine.events import Event
-from alkahest.engine.options import refuse_unknown_options
-from alkahest.errors import AlkahestError, FileFormatError
+from alkahest.errors import AlkahestError, FileFormatError, refuse_unknown_options
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
 from alkahest.files.whole import write_file

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import result_of
 from alkahest.engine.options import existing_device
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError
+from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError, refuse_unknown_options
 from alkahest.model.keys import Pattern
 from alkahest.sources.lora import open_lora
 from alkahest.training import parallel
@@ -53,6 +53,7 @@ class Result:
         return f"{self.weights!r}\n  frozen tensors unchanged (digest {self.frozen})\n  {self.folder}"
 
 
+@refuse_unknown_options
 def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     """Train by a configuration; `stream_finetune` is the same as a generator of events.
 
@@ -69,6 +70,7 @@ def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     return result
 
 
+@refuse_unknown_options
 def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> Iterator[TrainingStep]:
     """`finetune` as a generator of events; closing it leaves the last checkpoint to go on from."""
     path = Path(folder).expanduser()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alkahest.algebra.weights import Weights
-from alkahest.errors import AlkahestError
+from alkahest.errors import AlkahestError, refuse_unknown_options
 from alkahest.model.keys import Pattern
 from alkahest.training import parallel
 from alkahest.training.config import FROZEN, Config
@@ -53,6 +53,7 @@ MODES = [
 ]
 
 
+@refuse_unknown_options
 def memory_plan(
     weights: Weights,
     vram: float | None = None,

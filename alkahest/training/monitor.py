@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from alkahest.errors import UnsupportedError
+from alkahest.errors import UnsupportedError, refuse_unknown_options
 from alkahest.files.whole import write_file
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Data = Mapping[tuple[str, int], Encoded]  # by name and resolution
 
 
+@refuse_unknown_options
 def read_history(folder: str | Path) -> pandas.DataFrame:
     """What a run measured so far, while it trains or after: a DataFrame with a row for each measurement.
 

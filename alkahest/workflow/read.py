@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from alkahest.errors import RecipeError
+from alkahest.errors import RecipeError, refuse_unknown_options
 from alkahest.files.locate import locate
 from alkahest.files.reader import Reader
 from alkahest.workflow.graph import Graph, json_in, parsed_json, read_graph
@@ -19,6 +19,7 @@ _TEXT = (b"tEXt", b"iTXt", b"zTXt")
 _MAX_TEXT = 64 << 20  # bytes of one text in a picture, unpacked
 
 
+@refuse_unknown_options
 def read_workflow(path: str | os.PathLike[str], node: str | None = None) -> list[WorkflowRecipe]:
     """The recipes in a ComfyUI workflow, one for each model that it saves, or else draws with.
 

@@ -18,7 +18,7 @@ from alkahest.algebra.leaves import Leaf
 from alkahest.algebra.mixtures import Mixture
 from alkahest.algebra.weights import Protected, Sum, Weights
 from alkahest.engine.scalars import Param, Scalar, text_of
-from alkahest.errors import AlgebraError, OutputError
+from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options
 from alkahest.files.whole import write_file
 from alkahest.sources.lora import Lora
 from alkahest.workflow.folders import FOLDERS
@@ -29,6 +29,7 @@ _LORA_LIMIT = 100.0
 PADS = "ComfyUI merges no pad tokens: they stay the first model's"
 
 
+@refuse_unknown_options
 def write_workflow(
     expression: Weights, path: str | os.PathLike[str], prefix: str = "diffusion_models/alkahest"
 ) -> list[str]:

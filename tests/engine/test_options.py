@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import alkahest as ak
-from alkahest.engine.options import Options, refuse_unknown_options
-from alkahest.errors import OutputError, UnknownNameError, UnsupportedError
+from alkahest.engine.options import Options
+from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, refuse_unknown_options
 from alkahest.lab import panels, plots, run_plots
 
 # Names that are a caller's own: named scalars, controls of a widget, settings of a merge method.
@@ -163,3 +163,16 @@ def test_keys_of_a_checkpoint_complete_and_it_is_a_mapping(models: dict[str, Any
     assert len(list(base.values())) == len(base)
     with pytest.raises(KeyError, match="no such tensor"):
         base["nothing"]
+
+
+# Called by recipes, which name themselves; or of a name that a caller chooses.
+BY_OTHERS = {"apply_lora", "lerp", "made_up", "method", "param", "sweep", "weighted_sum"}
+
+
+@pytest.mark.parametrize("name", sorted(set(ak.__all__) - BY_OTHERS - {"mini"}))
+def test_every_public_function_names_itself_to_an_option_that_it_does_not_have(name: str) -> None:
+    one = getattr(ak, name)
+    if inspect.isclass(one) and name != "LiveModel":
+        return  # a kind of value, which functions make
+    with pytest.raises(UnknownNameError, match=f"^{name}: unknown (option|setting)"):
+        one(stepz=3)
