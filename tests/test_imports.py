@@ -153,3 +153,13 @@ def test_only_sources_know_a_checkpoint_by_its_class() -> None:
             }:
                 asked.append(module_name(path))
     assert {name for name in asked if not name.startswith("sources.")} == set()
+
+
+def test_the_program_for_launchers_leaves_the_function_as_it_is() -> None:
+    code = "import alkahest.finetune, alkahest as ak, inspect; print(inspect.signature(ak.finetune))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("(config: 'Config', folder:")
+    done = subprocess.run(
+        [sys.executable, "-m", "alkahest.finetune", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Fine-tune over the GPUs that torchrun gives" in done.stdout

@@ -242,7 +242,7 @@ def test_of_several_factors_the_last_that_fits_counts(models: tuple[ak.Checkpoin
             torch.testing.assert_close(numbers(scaled, key), exact, rtol=1e-6, atol=1e-9, msg=key)
 
 
-@pytest.mark.parametrize("t", [0.3, -0.7, 1.9])
+@pytest.mark.parametrize("t", [0.3, -0.7, 1.9, 0.5, 1.0])
 def test_a_change_from_the_left_goes_its_share_of_the_way(t: float, models: tuple[ak.Checkpoint, ...]) -> None:
     bridge, variant, base = models
     a, v, b = (model[LAYER].double() for model in models)

@@ -417,6 +417,30 @@ def test_overflow_on_narrowing_is_refused_and_told(models: Models, tmp_path: Pat
     assert not (tmp_path / "no.safetensors").exists()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("dtype", "largest"), [("fp16", 65504.0), ("fp8_e5m2", 57344.0), ("fp8_e4m3fn", 448.0)])
+def test_the_first_number_that_is_too_large_on_either_side(
+    sign: int, dtype: str, largest: float, tmp_path: Path
+) -> None:
+    """What rounds to the largest number is kept; half a step further it would round past it."""
+    key = "layers.1.attention.to_v.weight"
+    kinds = {"fp16": torch.float16, "fp8_e5m2": torch.float8_e5m2, "fp8_e4m3fn": torch.float8_e4m3fn}
+    spacing = {"fp16": 32.0, "fp8_e5m2": 8192.0, "fp8_e4m3fn": 32.0}[dtype]  # between the two largest
+    assert torch.tensor(largest).to(kinds[dtype]).float() == largest
+    for value, fits in ((largest + 0.49 * spacing, True), (largest + 0.5 * spacing, False)):
+        state = tiny.state(2)
+        state[key] = state[key].clone()
+        state[key][5, 7] = sign * value
+        one = ak.open(tiny.write(tmp_path / "one.safetensors", tiny.native(state), torch.float32))
+        if fits:
+            one.save(tmp_path / "out.safetensors", dtype=dtype)
+            assert float(ak.open(tmp_path / "out.safetensors")[key][5, 7]) == sign * largest
+        else:
+            with pytest.raises(NonFiniteError, match=f"too large for {dtype}") as caught:
+                one.save(tmp_path / "no.safetensors", dtype=dtype)
+            assert caught.value.key == key
+
+
 def test_an_input_that_changes_under_the_merge_is_noticed(trio: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "bridge.safetensors"
     path.write_bytes(trio["bridge"].read_bytes())

@@ -52,6 +52,22 @@ def test_pairs_by_hand(tmp_path: Path) -> None:
     assert same.left_overlap == pytest.approx(1, abs=1e-4)
 
 
+def test_signs_are_compared_where_both_change(tmp_path: Path) -> None:
+    """A third of one delta and a half of the other is zero, each elsewhere; a quarter of the rest is against."""
+    base = {name: torch.zeros_like(value) for name, value in tiny.state(seed=1).items()}
+    rows, columns = base[LAYER].shape
+    place = torch.arange(rows * columns).view(rows, columns)
+    x = torch.where(place % 3 == 0, 0.0, 1.0 + place % 5)
+    y = torch.where(place % 2 == 0, 0.0, torch.where(place % 4 == 1, -1.0, 1.0) * (1.0 + place % 7))
+    y[place % 8 == 5] *= -1
+    b, one, two = (opened(tmp_path, name, {**base, LAYER: v}) for name, v in (("b", base[LAYER]), ("x", x), ("y", y)))
+    row = ak.compare({"x": one - b, "y": two - b}).set_index("tensor").loc[LAYER]
+    both = (x != 0) & (y != 0)
+    assert 0.2 < float(both.double().mean()) < 0.5
+    assert row.sign_agreement == pytest.approx(float((x.sign() == y.sign())[both].double().mean()), abs=1e-9)
+    assert 0.6 < row.sign_agreement < 0.9
+
+
 def test_imports_that_fight_stand_out_from_those_that_do_not_meet(tmp_path: Path) -> None:
     base = tiny.state(seed=1)
     b = opened(tmp_path, "b", base)

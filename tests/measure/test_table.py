@@ -262,3 +262,13 @@ def test_distances_steps_and_what_rounding_may_hide(tmp_path: Path) -> None:
     parts = ak.rolled_up(table.reset_index()).set_index("part")
     assert parts.loc["layers", "hidden"] == pytest.approx(table.loc[LAYER, "hidden"])
     assert parts.loc["layers", "step"] == pytest.approx(table.loc[LAYER, "step"])
+
+
+def test_a_group_s_rms_is_that_of_all_its_elements(trio: dict[str, Path]) -> None:
+    variant, base = ak.open(trio["variant"]), ak.open(trio["base"])
+    rows = ak.rolled_up(ak.delta_table(variant - base)).set_index("part")
+    for part in ("layers", "final"):
+        keys = [key for key in base if base.family.part_of(key).split(".")[0] == part]
+        every = torch.cat([(variant[key].double() - base[key].double()).flatten() for key in keys])
+        assert rows.rms[part] == pytest.approx(float(every.square().mean().sqrt()), rel=1e-5)
+        assert rows.elements[part] == len(every)
