@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -66,3 +67,17 @@ def test_make_installs_through_the_constraints() -> None:
     assert installs
     assert all("-c constraints.txt" in line for line in installs)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(("target", "program"), [("notebooks", "notebook_runs.py"), ("reproduce", "experiment run")])
+def test_what_is_published_starts_from_an_empty_cache(target: str, program: str) -> None:
+    """The command as make gives it to the shell, which is asked what cache it would have, and whether it is there after."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    start = lines.index(next(line for line in lines if line.startswith(f"{target}:")))
+    (command,) = [line.strip() for line in lines[start + 1 : start + 3] if program in line]
+    (given,) = [line.partition(":= ")[2] for line in lines if line.startswith("EMPTY_CACHE")]
+    assert command.startswith("$(EMPTY_CACHE) ")
+    shell = given.replace("$$", "$") + " sh -c 'ls -A \"$ALKAHEST_CACHE\" | wc -l; echo $ALKAHEST_CACHE'"
+    said = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == "0"
+    assert not Path(said[1]).exists()

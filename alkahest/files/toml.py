@@ -5,6 +5,7 @@ fields.
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -75,20 +76,24 @@ def value_of(kind: Any, value: Any, operation: str, file: object, where: str) ->
         ) from None
 
 
+_KINDS = {
+    "object": "a table",
+    "array": "a list",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+}
+
+
 def _in_words(problem: str) -> str:
     """What was expected, in the words of TOML."""
-    text = problem.removeprefix("Expected ").partition(", got")[0]
-    for kind, word in {
-        "object": "a table",
-        "array": "a list",
-        "str": "text",
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "null": "nothing",
-    }.items():
-        text = text.replace(f"`{kind}`", word)
-    return text.replace(" | ", " or ")
+
+    def said(found: re.Match[str]) -> str:
+        kinds = [kind.strip() for kind in found[1].split("|") if kind.strip() != "null"]  # which TOML cannot say
+        return " or ".join(_KINDS.get(kind, kind) for kind in kinds)
+
+    return re.sub(r"`([^`]*)`", said, problem.removeprefix("Expected ").partition(", got")[0])
 
 
 def require_keys(given: Iterable[str], known: Collection[str], operation: str, file: object, where: str) -> None:

@@ -26,7 +26,7 @@ class Explorer(Panel):
         self._draw = draw
         self._size = size
         self._ranges: dict[str, tuple[float, float]] = {}
-        self._redraw = Redraw(self._drawn, self.alert)
+        self._redraw = Redraw(self._draw_figure, self.alert)
         self.controls: dict[str, Any] = {}
         rows = [self._row(name, default, controls.get(name)) for name, default in _defaults(draw, controls).items()]
         self.children = [widgets.HBox(rows, layout=widgets.Layout(flex_flow="row wrap")), self.picture, self.status]
@@ -43,7 +43,7 @@ class Explorer(Panel):
         """Draw now, in this thread; what goes wrong is said in the status line."""
         self._redraw.now()
 
-    def _drawn(self) -> Iterator[None]:
+    def _draw_figure(self) -> Iterator[None]:
         with _DRAWING:
             values = self.values
             figure = Figure(figsize=self._size, layout="constrained", facecolor="white")

@@ -40,7 +40,7 @@ class TrainingMonitor(Panel):
         self.folder = folder
         self.history = pd.DataFrame()
         self._seen: float | None = None
-        self._redraw = Redraw(self._drawn, self.alert)
+        self._redraw = Redraw(self._draw_figure, self.alert)
         self._stopped = threading.Event()
         self.measure = widgets.Dropdown(options=list(MEASURES), value="latent_lag1", description="measure", style=STYLE)
         self.follow = widgets.Checkbox(value=True, description="follow", style=STYLE, indent=False)
@@ -78,7 +78,7 @@ class TrainingMonitor(Panel):
         except OSError:
             return None
 
-    def _drawn(self) -> Iterator[None]:
+    def _draw_figure(self) -> Iterator[None]:
         self.history = read_history(self.folder)
         if not len(self.history):
             self.say(f"nothing measured yet in {self.folder}")

@@ -315,6 +315,11 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
         (('ask = { colour = "cyan" }', 'ask = { color = "cyan" }'), "did you mean 'colour'"),
         (('ask = { colour = "cyan" }', 'ask = { colour = "cian" }'), "did you mean 'cyan'"),
         (("steps = 2, cfg", "step = 2, cfg"), "did you mean 'steps'"),
+        (("steps = 2, cfg", "steps = 'two', cfg"), r"sampling: this value is of the wrong kind[\s\S]*key: steps"),
+        (("steps = 2, cfg", "steps = 0, cfg"), "steps must be a whole number from 1"),
+        (("at_most = -1000", "at_most = nan"), "at_most is no finite number"),
+        (("at_most = -1000", "at_most = 'few'"), r"wrong kind[\s\S]*expected: a number"),
+        (("title", "remark = [1]\ntitle"), r"wrong kind[\s\S]*expected: text"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, change: tuple[str, str], message: str) -> None:
