@@ -176,3 +176,26 @@ def test_every_public_function_names_itself_to_an_option_that_it_does_not_have(n
         return  # a kind of value, which functions make
     with pytest.raises(UnknownNameError, match=f"^{name}: unknown (option|setting)"):
         one(stepz=3)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("ak.extract_lora(delta, ra", {"rank=", "rank_max=", "ratio="}),
+        ("ak.delta_table(delta, exa", {"exact="}),
+        ("base.save('x', dty", {"dtype="}),
+        ("ak.sweep(live, 'a', {}, see", {"seeds="}),
+        ("ak.dare(delta, dro", {"drop="}),
+        ("plots.line", {"lineage_comparison"}),
+        ("base['x_pad", {"x_pad_token"}),
+    ],
+)
+def test_tab_in_a_notebook_offers_them(typed: str, offered: set[str], models: dict[str, Any]) -> None:
+    from IPython.core.completer import IPCompleter, provisionalcompleter
+
+    delta = models["variant"] - models["base"]
+    space = {"ak": ak, "plots": plots, "base": models["base"], "delta": delta}
+    completer = IPCompleter(namespace=space, global_namespace=space)
+    with provisionalcompleter():
+        found = {one.text for one in completer.completions(typed, len(typed))}
+    assert offered <= found
