@@ -343,8 +343,10 @@ def _merge(
     found, weights = _expression(expression, recipe, models_dir, node, given)
     weights = _compute_multipliers(weights, given, options, quiet)
     recorded = output_for(found, weights)
-    if recorded != found.output:
+    if "comfy_compatible" in found.output.keys() - recorded.keys():
         print("an input is quantised: ComfyUI's bits cannot be had, the arithmetic is Alkahest's own", file=sys.stderr)
+    if "seed" in found.output.keys() - recorded.keys():
+        print(f"the recorded seed {found.output['seed']} is not used: the rounding is to nearest", file=sys.stderr)
     _save(weights, output, {**recorded, **options}, as_json, quiet)
 
 

@@ -48,10 +48,22 @@ class Options:
     def of(cls, given: Mapping[str, Any], operation: str = "save") -> Options:
         """Options by name, as a recipe records them; UnknownNameError for a name that is none."""
         require_known(operation, given, [item.name for item in fields(cls)])
-        return cls(**given).require(operation)
+        return cls(**given)._require_values(operation)
 
     def require(self, operation: str) -> Options:
         """These options, if each has a value that it can have; errors name the ``operation`` that was called."""
+        self._require_values(operation)
+        # Not of what a recipe records: earlier versions took such a seed and wrote it down.
+        if self.seed and self.rounding != "stochastic":
+            raise OutputError(
+                operation,
+                "the seed is that of stochastic rounding, and this rounds to nearest",
+                found=f"seed={self.seed}",
+                fix="add rounding='stochastic', or leave the seed out",
+            )
+        return self
+
+    def _require_values(self, operation: str) -> Options:
         if self.dtype is not None:
             storage_name(self.dtype)
         if self.rounding not in ROUNDINGS:

@@ -344,6 +344,8 @@ def test_misuse_is_refused_before_anything_is_written(models: Models, tmp_path: 
         (UnknownNameError, "did you mean 'dtype'", "out.safetensors", {"dtyp": "bf16"}),
         (OutputError, "whole number", "out.safetensors", {"threads": 0}),
         (OutputError, "whole number", "out.safetensors", {"seed": 1.5}),
+        (OutputError, "this rounds to nearest", "out.safetensors", {"seed": 3}),
+        (OutputError, "this rounds to nearest", "out.safetensors", {"seed": -1, "rounding": "nearest"}),
         (AlkahestError, "device is not there", "out.safetensors", {"device": "cuda:99"}),
         (AlkahestError, "device is not there", "out.safetensors", {"device": "gpu"}),
     ]

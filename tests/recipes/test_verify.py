@@ -8,10 +8,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import alkahest as ak
+from alkahest.cli import app
 from alkahest.engine.events import result_of
+from alkahest.engine.options import Options
 from alkahest.engine.record import Recipe
+from alkahest.engine.save import stream
 from alkahest.errors import AlkahestError, RecipeError
 from alkahest.recipes.inputs import build
 from alkahest.recipes.verify import Verdict, stream_verdict
@@ -52,6 +56,20 @@ def test_a_recipe_read_back_gives_the_same_bytes(options: dict[str, object], fol
     assert (folder / "again.safetensors").read_bytes() == path.read_bytes()
     (folder / "r.json").write_text(recipe.to_json())
     assert ak.read_recipe(folder / "r.json") == ("a recipe", recipe)
+
+
+def test_a_seed_that_an_earlier_version_recorded_for_nothing(folder: Path) -> None:
+    """It was taken beside rounding to nearest, and written down: such a file verifies, and merges with a word."""
+    bridge, variant, base = (ak.open(folder / f"{name}.safetensors") for name in ("bridge", "variant", "base"))
+    path = folder / "out.safetensors"
+    list(stream(bridge + 3 * (variant - base), path, Options(seed=5), None))
+    assert ak.read_recipe(path)[1].output == {"seed": 5}
+    assert result_of(stream_verdict(path, recompute=True)).differing == []
+    again = folder / "again.safetensors"
+    result = CliRunner().invoke(app, ["merge", "--recipe", str(path), "-o", str(again), "--quiet"])
+    assert (result.exit_code, "the recorded seed 5 is not used" in result.stderr) == (0, True)
+    assert load_file(again).keys() == load_file(path).keys()
+    assert all(value.equal(load_file(again)[key]) for key, value in load_file(path).items())
 
 
 def test_inputs_are_found_by_hash_wherever_they_were_seen(
