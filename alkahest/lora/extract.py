@@ -145,6 +145,9 @@ def stream_extract_lora(
             raise AlgebraError("extract_lora", f"{name} must be a number above zero", found=repr(value))
     if method not in METHODS:
         raise unknown("extract_lora", "unknown method", method, METHODS)
+    if seed and method == "exact":
+        fix = "method='auto' or 'randomised', or leave the seed out"
+        raise AlgebraError("extract_lora", "the exact method has no seed", found=f"seed={seed}", fix=fix)
     from_loras = all(isinstance(leaf, DeltaLeaf) for leaf in delta.leaves())
     kept = Choice(
         include,

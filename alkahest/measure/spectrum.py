@@ -98,6 +98,9 @@ def stream_delta_spectra(
         raise AlgebraError("delta_spectra", "a delta is needed", found=type(delta).__name__, fix="variant - base")
     if values < 1:
         raise AlgebraError("delta_spectra", "at least one singular value", found=values)
+    if seed and exact:
+        fix = "leave the seed out, or exact=True"
+        raise AlgebraError("delta_spectra", "exact spectra have no seed", found=f"seed={seed}", fix=fix)
     on = ends(delta)[1] if on is None else on
     if on is not None:
         require_same("delta_spectra", on, delta)

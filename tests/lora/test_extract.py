@@ -319,6 +319,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "full": ({"full": "nrom"}, UnknownNameError, "full"),
     "everything excluded": ({"exclude": "all"}, AlgebraError, r"(?s)nothing is left to extract.*excluded"),
     "method": ({"method": "fast"}, UnknownNameError, "unknown method"),
+    "seed": ({"method": "exact", "seed": 4}, AlgebraError, r"(?s)the exact method has no seed.*seed=4"),
     "dtype": ({"dtype": "fp8_e4m3fn"}, UnsupportedError, "one of three dtypes"),
     "alpha": ({"alpha": 0}, AlgebraError, "alpha must be a number above zero"),
     "min_dim": ({"min_dim": -1}, AlgebraError, "min_dim"),

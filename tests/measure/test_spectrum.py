@@ -122,6 +122,8 @@ def test_bad_input(trio: dict[str, Path], tmp_path: Path) -> None:
         ak.delta_spectra(v)
     with pytest.raises(AlgebraError, match="at least one singular value"):
         ak.delta_spectra(v - b, values=0)
+    with pytest.raises(AlgebraError, match=r"(?s)exact spectra have no seed.*seed=4"):
+        ak.delta_spectra(v - b, seed=4, exact=True)
     assert len(ak.delta_spectra(b - b)) == 0
     broken = tiny.near(tiny.state(seed=1), 0.02, seed=3)
     broken[LAYER][3, 4] = math.nan
