@@ -25,7 +25,7 @@ $(VENV)/.dev: $(VENV)/.lab
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab --port $(PORT) $(ROOT_FLAG) --LabApp.default_url=/lab/tree/notebooks/00-start-here.ipynb
 
-# Two test processes on two cores, each with threads: waiting ones must not spin, or small matrices take six times as long.
+# Two test processes on two cores, each with threads: waiting ones must not spin, or small matrices take sixfold.
 test: $(VENV)/.dev check
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
