@@ -343,11 +343,13 @@ def _merge(
     found, weights = _expression(expression, recipe, models_dir, node, given)
     weights = _compute_multipliers(weights, given, options, quiet)
     recorded = output_for(found, weights)
-    if "comfy_compatible" in found.output.keys() - recorded.keys():
+    if recorded != found.output:
         print("an input is quantised: ComfyUI's bits cannot be had, the arithmetic is Alkahest's own", file=sys.stderr)
-    if "seed" in found.output.keys() - recorded.keys():
-        print(f"the recorded seed {found.output['seed']} is not used: the rounding is to nearest", file=sys.stderr)
-    _save(weights, output, {**recorded, **options}, as_json, quiet)
+    settings = {**recorded, **options}
+    # Earlier versions recorded a seed beside rounding to nearest; one that is given now is refused by `save`.
+    if "seed" not in options and "seed" in settings and settings.get("rounding") != "stochastic":
+        print(f"the recorded seed {settings.pop('seed')} is not used: the rounding is to nearest", file=sys.stderr)
+    _save(weights, output, settings, as_json, quiet)
 
 
 def _compute_multipliers(

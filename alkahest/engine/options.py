@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from alkahest.errors import OutputError, UnknownNameError, UnsupportedError, nearest, require_known
+from alkahest.errors import OutputError, UnsupportedError, require_known, unknown
 from alkahest.model.dtypes import storage_name
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -67,8 +67,7 @@ class Options:
         if self.dtype is not None:
             storage_name(self.dtype)
         if self.rounding not in ROUNDINGS:
-            fix = nearest(str(self.rounding), ROUNDINGS)
-            raise UnknownNameError(operation, "unknown rounding", found=repr(self.rounding), fix=fix)
+            raise unknown(operation, "unknown rounding", self.rounding, ROUNDINGS)
         for name in ("seed", "threads"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or (name == "threads" and value < 1)):

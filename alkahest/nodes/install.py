@@ -22,7 +22,8 @@ PACKAGE = {package!r}
 found = importlib.util.find_spec("alkahest")
 if found is None or found.origin is None:  # not installed in ComfyUI's Python: from where it was installed
     place = [PACKAGE]
-    spec = importlib.util.spec_from_file_location("alkahest", PACKAGE + "/__init__.py", submodule_search_locations=place)
+    start = PACKAGE + "/__init__.py"
+    spec = importlib.util.spec_from_file_location("alkahest", start, submodule_search_locations=place)
     sys.modules["alkahest"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["alkahest"])
 

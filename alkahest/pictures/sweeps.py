@@ -98,8 +98,8 @@ def sweep(
     ``executor`` is any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; ``folder`` is for
     the pictures, by default in the user's cache; ``batch`` is how many are drawn at once. What follows are fixed
     settings, by default those of `sample`, and named scalars, such as ``k=5``. A cell that was drawn before is not
-    drawn again, so a sweep
-    that was stopped goes on. One that fails has its reason in the column ``error``, and the rest goes on.
+    drawn again, so a sweep that was stopped goes on. One that fails has its reason in the column ``error``, and the
+    rest goes on.
     Raises UnknownNameError for a name that is neither a scalar nor a setting, before anything is drawn.
     """
     cells: Cells = result_of(

@@ -19,15 +19,11 @@ from alkahest.workflow.translate import WorkflowRecipe
 
 
 def output_for(recipe: Recipe, weights: Weights) -> dict[str, Any]:
-    """How a recipe asks to be written, without what would be refused.
-
-    That is ``comfy_compatible`` of a workflow with a quantised input, and a seed beside rounding to nearest.
-    """
+    """How a recipe asks to be written; a workflow's without ``comfy_compatible`` if an input is quantised."""
     plain = all(set(leaf.storage.values()) <= {"fp32", "fp16", "bf16"} for leaf in weights.leaves())
-    left_out = set() if plain or not isinstance(recipe, WorkflowRecipe) else {"comfy_compatible"}
-    if recipe.output.get("rounding") != "stochastic":
-        left_out.add("seed")
-    return {name: value for name, value in recipe.output.items() if name not in left_out}
+    if plain or not isinstance(recipe, WorkflowRecipe):
+        return recipe.output
+    return {name: value for name, value in recipe.output.items() if name != "comfy_compatible"}
 
 
 def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, options: Sequence[str] = ()) -> Weights:

@@ -68,8 +68,13 @@ def test_a_seed_that_an_earlier_version_recorded_for_nothing(folder: Path) -> No
     again = folder / "again.safetensors"
     result = CliRunner().invoke(app, ["merge", "--recipe", str(path), "-o", str(again), "--quiet"])
     assert (result.exit_code, "the recorded seed 5 is not used" in result.stderr) == (0, True)
+    assert ak.read_recipe(again)[1].output == {}
     assert load_file(again).keys() == load_file(path).keys()
     assert all(value.equal(load_file(again)[key]) for key, value in load_file(path).items())
+    random = ["--rounding", "stochastic", "-o", str(again), "--quiet"]
+    result = CliRunner().invoke(app, ["merge", "--recipe", str(path), *random])
+    assert (result.exit_code, "not used" in result.stderr) == (0, False)
+    assert ak.read_recipe(again)[1].output == {"rounding": "stochastic", "seed": 5}
 
 
 def test_inputs_are_found_by_hash_wherever_they_were_seen(
