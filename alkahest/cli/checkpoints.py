@@ -64,6 +64,7 @@ def inspect(
 
 @app.command(context_settings=NAMED)
 def merge(
+    context: typer.Context,
     output: Output,
     what: Annotated[
         list[str] | None,
@@ -105,6 +106,7 @@ def merge(
     with exit_on_error():
         expression, given = split_arguments(what or [])
         options = options_of(
+            context,  # a recipe may say otherwise
             dtype=dtype,
             layout=layout,
             rounding=rounding,

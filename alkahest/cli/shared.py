@@ -118,11 +118,15 @@ def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> N
             raise UnsupportedError("plot", "matplotlib is not installed", fix='pip install "alkahest[lab]"') from None
 
 
-def options_of(**options: Any) -> dict[str, Any]:
+def options_of(context: typer.Context | None = None, **options: Any) -> dict[str, Any]:
+    """The options that are not the default; with the command's ``context``, also a default that was typed."""
     from alkahest.engine.options import Options
 
-    defaults = Options()
-    return {name: value for name, value in options.items() if value != getattr(defaults, name)}
+    defaults, typed = Options(), set()
+    if context is not None:
+        sources = {name: context.get_parameter_source(name) for name in options}
+        typed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return {name: value for name, value in options.items() if name in typed or value != getattr(defaults, name)}
 
 
 @contextlib.contextmanager

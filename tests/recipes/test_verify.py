@@ -77,6 +77,18 @@ def test_a_seed_that_an_earlier_version_recorded_for_nothing(folder: Path) -> No
     assert ak.read_recipe(again)[1].output == {"rounding": "stochastic", "seed": 5}
 
 
+def test_an_option_on_the_command_line_wins_over_the_recipe_even_if_it_is_the_default(folder: Path) -> None:
+    path, again = merged(folder, rounding="stochastic", seed=9, comfy_compatible=True), folder / "again.safetensors"
+    for typed, output in [
+        ([], {"rounding": "stochastic", "seed": 9, "comfy_compatible": True}),
+        (["--seed", "0"], {"rounding": "stochastic", "comfy_compatible": True}),
+        (["--rounding", "nearest"], {"comfy_compatible": True}),
+    ]:
+        result = CliRunner().invoke(app, ["merge", "--recipe", str(path), "-o", str(again), "--quiet", *typed])
+        assert result.exit_code == 0, result.output
+        assert ak.read_recipe(again)[1].output == output
+
+
 def test_inputs_are_found_by_hash_wherever_they_were_seen(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
