@@ -120,22 +120,7 @@ def from_scenes(
 
     >>> from_scenes(2000, seed=1, style="anime", subject=("man", "woman"))
     """
-    drawn = list(
-        scenes(
-            count,
-            seed,
-            held_out,
-            subject=subject,
-            colour=colour,
-            place=place,
-            light=light,
-            side=side,
-            quality=quality,
-            style=style,
-        )
-    )
-    given = {
-        "held_out": held_out or None,
+    choices = {
         "subject": subject,
         "colour": colour,
         "place": place,
@@ -144,6 +129,8 @@ def from_scenes(
         "quality": quality,
         "style": style,
     }
+    drawn = list(scenes(count, seed, held_out, **choices))
+    given = {"held_out": held_out or None, **choices}
     what = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     examples = [
         Example(
