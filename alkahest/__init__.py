@@ -18,12 +18,14 @@ from alkahest.version import __version__ as __version__
 if TYPE_CHECKING:
     from alkahest import mini as mini
     from alkahest.algebra.delta_methods import breadcrumbs as breadcrumbs
+    from alkahest.algebra.delta_methods import common as common
     from alkahest.algebra.delta_methods import dare as dare
     from alkahest.algebra.delta_methods import della as della
     from alkahest.algebra.delta_methods import model_stock as model_stock
     from alkahest.algebra.delta_methods import nuslerp as nuslerp
     from alkahest.algebra.delta_methods import sce as sce
     from alkahest.algebra.delta_methods import ties as ties
+    from alkahest.algebra.delta_methods import union as union
     from alkahest.algebra.deltas import Delta as Delta
     from alkahest.algebra.methods import method as method
     from alkahest.algebra.mixtures import lerp as lerp
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from alkahest.measure.lineage import nearest_base as nearest_base
     from alkahest.measure.lineage import refiner_check as refiner_check
     from alkahest.measure.multiplier import Multiplier as Multiplier
-    from alkahest.measure.multiplier import needed_multiplier as needed_multiplier
     from alkahest.measure.pairs import compare as compare
     from alkahest.measure.pairs import comparison_matrix as comparison_matrix
     from alkahest.measure.rounding import absorbed as absorbed
@@ -53,7 +54,9 @@ if TYPE_CHECKING:
     from alkahest.measure.spectrum import delta_spectra as delta_spectra
     from alkahest.measure.table import delta_table as delta_table
     from alkahest.measure.table import rolled_up as rolled_up
+    from alkahest.pictures.effects import effect as effect
     from alkahest.pictures.live import LiveModel as LiveModel
+    from alkahest.pictures.needed import needed_multiplier as needed_multiplier
     from alkahest.pictures.pipelines import pipeline as pipeline
     from alkahest.pictures.quality import flow_loss as flow_loss
     from alkahest.pictures.quality import picture_difference as picture_difference
@@ -85,6 +88,7 @@ _PUBLIC = {
     "breadcrumbs": "algebra.delta_methods",
     "cached": "files.cache",
     "clear_cache": "files.cache",
+    "common": "algebra.delta_methods",
     "compare": "measure.pairs",
     "comparison_matrix": "measure.pairs",
     "convert_lora": "lora.write",
@@ -93,6 +97,7 @@ _PUBLIC = {
     "della": "algebra.delta_methods",
     "delta_spectra": "measure.spectrum",
     "delta_table": "measure.table",
+    "effect": "pictures.effects",
     "extract_lora": "lora.extract",
     "file_noise": "measure.rounding",
     "finetune": "training.loop",
@@ -105,7 +110,7 @@ _PUBLIC = {
     "method": "algebra.methods",
     "model_stock": "algebra.delta_methods",
     "nearest_base": "measure.lineage",
-    "needed_multiplier": "measure.multiplier",
+    "needed_multiplier": "pictures.needed",
     "nuslerp": "algebra.delta_methods",
     "open": "sources.checkpoint",
     "open_lora": "sources.lora",
@@ -126,6 +131,7 @@ _PUBLIC = {
     "sweep": "pictures.sweeps",
     "ties": "algebra.delta_methods",
     "train_difference": "algebra.model_methods",
+    "union": "algebra.delta_methods",
     "weighted_sum": "algebra.mixtures",
     "write_workflow": "workflow.write",
 }

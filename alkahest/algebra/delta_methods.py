@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from alkahest.algebra.deltas import Delta
 from alkahest.algebra.methods import dot, method, require_within
 from alkahest.algebra.model_methods import along_arc
 from alkahest.errors import AlgebraError
@@ -127,6 +128,30 @@ def nuslerp(a: Tensor, b: Tensor, *, t: float = 0.5, rows: float = 0.0, shape: t
     sine = torch.sin(angle)
     arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / sine
     return torch.where(sine > 1e-3, arc, a + t * (b - a)).view(-1)
+
+
+@method(elementwise=True)
+def common(a: Tensor, b: Tensor) -> Tensor:
+    """What two deltas share: where their signs agree the smaller of the two entries, elsewhere nothing.
+
+    >>> shared = ak.common(variant - base, other - base)
+
+    For sets of signed amounts this is the intersection, as ``--variant2`` of the article's tool means it: its script
+    was not published, so the formula is ours. ``common(a, b) + union(a, b)`` is ``a + b``.
+    """
+    return torch.where(torch.sign(a) == torch.sign(b), torch.where(a.abs() <= b.abs(), a, b), 0)
+
+
+def union(a: Delta, b: Delta) -> Delta:
+    """What either of two deltas holds, what they share counted once: ``a + b - common(a, b)``.
+
+    >>> either = ak.union(variant - base, other - base)
+
+    Where signs agree that is the larger of the two entries, where they do not their sum. Raises MismatchError if the
+    two do not fit.
+    """
+    either: Delta = a + b - common(a, b)
+    return either
 
 
 def _largest(delta: Tensor, by: Tensor, share: float) -> Tensor:

@@ -80,7 +80,14 @@ class Method:
 
 
 REGISTRY: dict[str, Method] = {}
-RESERVED = ("lerp", "weighted_sum", "param", "made_up", "apply_lora")  # names that mean something else in a recipe
+RESERVED = (
+    "lerp",
+    "weighted_sum",
+    "param",
+    "made_up",
+    "apply_lora",
+    "union",
+)  # names that mean something else in a recipe
 _GIVEN = ("uniform", "shape")  # parameters that evaluation fills in
 
 

@@ -365,8 +365,9 @@ def _compute_multipliers(
 
 def _with_multiplier(weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool) -> alkahest.Weights:
     """The same with the scalar ``name`` set to the multiplier that its delta needs."""
-    from alkahest.measure.multiplier import auto_multiplied, stream_needed_multiplier
+    from alkahest.measure.placed import auto_multiplied
     from alkahest.model.dtypes import SCALED, storage_name
+    from alkahest.pictures.needed import stream_needed_multiplier
 
     delta, on = auto_multiplied(weights, name)
     dtype = options.get("dtype")

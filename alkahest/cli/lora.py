@@ -66,9 +66,13 @@ def extract_lora(
         list[str] | None,
         typer.Argument(
             metavar="[EXPRESSION] --NAME PATH...",
-            help='The difference, by default "variant - base": --variant V.safetensors --base B.safetensors.',
+            help='The difference, by default "variant - base": --variant V.safetensors --base B.safetensors; with '
+            "--variant2 W.safetensors what the two variants share.",
         ),
     ] = None,
+    union: Annotated[
+        bool, typer.Option("--union", help="With --variant2: what either variant holds, not what both share.")
+    ] = False,
     rank: Rank = 0,
     rank_thresh: Energy = None,
     sum: Sum = None,
@@ -94,10 +98,13 @@ def extract_lora(
     """Make a LoRA of what a variant learned, or of any difference.
 
     The supplement of the article: `alkahest extract-lora --base ALKAHEST --variant BASE --rank-thresh 0.995
-    --exclude refiner -o supplement.safetensors`. A run that was stopped goes on where it was.
+    --exclude refiner -o supplement.safetensors`. With `--variant2`, the part that two variants share, with `--union`
+    too what either has. A run that was stopped goes on where it was.
     """
     with exit_on_error():
         text, given = split_arguments(what or [])
+        if union and (text is not None or "variant2" not in given):
+            raise typer.BadParameter("--union goes with --variant2, and without an expression")
         asked = {
             "rank": rank or None,
             "energy": rank_thresh,
@@ -116,7 +123,7 @@ def extract_lora(
             **options_of(device=device, threads=threads),
         }
         options = [*asked, "rank_thresh", "output", "flavour", "csv", "plot", "json", "quiet"]
-        _extract(text or "variant - base", given, asked, output, flavour, csv, plot, as_json, quiet, options)
+        _extract(text or _of_variants(given, union), given, asked, output, flavour, csv, plot, as_json, quiet, options)
 
 
 @loras.command("inspect")
@@ -193,6 +200,13 @@ def merge_loras(
         asked = {"rank": rank or None, "energy": energy, "rank_max": rank_max or None, "alpha": alpha, "dtype": dtype}
         options = ["rank", "rank_thresh", "rank_max", "alpha", "dtype", "output", "flavour", "json", "quiet"]
         _extract(text, given, asked, output, flavour, None, None, as_json, quiet, options)
+
+
+def _of_variants(given: dict[str, Any], union: bool) -> str:
+    """The difference that is meant without an expression: of one variant, or of two."""
+    if "variant2" not in given:
+        return "variant - base"
+    return f"{'union' if union else 'common'}(variant - base, variant2 - base)"
 
 
 def _extract(

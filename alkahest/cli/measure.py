@@ -86,7 +86,7 @@ def multiplier(
     quiet: Quiet = False,
 ) -> None:
     """Compute the multiplier that a difference needs to take effect, and say on what basis."""
-    from alkahest.measure.multiplier import stream_needed_multiplier
+    from alkahest.pictures.needed import stream_needed_multiplier
 
     with exit_on_error():
         require_outputs(csv, plot, html)

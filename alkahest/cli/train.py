@@ -81,7 +81,7 @@ def make_dataset(
     quiet: Quiet = False,
 ) -> None:
     """Have models draw a dataset to train on, as the article's TB-1 was trained on Z-Image's own pictures."""
-    from alkahest.training.dataset import make_dataset as draw
+    from alkahest.pictures.dataset import make_dataset as draw
 
     with exit_on_error():
         try:

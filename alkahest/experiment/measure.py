@@ -18,12 +18,13 @@ from alkahest.errors import FileFormatError, UnknownNameError, nearest, unknown
 from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet, run_file
 from alkahest.experiment.growing.report import READ, as_asked
 from alkahest.lora.extract import extract_lora
-from alkahest.measure.multiplier import BASES, needed_multiplier
+from alkahest.measure.bases import BASES
 from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.table import delta_table, rolled_up
 from alkahest.mini.judge import attributes, load_judge
 from alkahest.mini.scenes import ATTRIBUTES, Scene, held_out_prompts
 from alkahest.model.families import family_of
+from alkahest.pictures.needed import needed_multiplier
 from alkahest.pictures.pipelines import pipeline
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample

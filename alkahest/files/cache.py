@@ -42,6 +42,7 @@ KINDS = {
     "sweeps": Kind("pictures of sweeps", 1, ("torch", "diffusers")),
     "latents": Kind("encoded training pictures", 1, ("torch", "diffusers")),
     "embeddings": Kind("encoded training captions", 1, ("torch", "transformers")),
+    "curves": Kind("losses over k, for multipliers by pictures", 1, ("torch", "diffusers", "transformers")),
     "extractions": Kind("LoRAs that are extracted but not saved yet, tensor by tensor", 1, ("torch",)),
 }
 

@@ -15,11 +15,17 @@ from alkahest.lab.figure import COLOURS, Plot, axes_for, legend_beside, number_t
 if TYPE_CHECKING:
     import pandas
 
-MARKED = {1.0: "1x", 10.0: "10x, ComfyUI's cap", 20.0: "20x, practical limit"}
+# The article's limits are marked in both of their readings: the whole multiplier, or ten times the adding side.
+MARKED = {
+    1.0: "1x",
+    10.0: "10x, ComfyUI's cap",
+    20.0: '20x, "practically 20x" in all',
+    200.0: "200x, the same on the adding side",
+}
 
 
 def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
-    """What is left of a delta after adding and rounding, over k, with 1x, 10x and 20x marked."""
+    """What is left of a delta after adding and rounding, over k, with 1x, ComfyUI's cap and the article's limit marked."""
     ax = axes_for(ax, (8, 4.2))
     lines = {
         "elements that change": 1 - curve.absorbed_count,
@@ -75,12 +81,12 @@ def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = N
 
 
 def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | None = None) -> Plot:
-    """The k that each part would need by itself, beside the one for all, with 1x, 10x and 20x marked."""
+    """The k that each part would need by itself, beside the one for all, with 1x, ComfyUI's cap and the article's limit marked."""
     parts = multiplier.per_part
-    own = "k" in parts
+    own = multiplier.basis == "relative"
     values = (parts.k if own else parts.relative_at_k).to_numpy(float)
     ax = axes_for(ax, (8, 0.45 * len(parts) + 1.8))
-    some = np.isfinite(values) & (values > 0)
+    some = np.isfinite(values) & (values > 0) & (parts.changed > 0).to_numpy()
     y = np.arange(len(parts))
     ax.plot(values[some], y[some], "o", color=COLOURS[0], ms=8)
     ax.set_ylim(len(parts) - 0.4, -0.9)  # first part on top, with room for its number
@@ -88,7 +94,7 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     ax.set_xscale("log")
     for place in y[~some]:
         ax.annotate(
-            "untouched" if own else "0",
+            parts.why[place],
             (0, place),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
@@ -111,8 +117,8 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     ax.grid(axis="y", color="0.9")
     ax.set_title(title or title_of_plot(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
     words = ", ".join(
-        f"{part} {number_text(value) if good else 'untouched'}"
-        for part, value, good in zip(parts.part, values, some, strict=True)
+        f"{part} {number_text(value) if good else why}"
+        for part, value, good, why in zip(parts.part, values, some, parts.why, strict=True)
     )
     return Plot(ax, f"{ax.get_title()}: {words}.")
 
@@ -135,7 +141,7 @@ def _mark_multipliers(ax: Axes, ks: Any, axis_label: str = "multiplier k (log sc
     ax.set_xscale("log")
     ax.set_xlabel(axis_label)
     low, high = (float(np.min(ks)), float(np.max(ks))) if len(ks) else (1.0, 1.0)
-    for (k, name), style in zip(MARKED.items(), (":", "-.", "--"), strict=True):
+    for (k, name), style in zip(MARKED.items(), (":", "-.", "--", (0, (1, 3))), strict=True):
         if low / 10 <= k <= high * 10:
             ax.axvline(k, color="0.35", ls=style, lw=1, label=name)
     legend_beside(ax)

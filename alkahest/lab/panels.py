@@ -22,7 +22,9 @@ from alkahest.lab.live_merge import live_merge as live_merge
 from alkahest.lab.sampling_grid import sampling_grid as sampling_grid
 from alkahest.lab.training_monitor import training_monitor as training_monitor
 from alkahest.lora.rank import RULES, lora_ranks
-from alkahest.measure.multiplier import BASES, Multiplier, multiplier_of, not_protected
+from alkahest.measure.bases import BASES, multiplier_of
+from alkahest.measure.multiplier import Multiplier
+from alkahest.measure.placed import not_protected
 from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.spectrum import stream_delta_spectra
 from alkahest.measure.table import stream_delta_table
@@ -144,7 +146,8 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
     def _multiplier(self, basis: str, target: float) -> Multiplier:
         key = (basis, target)
         if key not in self._known:
-            self._known[key] = multiplier_of(self._table, basis, target, added=self._added)
+            asked = None if target == BASES[basis][0] else target  # the default that the control shows is not asked for
+            self._known[key] = multiplier_of(self._table, basis, asked, added=self._added)
         return self._known[key]
 
     def _bases(self) -> list[str]:

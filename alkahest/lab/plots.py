@@ -360,9 +360,7 @@ def _statistic(table: pandas.DataFrame, name: str) -> np.ndarray[Any, Any]:
         values: np.ndarray[Any, Any] = table[name].fillna(0.0).to_numpy(float)
         return values
     # From lengths, for a cosine next to 1 has no digits left: |v - b|^2 = |v|^2 + |b|^2 - 2 |v| |b| cos.
-    angle = (table.delta_norm**2 - (table.variant_norm - table.base_norm) ** 2) / (
-        2 * table.variant_norm * table.base_norm
-    )
+    angle = (table.gap**2 - (table.variant_norm - table.base_norm) ** 2) / (2 * table.variant_norm * table.base_norm)
     values = angle.fillna(0.0).clip(lower=0.0).to_numpy(float)
     return values
 

@@ -38,6 +38,7 @@ class RefinerCheck:
     layers: float  # the same over the main stack
     parts: pandas.DataFrame  # the same and more by part
     reasons: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()  # those of the reasons that question the question, such as whether the base is right
 
     def __repr__(self) -> str:
         return lines_under(self.verdict, self.reasons)
@@ -94,7 +95,7 @@ def stream_refiner_check(
 
 
 def check_of(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck:
-    """The `RefinerCheck` of a delta table that was measured with k = 1."""
+    """The `RefinerCheck` of a delta table, about variant and base themselves whatever multiple of them it measured."""
     parts = parts_moved(table)
     moved = parts.moved.to_dict()
     family = family_of(table.tensor)
@@ -110,8 +111,10 @@ def check_of(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck
     else:
         verdict = "not importable"
         reasons.append("its layers speak to a refiner that the bridge does not have")
+    doubts = []
     if max(refiner, layers) > _UNRELATED:
-        reasons.append("this is as far as two lineages are apart: is it the right base? See nearest_base")
+        doubts.append("this is as far as two lineages are apart: is it the right base? See nearest_base")
+    reasons += doubts
     if layers == 0 and refiner == 0:
         reasons.append("nothing differs there: the two hold the same weights")
     if with_bridge:
@@ -120,15 +123,15 @@ def check_of(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck
             f"the bridge's refiner is {percent(distance['refiner'], 2)} of its norm from this base's, its layers "
             f"{percent(distance[family.main_part], 2)}"
         )
-    return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons))
+    return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons), tuple(doubts))
 
 
 def parts_moved(table: pandas.DataFrame) -> pandas.DataFrame:
-    """A delta table by part, all refiners together besides, with ``moved``: |d| / |b| less the files' rounding."""
+    """A delta table by part, all refiners together besides, with ``moved``: |v - b| / |b| less the files' rounding."""
     import pandas as pd
 
-    noise = file_noise(table)["least"].fillna(0.0)
-    real = table.assign(moved=(table.delta_norm * (1 - noise).clip(lower=0) ** 0.5))
+    noise = file_noise(table)["least"].fillna(0.0).where(table.rounded != 1, 1.0)
+    real = table.assign(moved=(table.gap * (1 - noise).clip(lower=0) ** 0.5))
     groups = [
         ("refiner", real[real.part.isin(family_of(table.tensor).bridge_parts)]),
         *real.groupby("part", sort=False),

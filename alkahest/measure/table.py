@@ -48,12 +48,15 @@ COLUMNS = {
     "base_norm": "|b|",
     "on_norm": "|w|",
     "distance": "|w - b|",
+    "gap": "|v - b|, whatever d makes of it: what a verdict about the variant stands on",
     "delta_norm": "|d|",
     "rms": "|d| / sqrt(elements), the size of a typical change",
     "relative": "|d| / |w|",
     "largest": "the largest magnitude in d",
     "cosine": "of the angle between v and b",
     "changed": "share of elements where d is not 0",
+    "rounded": "1 where v differs from b by no more than rounding b to v's format explains, at every element; 0 where it "
+    "differs by more, or not at all; NaN where how v or b is stored does not say",
     "step": "what d moves by when v moves to its neighbour as stored: root mean square of ulp(v), times the factor in "
     "d, over the elements where d is not 0; of large tensors a quarter of a million elements or more are looked at",
     "base_step": "the same of b",
@@ -65,7 +68,7 @@ COLUMNS = {
 }
 KIND = Kind(
     "delta_table",
-    1,
+    2,
     COLUMNS,
     objects=("ulps", "ulp_energy"),
     whole=("elements",),
@@ -161,7 +164,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     for group, found in table.groupby(names, sort=False):
         norms = {
             name: math.sqrt(found[name].pow(2).sum(skipna=False))
-            for name in ("variant_norm", "base_norm", "on_norm", "distance", "delta_norm", "hidden")
+            for name in ("variant_norm", "base_norm", "on_norm", "distance", "gap", "delta_norm", "hidden")
         }
         elements = int(found.elements.sum())
         changed = found.changed * found.elements
@@ -178,6 +181,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
                 "largest": found.largest.max(),
                 "cosine": dot / product if product > 0 else math.nan,
                 "changed": changed.sum() / elements,
+                "rounded": _rounded_together(found),
                 **{
                     name: math.sqrt((found[name] ** 2 * changed).sum() / changed.sum()) if changed.any() else math.nan
                     for name in ("step", "base_step")
@@ -189,6 +193,12 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     result = pd.DataFrame(rows)
     result.attrs |= table.attrs
     return result
+
+
+def _rounded_together(found: pandas.DataFrame) -> float:
+    """`COLUMNS`' ``rounded`` of several tensors: those that do not differ say nothing."""
+    differing = found[found.gap > 0].rounded
+    return float(differing.min(skipna=False)) if len(differing) else 0.0
 
 
 def table_text(table: pandas.DataFrame, by: str = "part") -> str:
@@ -251,7 +261,13 @@ class _Task:
                 tally.add(values, self.units, self.stride)
             if bad := tally.nonfinite:
                 raise why_nonfinite(self.terms[bad], self.key, "delta_table")
-        return [{**self._names(), **tally.columns(self.elements, self.factor)}]
+        return [{**self._names(), **tally.columns(self.elements, self.factor), "rounded": self._rounded(tally)}]
+
+    def _rounded(self, tally: Tally) -> float:
+        if not {"variant", "base"} <= self.units.keys():
+            return math.nan
+        differs = tally.squares.get("gap", 0.0) > 0
+        return float(tally.is_rounded and differs and self.units["variant"] != self.units["base"])
 
     @property
     def is_pair(self) -> bool:

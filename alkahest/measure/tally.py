@@ -30,6 +30,7 @@ class Tally:
     stepped: int = 0  # elements that changed, of those looked at, and the squares of the ends' ulps there
     steps: dict[str, float] = field(default_factory=dict)
     hidden: float = 0.0
+    is_rounded: bool = True  # whether v is b rounded to v's format, as far as both have been looked at
     ulps: Counts = field(default_factory=lambda: np.zeros(len(ULPS), np.int64))
     energy: Energies = field(default_factory=lambda: np.zeros(len(ULPS)))
 
@@ -39,6 +40,8 @@ class Tally:
             if numbers.data_ptr() not in squares:  # base and on are often the same, and so are delta and gap
                 squares[numbers.data_ptr()] = sum_of_squares(numbers)
             self.squares[name] = self.squares.get(name, 0.0) + squares[numbers.data_ptr()]
+        if {"variant", "base"} <= values.keys() & units.keys():
+            self._compare_rounded(values["variant"], values["base"], units)
         delta = values.get("delta")
         if delta is None or self.nonfinite:
             return
@@ -89,7 +92,15 @@ class Tally:
         for name, square in (("variant", steps[1]), ("base", steps[2])):
             self.steps[name] = self.steps.get(name, 0.0) + square
         self.hidden += stride * steps[3] / 12
+        if v.dtype == np.float32:  # else both are bf16 as stored
+            self._compare_rounded(torch.from_numpy(v), torch.from_numpy(b), units)
         return True
+
+    def _compare_rounded(self, variant: Tensor, base: Tensor, units: dict[str, tuple[Format, float]]) -> None:
+        """Note where v is farther from b than rounding b to v's format puts it: half an ulp, up to float32's own."""
+        if self.is_rounded and units["variant"] != units["base"]:
+            half = ulp(variant, *units["variant"]).mul_(0.5 * (1 + 1e-3))
+            self.is_rounded = not bool(((variant - base).abs_() > half).any())
 
     def _sample(self, values: dict[str, Tensor], units: dict[str, tuple[Format, float]], stride: int) -> None:
         delta = values["delta"]
@@ -120,6 +131,7 @@ class Tally:
             "base_norm": norms.get("base", math.nan),
             "on_norm": on,
             "distance": norms.get("distance", math.nan),
+            "gap": norms.get("gap", math.nan),
             "delta_norm": delta,
             "rms": delta / math.sqrt(max(1, elements)),
             "relative": delta / on if on > 0 else math.nan,

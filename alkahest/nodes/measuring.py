@@ -55,8 +55,8 @@ class AlkahestMultiplier:
     def measure(self, variant: Any, base: Any, bridge: Any, basis: str, target: float) -> dict[str, Any]:
         require_same("Alkahest Multiplier", {"variant": variant, "base": base, "bridge": bridge})
         require_packages("Alkahest Multiplier")
-        from alkahest.measure.multiplier import stream_needed_multiplier
         from alkahest.nodes.model import ModelWeights
+        from alkahest.pictures.needed import stream_needed_multiplier
 
         v, b, a = ModelWeights(variant, "variant"), ModelWeights(base, "base"), ModelWeights(bridge, "bridge")
         found = with_progress(stream_needed_multiplier(v - b, a.protect("refiner"), basis, target or None))

@@ -113,7 +113,7 @@ class AlkahestAdd:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "model1 + multiplier * model2, for a difference as model2, without a cap; keep_refiner leaves model1's "
-        f"refiner as it is. About 20 is the practical limit on this side. {_PADS}"
+        f"refiner as it is. The article's practical limit is 20, on this side or in all. {_PADS}"
     )
 
     def merge(

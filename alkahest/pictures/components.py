@@ -42,7 +42,7 @@ def load_components(weights: Weights, components: Any, dtype: torch.dtype) -> di
     from diffusers import DiffusionPipeline
 
     if components is None:
-        components = _default(weights)
+        components = default_components(weights)
     if isinstance(components, DiffusionPipeline):
         parts = {name: getattr(components, name) for name in NAMES}
     elif isinstance(components, Mapping):
@@ -55,7 +55,8 @@ def load_components(weights: Weights, components: Any, dtype: torch.dtype) -> di
     return parts
 
 
-def _default(weights: Weights) -> Path:
+def default_components(weights: Weights) -> Path:
+    """The pipeline folder that weights bring along: the miniature family's, or the one that a file lies in."""
     if mini.is_miniature(weights.leading.architecture):
         return mini.components()
     for leaf in weights.leaves():

@@ -114,7 +114,7 @@ def sample(
     pipe = getattr(pipe, "pipe", pipe)
     settings = Settings(steps, cfg, shift, schedule, cfg_normalization)
     prompts, seeds = _pictures(prompt, seed)
-    size = _size(pipe, width, height)
+    size = size_of_latents(pipe, width, height)
     if batch < 1:
         raise AlkahestError("sample", "batch must be at least 1", found=batch)
     if negative_prompt and settings.guidance_scale == 0:
@@ -275,7 +275,7 @@ def _pictures(prompt: str | Sequence[str], seed: int | Sequence[int]) -> tuple[l
     return prompts, seeds
 
 
-def _size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
+def size_of_latents(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
     """Height and width of the latents."""
     multiple = pipe.vae_scale_factor * 2
     default = int(pipe.vae.config.sample_size)

@@ -9,7 +9,7 @@ import ast
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from alkahest.algebra.delta_methods import breadcrumbs, dare, della, model_stock, nuslerp, sce, ties
+from alkahest.algebra.delta_methods import breadcrumbs, common, dare, della, model_stock, nuslerp, sce, ties, union
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import Expression
 from alkahest.algebra.methods import REGISTRY
@@ -48,6 +48,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     sce,
     model_stock,
     nuslerp,
+    common,
+    union,
 )
 
 

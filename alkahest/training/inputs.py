@@ -20,6 +20,8 @@ from alkahest.model.dtypes import FORMATS
 from alkahest.model.families import Family
 from alkahest.model.keys import Pattern
 from alkahest.pictures.components import load_components
+from alkahest.pictures.dataset import Dataset, from_folder, from_scenes, make_dataset
+from alkahest.pictures.encoded import Encoded, encode
 from alkahest.pictures.pipelines import empty_transformer, pipeline
 from alkahest.pictures.sampler import embed
 from alkahest.recipes.text import parse
@@ -27,8 +29,6 @@ from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.training import parallel
 from alkahest.training.config import Config
-from alkahest.training.dataset import Dataset, from_folder, from_scenes, make_dataset
-from alkahest.training.encoded import Encoded, encode
 from alkahest.training.events import TrainingStep
 
 _MINI = "mini:"

@@ -16,16 +16,17 @@ from alkahest.engine.events import result_of
 from alkahest.engine.options import existing_device
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError, refuse_unknown_options
 from alkahest.model.keys import Pattern
+from alkahest.pictures.encoded import Encoded
+from alkahest.pictures.flow import Arithmetic, losses
 from alkahest.sources.lora import open_lora
 from alkahest.training import parallel
 from alkahest.training.adapter import add_lora, save_adapter
 from alkahest.training.config import Config, Stage
-from alkahest.training.encoded import Encoded
 from alkahest.training.events import TrainingStep
 from alkahest.training.inputs import prepare, reset_tensors, start_of
 from alkahest.training.memory import out_of_memory
 from alkahest.training.monitor import Monitor, read_history, split
-from alkahest.training.objective import Arithmetic, add_noise, losses
+from alkahest.training.objective import add_noise
 from alkahest.training.optimise import Updates, rate_at
 from alkahest.training.order import Order
 from alkahest.training.states import Frozen, about_checkpoint, load_checkpoint, save_checkpoint, saved_checkpoints

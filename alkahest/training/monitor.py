@@ -14,12 +14,13 @@ import torch
 
 from alkahest.errors import UnsupportedError, refuse_unknown_options
 from alkahest.files.whole import write_file
+from alkahest.pictures.encoded import Encoded, Item
+from alkahest.pictures.flow import Arithmetic, losses
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample
 from alkahest.training import parallel
 from alkahest.training.config import Config, Stage
-from alkahest.training.encoded import Encoded, Item
-from alkahest.training.objective import Arithmetic, add_noise, losses
+from alkahest.training.objective import add_noise
 
 if TYPE_CHECKING:
     import pandas

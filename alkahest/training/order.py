@@ -9,7 +9,7 @@ import numpy as np
 
 from alkahest.errors import AlkahestError
 from alkahest.model import seeded
-from alkahest.training.encoded import Bucket, Encoded
+from alkahest.pictures.encoded import Bucket, Encoded
 
 Pick = tuple[int, int]  # number of the dataset, number of the example in it
 

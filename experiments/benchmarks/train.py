@@ -37,11 +37,12 @@ def step_memory(
 
     import alkahest as ak
     from alkahest.model.families.zimage import FAMILY
+    from alkahest.pictures.flow import Arithmetic, losses
     from alkahest.pictures.pipelines import empty_transformer
     from alkahest.training.config import Stage, config_of
     from alkahest.training.inputs import lighten
     from alkahest.training.memory import memory_plan
-    from alkahest.training.objective import Arithmetic, add_noise, losses
+    from alkahest.training.objective import add_noise
     from alkahest.training.optimise import Updates
 
     torch.set_num_threads(threads)

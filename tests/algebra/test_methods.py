@@ -294,6 +294,8 @@ def test_train_difference(models: list[ak.Checkpoint]) -> None:
         "a + breadcrumbs(v - b, smallest=0.5)",
         "a + sce([v - b, a - b], top=0.2)",
         "a + model_stock([v - b, a - b])",
+        "a + common(v - b, a - b)",
+        "a + 0.5 * union(v - b, a - b)",
         "a + nuslerp(v - b, a - b, t=0.2, rows=1)",
         "karcher([a, v, b])",
         "cosine_add(a, v)",
@@ -357,3 +359,20 @@ def test_a_name_that_means_something_else_stays_its_own(name: str, registry: Non
 def test_recipes_call_what_is_written_down_and_nothing_else() -> None:
     shipped = {name for name, made in methods.REGISTRY.items() if not made.definition}
     assert {function.__name__ for function in _FUNCTIONS} == shipped | set(methods.RESERVED)
+
+
+def test_what_two_deltas_share_and_what_either_holds(models: list[ak.Checkpoint]) -> None:
+    a, v, b = models
+    x, y = v - b, a - b
+    left, right = ((one[KEY].float() - b[KEY].float()).double().view(-1) for one in (v, a))
+    agree = torch.sign(left) == torch.sign(right)
+    small, large = torch.minimum(left.abs(), right.abs()), torch.maximum(left.abs(), right.abs())
+    shared = torch.where(agree, torch.sign(left) * small, 0.0)
+    either = torch.where(agree, torch.sign(left) * large, left + right)
+    assert 0.2 < agree.double().mean() < 0.8
+    torch.testing.assert_close(computed(ak.common(x, y)).double(), shared, rtol=1e-6, atol=0)
+    torch.testing.assert_close(computed(ak.union(x, y)).double(), either, rtol=1e-5, atol=1e-8)
+    # Where one of them holds nothing they share nothing, and either is the other.
+    only = x.only("layers.0")
+    assert ak.common(only, y).at(KEY, Rules()) is None
+    assert torch.equal(computed(ak.union(only, y)), computed(y))

@@ -271,11 +271,38 @@ def test_an_automatic_multiplier(trio: dict[str, Path], tmp_path: Path) -> None:
         ak.open(trio["variant"]) - ak.open(trio["base"]), on=ak.open(trio["bridge"]).protect("refiner")
     )
     assert f"k: {k!r}" in output
-    assert f"param('k', {k.value!r})" in run("recipe", out)
+    assert f"param('k', {k.value:g})" in run("recipe", out)
     by_hand = tmp_path / "by_hand.safetensors"
     run("merge", text, *named(trio), f"--k={k.value!r}", "-o", by_hand, "-q")
     assert by_hand.read_bytes() == out.read_bytes()
     assert "every byte the same" in run("verify", out, "--recompute", *named(trio))
+
+
+def test_an_automatic_multiplier_never_goes_below_one_in_silence(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    members = {"bridge": "tb1", "variant": "turbo-variant", "base": "deturbo"}
+    models = [given for name, member in members.items() for given in (f"--{name}", ak.mini.load(member).path)]
+    output = run("merge", "bridge.protect('refiner') + k * (variant - base)", *models, "--k", "auto", "-o", out, "-q")
+    assert "k: Multiplier 1 = subtract 1 x add 1" in output
+    assert "so the basis says nothing: start at 1, or let pictures say" in output
+    assert "param('k', 1) *" in run("recipe", out)
+
+
+def test_a_report_of_a_multiple_still_judges_the_variant(trio: dict[str, Path], tmp_path: Path) -> None:
+    model = {name: ak.mini.load(name).path for name in ("base-variant", "base")}
+    for k in (1, 171.1):
+        html = tmp_path / f"{k}.html"
+        run("diff", model["base-variant"], model["base"], f"--k={k}", "--html", html, "-q")
+        assert "<b>importable</b>" in html.read_text()
+
+
+def test_extract_lora_of_two_variants(trio: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    asked = ["--base", trio["base"], "--variant", trio["variant"], "--variant2", trio["bridge"], "--rank", 4, "-o", out]
+    assert "common(variant - base, variant2 - base)" in run("extract-lora", *asked)
+    either = run("extract-lora", *asked, "--union")
+    assert "variant - base + (variant2 - base) - common(variant - base, variant2 - base)" in either
+    assert "--union goes with --variant2" in run("extract-lora", *asked[:4], "--union", "-o", out, code=2)
 
 
 def test_merge_then_recipe_then_merge_again(trio: dict[str, Path], tmp_path: Path) -> None:

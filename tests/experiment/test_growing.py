@@ -24,7 +24,7 @@ from alkahest.experiment.growing.muon import Muon, orthogonal
 from alkahest.experiment.growing.report import interval
 from alkahest.mini.judge import Judge, attributes
 from alkahest.mini.scenes import scenes
-from alkahest.training.encoded import chat, embeddings
+from alkahest.pictures.encoded import chat, embeddings
 
 
 def test_orthogonal_is_near_the_polar_factor() -> None:

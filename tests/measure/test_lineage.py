@@ -9,7 +9,7 @@ import torch
 
 import alkahest as ak
 from alkahest.errors import AlgebraError, MismatchError
-from alkahest.measure.lineage import parts_moved
+from alkahest.measure.lineage import check_of, parts_moved
 from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
 
@@ -100,3 +100,17 @@ def test_bad_input(trio: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"layers\.2"):
         ak.refiner_check(deeper, b)
     assert set(parts_moved(ak.delta_table(v - b)).index) >= {"refiner", "layers", "noise_refiner"}
+
+
+@pytest.mark.parametrize("k", [171.1, -0.01, 1.0])
+def test_the_verdict_is_about_the_variant_whatever_multiple_was_measured(k: float, tmp_path: Path) -> None:
+    base = tiny.state(seed=1)
+    moved = tiny.near(base, 0.002, seed=3)
+    v, b = (ak.open(tiny.write(tmp_path / f"{n}.safetensors", tiny.native(s))) for n, s in (("v", moved), ("b", base)))
+    whole = check_of(ak.delta_table(v - b))
+    for delta in (v - b, (v - b).without("refiner"), (v - b).scaled({"refiner": 300.0})):
+        found = check_of(ak.delta_table(delta, k=k))
+        assert found.verdict == whole.verdict == "importable"
+        # Rounding of the files is taken off where the delta itself was looked at.
+        assert found.refiner == pytest.approx(whole.refiner, rel=0.05)
+        assert found.layers == pytest.approx(whole.layers, rel=1e-3)

@@ -30,12 +30,12 @@ from alkahest.errors import (
 )
 from alkahest.model.families.zimage import FAMILY
 from alkahest.model.keys import Pattern
+from alkahest.pictures.dataset import from_scenes
+from alkahest.pictures.encoded import Encoded, Item
 from alkahest.recipes.inputs import build
 from alkahest.recipes.verify import stream_verdict
 from alkahest.training import loop, states
 from alkahest.training.config import Config, config_of
-from alkahest.training.dataset import from_scenes
-from alkahest.training.encoded import Encoded, Item
 from alkahest.training.events import TrainingStep
 from alkahest.training.inputs import start_of
 from alkahest.training.loop import finetune, read_history, stream_finetune

@@ -7,10 +7,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import alkahest as ak
+from alkahest.pictures.flow import Arithmetic, losses, shift_sigma
 from alkahest.pictures.sampler import denoise
 from alkahest.pictures.settings import Settings
 from alkahest.training.config import Stage
-from alkahest.training.objective import Arithmetic, add_noise, losses, shift_sigma
+from alkahest.training.objective import add_noise
 
 STAGE = Stage("s", {}, 1, 1.0, shift=3.0, drop=0.25)
 

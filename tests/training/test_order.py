@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alkahest.errors import AlkahestError
-from alkahest.training.encoded import Encoded, Item
+from alkahest.pictures.encoded import Encoded, Item
 from alkahest.training.order import Order
 
 

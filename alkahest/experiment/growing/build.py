@@ -38,9 +38,9 @@ from alkahest.mini.judge import Judge
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, STYLES, Scene, scenes
 from alkahest.model.families.zimage import FAMILY
 from alkahest.pictures.components import quiet
+from alkahest.pictures.encoded import embeddings
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.training.config import read_config
-from alkahest.training.encoded import embeddings
 from alkahest.training.loop import stream_finetune
 
 Progress = Iterator[tuple[int, float]]

@@ -15,7 +15,7 @@ from alkahest.experiment.growing.lessons import descend
 from alkahest.mini.drawing import draw
 from alkahest.mini.judge import Judge
 from alkahest.mini.scenes import ATTRIBUTES, Scene, scenes
-from alkahest.training.encoded import chat
+from alkahest.pictures.encoded import chat
 
 _SPOKEN = [name for name in ATTRIBUTES if name != "style"]  # captions do not mention it
 _NOISE = 0.4  # of a latent's standard deviation, at most

@@ -12,7 +12,7 @@ import alkahest as ak
 from alkahest.errors import AlkahestError, FileFormatError
 from alkahest.mini.drawing import draw
 from alkahest.mini.scenes import scenes
-from alkahest.training.dataset import from_folder, from_scenes, make_dataset
+from alkahest.pictures.dataset import from_folder, from_scenes, make_dataset
 
 
 def picture(path: Path, size: tuple[int, int] = (80, 48), seed: int = 0) -> Path:

@@ -22,7 +22,7 @@ from alkahest.errors import FileFormatError, UnsupportedError
 from alkahest.files.cache import KINDS, cache_folder
 from alkahest.files.whole import as_output_error
 from alkahest.model.families.zimage import FAMILY
-from alkahest.training.dataset import Dataset, Example
+from alkahest.pictures.dataset import Dataset, Example
 
 if TYPE_CHECKING:
     from PIL.Image import Image

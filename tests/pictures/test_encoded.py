@@ -13,9 +13,9 @@ from test_dataset import picture
 
 import alkahest as ak
 from alkahest.errors import FileFormatError, UnsupportedError
-from alkahest.training import encoded as module
-from alkahest.training.dataset import Dataset, from_folder, from_scenes
-from alkahest.training.encoded import Encoded, bucket_size, encode, fingerprint
+from alkahest.pictures import encoded as module
+from alkahest.pictures.dataset import Dataset, from_folder, from_scenes
+from alkahest.pictures.encoded import Encoded, bucket_size, encode, fingerprint
 
 
 def encoded(dataset: Dataset, pipe: Any, resolution: int = 64) -> Encoded:

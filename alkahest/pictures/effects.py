@@ -1,0 +1,311 @@
+"""What a delta does to what models say: on its own base and on a bridge, as a whole and block by block."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.weights import Weights, ends
+from alkahest.engine.events import Event, result_of
+from alkahest.engine.readable import Workspace
+from alkahest.engine.scalars import Rules
+from alkahest.errors import AlgebraError, refuse_unknown_options
+from alkahest.measure.placed import not_protected, require_delta
+from alkahest.measure.spectrum import matrix_of
+from alkahest.measure.table import names_of
+from alkahest.measure.text import lines_under, lines_under_html, percent
+from alkahest.pictures.evaluation import EvaluationSet, predictions, share_along
+from alkahest.pictures.evidence import FEW, Evidence, PictureOptions, batch_of, stream_evidence
+from alkahest.pictures.flow import Arithmetic, velocity
+from alkahest.pictures.live import LiveModel
+from alkahest.pictures.settings import SHIFT
+
+if TYPE_CHECKING:
+    import pandas
+
+# Column -> what it is. e is what the delta changes of predictions on its own base, f what it changes on the model that
+# it is added to, both on pictures of the new thing; g what it changes there on ordinary ones. |x| is a norm over all.
+EFFECT = {
+    "part": "all, or the part whose share of the delta is added alone",
+    "block": "number of the block within its part, -1 outside of blocks",
+    "weights": "|d| / |w|, what the weights say",
+    "size": "|f| / |e|",
+    "cosine": "of the angle between f and e: 1 if the delta means the same here",
+    "along": "f . e / |e|^2: how much of what it does on its own base it does here",
+    "leak": "|g| / |f|: what it does to everything else, for what it does to the new thing",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Effect:
+    """What a delta does: ``table`` with a row for all of it and one for each block alone (columns: `EFFECT`),
+    ``tensors`` with what flows through each matrix, ``evidence`` with the pictures it was measured on.
+    """
+
+    k: float
+    table: pandas.DataFrame
+    tensors: pandas.DataFrame
+    evidence: Evidence
+    title: str = ""
+
+    def __repr__(self) -> str:
+        return lines_under(self._title(), self._lines())
+
+    def _repr_html_(self) -> str:
+        table: str = self.table.to_html(index=False, float_format=lambda number: f"{number:.3g}")
+        return lines_under_html(f"<b>{html.escape(self._title())}</b>", self._lines()) + table
+
+    def _title(self) -> str:
+        whole = self.table.iloc[0]
+        return (
+            f"{self.k:g} x {self.title} does {percent(whole.along, 0)} of what it does on its own base (cosine "
+            f"{whole.cosine:.2f})"
+        )
+
+    def _lines(self) -> list[str]:
+        whole, blocks = self.table.iloc[0], self.table.iloc[1:]
+        lines = [
+            f"size {whole['size']:.2f} of its own, on pictures of the new thing; leak {whole.leak:.2f}: on ordinary "
+            "pictures for that"
+        ]
+        if len(blocks):
+            top = blocks.nlargest(3, "along")
+            named = ", ".join(f"{_label(row)} {percent(row.along, 0)}" for row in top.itertuples())
+            lines.append(f"carried by {named}; the blocks alone add up to {percent(blocks.along.sum(), 0)}")
+        if len(self.evidence.new) < FEW:
+            lines.append(f"by {len(self.evidence.new)} pictures of the new thing: {FEW} or more make this surer")
+        return [*lines, *self.evidence.notes]
+
+
+def _label(row: Any) -> str:
+    return str(row.part) if row.block < 0 else f"{row.part}.{row.block}"
+
+
+@refuse_unknown_options
+def effect(
+    delta: Delta,
+    on: Weights,
+    *,
+    base: Weights | None = None,
+    k: float = 1.0,
+    by_block: bool = True,
+    prompts: Sequence[str] | None = None,
+    pictures: Any = None,
+    ordinary: Sequence[str] | None = None,
+    components: Any = None,
+    count: int = 24,
+    seed: int = 0,
+    steps: int = 12,
+    cfg: float = 2.0,
+    shift: float = SHIFT,
+    width: int | None = None,
+    height: int | None = None,
+    batch: int | None = None,
+    memory: int | str = "2GB",
+    dtype: str | None = None,
+    storage: str | None = None,
+    device: str = "cpu",
+    offload: bool = False,
+) -> Effect:
+    """What ``k * delta`` does to what a model says, on its own base and on ``on``, as a whole and block by block.
+
+    >>> found = ak.effect(variant - base, bridge.protect("refiner"), prompts=["a cyan ball on a beach"])
+    >>> found.table.nlargest(5, "along")[["part", "block", "along", "leak"]]
+
+    The variant draws ``prompts`` (or ``pictures`` of the new thing are given, with captions); the model that the delta
+    is added to draws as many of ``ordinary`` prompts. Both are mixed with noise at three levels, and predictions are
+    compared: `EFFECT` says what the table's columns are. With ``by_block`` each block's share of the delta is added
+    alone besides, and ``tensors`` has ``|dW x| / |W x|`` by matrix, over the inputs x that it really gets. ``base`` is
+    the delta's own unless it has none (a LoRA); the rest is as in `needed_multiplier`. Raises AlgebraError without a
+    base, or for a delta that is protected everywhere; NonFiniteError if a model says NaN.
+    """
+    found: Effect = result_of(
+        stream_effect(
+            delta,
+            on,
+            base=base,
+            k=k,
+            by_block=by_block,
+            options=PictureOptions(
+                prompts,
+                pictures,
+                ordinary,
+                components,
+                count,
+                seed,
+                steps,
+                cfg,
+                shift,
+                width,
+                height,
+                batch,
+                memory,
+                dtype,
+                storage,
+                device,
+                offload,
+            ),
+        )
+    )
+    return found
+
+
+def stream_effect(
+    delta: Delta,
+    on: Weights,
+    *,
+    base: Weights | None = None,
+    k: float = 1.0,
+    by_block: bool = True,
+    options: PictureOptions,
+) -> Iterator[Event]:
+    """`effect` as a generator of events."""
+    require_delta("effect", delta)
+    options.require("effect")
+    variant, base = models_of(delta, base, "effect")
+    places = _places(delta, on) if by_block else []
+    live = LiveModel(on, options.components, **options.held)
+    for event in stream_evidence(live, variant, on, options, "effect"):
+        if event.result is None:
+            yield event
+    evidence: Evidence = event.result
+    before, total = event.total, event.total + 4 + len(places)
+    batch = batch_of(live.pipe, options)
+
+    def said(expression: Weights) -> tuple[Tensor, Tensor]:
+        live.become(expression)
+        return predictions(live.pipe, evidence.new, batch), predictions(live.pipe, evidence.rest, batch)
+
+    yield Event(before, total, "its own base")
+    live.become(base)
+    without = predictions(live.pipe, evidence.new, batch)
+    live.become(base + delta)
+    own = predictions(live.pipe, evidence.new, batch) - without
+    del without
+    yield Event(before + 2, total, "the model it is added to")
+    start = said(on)
+    rows = [_row("all", -1, k * delta, on, own, start, said(on + k * delta))]
+    for number, (part, block) in enumerate(places):
+        yield Event(before + 4 + number, total, f"{part}.{block}" if block >= 0 else part)
+        one = k * delta.only(f"{part}.{block}" if block >= 0 else part)
+        rows.append(_row(part, block, one, on, own, start, said(on + one)))
+    live.become(on)
+    tensors = _flow_through(live, evidence.new, k * delta, on, batch) if by_block else _no_tensors()
+    import pandas as pd
+
+    yield Event(total, total, "done", Effect(k, pd.DataFrame(rows), tensors, evidence, delta.text()))
+
+
+def models_of(delta: Delta, base: Weights | None, operation: str) -> tuple[Weights, Weights]:
+    """What draws the new thing, and the base that a delta is a difference from. AlgebraError if that is not known."""
+    variant, its_base = ends(delta)
+    base = its_base if base is None else base
+    if base is None:
+        raise AlgebraError(
+            operation,
+            "this delta does not say what it is a difference from",
+            found=delta.text(),
+            fix="base=: the model that it was made for",
+        )
+    return base + delta if variant is None or base is not its_base else variant, base
+
+
+def _places(delta: Delta, on: Weights) -> list[tuple[str, int]]:
+    """Blocks, and parts outside of blocks, that the delta changes on ``on``, in the order of the data."""
+    kept, rules = not_protected(delta, on), Rules()
+    changed = [key for key in delta.shapes if (kept is None or key in kept) and delta.at(key, rules) is not None]
+    if not changed:
+        raise AlgebraError("effect", "all that the delta changes is protected", fix="protect less, or .everywhere()")
+    names = [names_of(key, delta.family) for key in changed]
+    return list(dict.fromkeys((str(name["part"]), int(name["block"])) for name in names))
+
+
+def _row(
+    part: str,
+    block: int,
+    delta: Delta,
+    on: Weights,
+    own: Tensor,
+    start: tuple[Tensor, Tensor],
+    said: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    new, rest = (there - before for there, before in zip(said, start, strict=True))
+    size = math.sqrt(float(new.double().square().sum()))
+    leak = math.sqrt(float(rest.double().square().mean()))
+    typical = math.sqrt(float(new.double().square().mean()))
+    length = math.sqrt(float(own.double().square().sum()))
+    along = share_along(new, own) if length else math.nan
+    return {
+        "part": part,
+        "block": block,
+        "weights": _relative(delta, on),
+        "size": size / length if length else math.nan,
+        "cosine": along * length / size if size and length else math.nan,
+        "along": along,
+        "leak": leak / typical if typical else math.nan,
+    }
+
+
+def _relative(delta: Delta, on: Weights) -> float:
+    """|d| / |w| over the tensors that the delta changes."""
+    workspace, rules, squares = Workspace(torch.device("cpu")), Rules(), [0.0, 0.0]
+    kept = not_protected(delta, on)
+    for key, shape in delta.shapes.items():
+        term, weight = delta.at(key, rules), on.at(key, rules)
+        if term is None or weight is None or (kept is not None and key not in kept):
+            continue
+        for n, one in enumerate((term, weight)):
+            squares[n] += float(matrix_of(one, shape, workspace).double().square().sum())
+    return math.sqrt(squares[0] / squares[1]) if squares[1] else math.nan
+
+
+def _flow_through(live: LiveModel, examples: EvaluationSet, delta: Delta, on: Weights, batch: int) -> pandas.DataFrame:
+    """``|dW x| / |W x|`` of every matrix of a Linear, over the inputs that reach it in one batch."""
+    import pandas as pd
+
+    model, rules, kept = live.pipe.transformer, Rules(), not_protected(delta, on)
+    found: dict[str, tuple[float, float, float]] = {}
+
+    def watch(key: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            x = inputs[0].detach().float().flatten(0, -2)
+            workspace = Workspace(x.device)
+            terms = {"delta": delta.at(key, rules), "on": on.at(key, rules)}
+            matrices = {n: matrix_of(t, delta.shapes[key], workspace) for n, t in terms.items() if t is not None}
+            moved, kept_size = (float((x @ matrices[name].T).double().norm()) for name in ("delta", "on"))
+            found[key] = moved, kept_size, float(matrices["delta"].norm() / matrices["on"].norm())
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            key = f"{name}.weight"
+            if not isinstance(module, nn.Linear) or key not in delta.shapes or (kept is not None and key not in kept):
+                continue
+            if delta.at(key, rules) is not None and on.at(key, rules) is not None:
+                hooks.callback(module.register_forward_hook(watch(key)).remove)
+        _, first = next(examples.batches(min(batch, 32)))
+        with torch.no_grad():
+            velocity(model, first, Arithmetic(live.pipe._execution_device, model.dtype))
+    rows = [
+        {**names_of(key, delta.family), "weights": weights, "flow": moved / size if size else math.nan}
+        for key, (moved, size, weights) in found.items()
+    ]
+    return pd.DataFrame(rows, columns=_TENSORS)
+
+
+_TENSORS = ["tensor", "part", "block", "module", "weights", "flow"]
+
+
+def _no_tensors() -> pandas.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(columns=_TENSORS)

@@ -1,0 +1,236 @@
+"""The multiplier that a delta needs: on weights alone by one of several bases, or by what pictures say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from alkahest.algebra.deltas import Delta
+from alkahest.algebra.weights import Weights, ends
+from alkahest.engine.events import Event, in_turn, result_of
+from alkahest.errors import AlgebraError, refuse_unknown_options
+from alkahest.measure.bases import multiplier_of, sort_matrices, target_of, weight_bases
+from alkahest.measure.concentration import strongest
+from alkahest.measure.multiplier import Multiplier
+from alkahest.measure.placed import not_protected, require_delta
+from alkahest.measure.spectrum import stream_delta_spectra
+from alkahest.measure.table import stream_delta_table
+from alkahest.pictures.by_pictures import multiplier_by, stream_curve
+from alkahest.pictures.evidence import PictureOptions
+from alkahest.pictures.settings import SHIFT
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@refuse_unknown_options
+def needed_multiplier(
+    delta: Delta,
+    on: Weights | None = None,
+    basis: str | None = None,
+    target: float | None = None,
+    reference: Delta | None = None,
+    dtype: str | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    pictures: Any = None,
+    ordinary: Sequence[str] | None = None,
+    components: Any = None,
+    count: int = 24,
+    seed: int = 0,
+    steps: int = 12,
+    cfg: float = 2.0,
+    shift: float = SHIFT,
+    width: int | None = None,
+    height: int | None = None,
+    batch: int | None = None,
+    memory: int | str = "2GB",
+    storage: str | None = None,
+    offload: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Multiplier:
+    """The k with which ``on + k * delta`` takes effect: by pictures, or on weights alone by one of several bases.
+
+    >>> k = ak.needed_multiplier(variant - base, on=bridge, prompts=["a cyan ball on a beach", ...])
+    >>> k
+    Multiplier 4 = subtract 4 x add 1
+      basis pictures: take 4: the loss of the new thing is least at 2 ...
+    >>> (bridge + k * (variant - base)).save("merged.safetensors")
+
+    **Pictures** (the default where ``prompts`` or ``pictures`` are given). The variant draws ``count`` pictures of the
+    ``prompts``, which should ask for what it learned; or ``pictures`` are given, with their captions as ``prompts``, or
+    as a folder with a caption beside each. The bridge draws as many of ``ordinary`` prompts. All are mixed with fixed
+    noise at three levels, and the flow's loss (Lipman et al. 2023, arXiv:2210.02747) is measured over k, first by
+    doubling and then around the minimum. Recommended is the minimum times ``cfg``, at most twice it: guidance draws
+    best there (experiments/17-which-multiplier). ``range`` is from resampling the pictures; ``curve`` has the losses
+    of both sets; a delta that does not come over gets 0 and the reason. ``steps``, ``cfg``, ``shift``, ``width`` and
+    ``height`` are those of `ak.sample`, ``components``, ``memory``, ``storage``, ``device`` and ``offload`` those of
+    `ak.LiveModel`, ``batch`` the pictures looked at together. Curves are remembered (`ak.cached`).
+
+    On the real model plan for the transformer (12.3 GB in bf16, 6.2 GB with ``storage="fp8_e4m3fn"``) and text encoder
+    and VAE beside it (8.4 GB, or on the CPU with ``offload=True``), which fits 24 GB; in time 2 x 24 pictures drawn and
+    about 14 passes over 144 noised latents, as much as drawing 84 pictures more at cfg 1.
+
+    **Weights.** ``"relative"`` (the default without pictures) reaches ``target``, by default 0.02, of the bridge's
+    norm; ``"reference"`` the magnitude of another delta known to work; ``"survival"`` outlives rounding in ``dtype``,
+    by default the bridge's own; ``"bridge"`` is a diagnostic: `alkahest.measure.bases.BASES`. Norms are over the
+    matrices that ``on`` does not protect and that the delta changes by more than rounding of the variant's file. Where
+    a delta is longer than the basis asks for it says nothing: the number is then 1, and says so, unless the ``target``
+    was asked for. Nobody published the formula of the article's own node.
+
+    Raises AlgebraError for a delta that is exactly zero, protected everywhere or none of a known base, and for options
+    of the other kind of basis; MismatchError for pictures without captions; NonFiniteError if a model says NaN;
+    UnsupportedError if memory is short, with what would fit.
+    """
+    found: Multiplier = result_of(
+        stream_needed_multiplier(
+            delta,
+            on,
+            basis,
+            target,
+            reference,
+            dtype,
+            prompts=prompts,
+            pictures=pictures,
+            ordinary=ordinary,
+            components=components,
+            count=count,
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            shift=shift,
+            width=width,
+            height=height,
+            batch=batch,
+            memory=memory,
+            storage=storage,
+            offload=offload,
+            device=device,
+            threads=threads,
+        )
+    )
+    return found
+
+
+@refuse_unknown_options
+def stream_needed_multiplier(
+    delta: Delta,
+    on: Weights | None = None,
+    basis: str | None = None,
+    target: float | None = None,
+    reference: Delta | None = None,
+    dtype: str | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    pictures: Any = None,
+    ordinary: Sequence[str] | None = None,
+    components: Any = None,
+    count: int = 24,
+    seed: int = 0,
+    steps: int = 12,
+    cfg: float = 2.0,
+    shift: float = SHIFT,
+    width: int | None = None,
+    height: int | None = None,
+    batch: int | None = None,
+    memory: int | str = "2GB",
+    storage: str | None = None,
+    offload: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Iterator[Event]:
+    """`needed_multiplier` as a generator of events."""
+    options = PictureOptions(
+        prompts=prompts,
+        pictures=pictures,
+        ordinary=ordinary,
+        components=components,
+        count=count,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        shift=shift,
+        width=width,
+        height=height,
+        batch=batch,
+        memory=memory,
+        storage=storage,
+        device=device,
+        offload=offload,
+    )
+    if basis is None:
+        basis = "relative" if prompts is None and pictures is None else "pictures"
+    for one in (delta, reference):
+        if one is not None:
+            require_delta("needed_multiplier", one)
+    if on is not None and not isinstance(on, Weights):
+        raise AlgebraError(
+            "needed_multiplier", "on= is the model that the delta is added to", found=type(on).__name__, fix="on=bridge"
+        )
+    on = ends(delta)[1] if on is None else on
+    running = {"device": device, "threads": threads}
+    if basis == "pictures":
+        _require_unset(basis, {"target": target, "reference": reference, "dtype": dtype})
+        return _by_pictures(delta, on, options.require("needed_multiplier"), running)
+    _require_unset(basis, options.set_apart_from(device=device))
+    target_of(basis, target)
+    if (basis == "reference") != (reference is not None):
+        what = (
+            "this basis compares with a delta that is known to work"
+            if reference is None
+            else "a reference is for its basis"
+        )
+        fix = "reference=other - its_base" if reference is None else "basis='reference'"
+        raise AlgebraError("needed_multiplier", what, fix=fix)
+    return _by_weights(delta, on, basis, target, reference, dtype, running)
+
+
+def _by_pictures(delta: Delta, on: Weights | None, options: PictureOptions, running: dict[str, Any]) -> Iterator[Event]:
+    if on is None:
+        raise AlgebraError("needed_multiplier", "what is the delta added to?", found=delta.text(), fix="on=bridge")
+    for event in stream_delta_table(delta, on, **running):
+        table = event.result
+        yield Event(event.done, 20 * event.total, event.key)
+    matrices = sort_matrices(table, not_protected(delta, on), or_vectors=True)
+    scale = weight_bases(matrices)["relative"]
+    for event in stream_curve(delta, on, scale, options):
+        yield Event(event.total + 19 * event.done, 20 * event.total, event.key)
+    curve, notes = event.result
+    yield Event(event.total, event.total, "done", multiplier_by(curve, notes, matrices, options))
+
+
+def _by_weights(
+    delta: Delta,
+    on: Weights | None,
+    basis: str,
+    target: float | None,
+    reference: Delta | None,
+    dtype: str | None,
+    running: dict[str, Any],
+) -> Iterator[Event]:
+    added = not_protected(delta, on)
+    tables: list[pandas.DataFrame] = []
+    deltas = [one for one in (delta, reference) if one is not None]
+    before = 0
+    for event in in_turn([stream_delta_table(one, on, 1.0, dtype, **running) for one in deltas], lambda *all: all):
+        before, tables = event.total, event.result
+        yield Event(event.done, event.total, event.key)
+    names = strongest(sort_matrices(tables[0], added).counted)
+    for event in stream_delta_spectra(delta.only(", ".join(names)), on, 8, **running):
+        spectra = event.result
+        yield Event(before + event.done, before + event.total, event.key)
+    spectra = spectra[spectra.tensor.isin(names)]
+    found = multiplier_of(tables[0], basis, target, tables[1] if reference is not None else None, added, spectra)
+    yield Event(before + event.total, before + event.total, "done", found)
+
+
+def _require_unset(basis: str, given: dict[str, Any]) -> None:
+    """Raise AlgebraError for options that would mean nothing to a basis."""
+    if named := [name for name, value in given.items() if value is not None]:
+        other = "a basis on weights, such as 'relative'" if basis == "pictures" else "basis='pictures'"
+        raise AlgebraError(
+            "needed_multiplier",
+            f"{', '.join(named)} mean{'s' if len(named) == 1 else ''} nothing to basis={basis!r}",
+            fix=f"leave out, or {other}",
+        )
