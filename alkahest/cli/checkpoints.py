@@ -15,18 +15,26 @@ from alkahest.cli.shared import (
     NAMED,
     AllowNonfinite,
     AsJson,
+    Cfg,
+    Components,
+    Count,
     Device,
     Dtype,
     Layout,
     ModelsDir,
     NodeId,
+    Ordinary,
     Output,
+    Pictures,
+    Prompts,
     Quiet,
     Rounding,
     Seed,
     Shards,
+    Storage,
     Threads,
     app,
+    by_pictures,
     drain,
     exit_on_error,
     options_of,
@@ -94,6 +102,13 @@ def merge(
     ] = False,
     max_shard_size: Shards = None,
     allow_nonfinite: AllowNonfinite = False,
+    prompts: Prompts = None,
+    pictures: Pictures = None,
+    ordinary: Ordinary = None,
+    components: Components = None,
+    cfg: Cfg = None,
+    count: Count = None,
+    storage: Storage = None,
     threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -101,7 +116,8 @@ def merge(
     """Compute an expression over checkpoints and write it.
 
     Every name in the expression is given as an option: `--bridge a.safetensors --base b.safetensors`,
-    or as a number: `--k 171.1`. `--k auto` computes the multiplier (see `alkahest multiplier`).
+    or as a number: `--k 171.1`. `--k auto` computes the multiplier (see `alkahest multiplier`): by pictures with
+    `--prompts FILE` or `--pictures FOLDER`, else on weights alone.
     """
     with exit_on_error():
         expression, given = split_arguments(what or [])
@@ -117,9 +133,12 @@ def merge(
             allow_nonfinite=allow_nonfinite,
             threads=threads,
         )
+        seen = by_pictures(prompts, pictures, ordinary, components, cfg, count, storage)
+        if seen and "auto" not in given.values():
+            raise RecipeError("merge", f"--{next(iter(seen))} is for a multiplier by pictures", fix="add --k auto")
         if (models_dir or node) and recipe is None:
             raise RecipeError("merge", "--models-dir and --node are for a workflow", fix="add --recipe workflow.json")
-        _merge(expression, recipe, models_dir, node, given, output, options, as_json, quiet)
+        _merge(expression, recipe, models_dir, node, given, output, options, as_json, quiet, seen)
 
 
 @app.command()
@@ -194,7 +213,7 @@ def workflow(
     """
     with exit_on_error():
         expression, given = split_arguments(what or [])
-        weights = _compute_multipliers(_expression(expression, recipe, None, None, given)[1], given, {}, quiet=False)
+        weights = _compute_multipliers(_expression(expression, recipe, None, None, given)[1], given, {}, False, {})
         for note in alkahest.write_workflow(weights, output, prefix):
             print(f"note: {note}", file=sys.stderr)
         print(output)
@@ -339,11 +358,12 @@ def _merge(
     options: dict[str, Any],
     as_json: bool,
     quiet: bool,
+    seen: dict[str, Any],
 ) -> None:
     from alkahest.recipes.inputs import output_for
 
     found, weights = _expression(expression, recipe, models_dir, node, given)
-    weights = _compute_multipliers(weights, given, options, quiet)
+    weights = _compute_multipliers(weights, given, options, quiet, seen)
     recorded = output_for(found, weights)
     if recorded != found.output:
         print("an input is quantised: ComfyUI's bits cannot be had, the arithmetic is Alkahest's own", file=sys.stderr)
@@ -355,15 +375,17 @@ def _merge(
 
 
 def _compute_multipliers(
-    weights: alkahest.Weights, given: dict[str, Any], options: dict[str, Any], quiet: bool
+    weights: alkahest.Weights, given: dict[str, Any], options: dict[str, Any], quiet: bool, seen: dict[str, Any]
 ) -> alkahest.Weights:
-    """The same with every ``--NAME auto`` computed."""
+    """The same with every ``--NAME auto`` computed, by pictures if some are ``seen``."""
     for name in [name for name, value in given.items() if value == "auto"]:
-        weights = _with_multiplier(weights, name, options, quiet)
+        weights = _with_multiplier(weights, name, options, quiet, seen)
     return weights
 
 
-def _with_multiplier(weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool) -> alkahest.Weights:
+def _with_multiplier(
+    weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool, seen: dict[str, Any]
+) -> alkahest.Weights:
     """The same with the scalar ``name`` set to the multiplier that its delta needs."""
     from alkahest.measure.placed import auto_multiplied
     from alkahest.model.dtypes import SCALED, storage_name
@@ -371,9 +393,9 @@ def _with_multiplier(weights: alkahest.Weights, name: str, options: dict[str, An
 
     delta, on = auto_multiplied(weights, name)
     dtype = options.get("dtype")
-    counted = None if dtype is None or storage_name(dtype) in SCALED else dtype
+    counted = None if seen or dtype is None or storage_name(dtype) in SCALED else dtype
     running = {option: options[option] for option in ("device", "threads") if option in options}
-    found = drain(stream_needed_multiplier(delta, on, dtype=counted, **running), quiet).result
+    found = drain(stream_needed_multiplier(delta, on, dtype=counted, **running, **seen), quiet).result
     print(f"{name}: {found!r}", file=sys.stderr)
     return weights.bind(**{name: found})
 

@@ -12,12 +12,20 @@ import typer
 import alkahest
 from alkahest.cli.shared import (
     AsJson,
+    Cfg,
+    Components,
+    Count,
     Csv,
     Device,
+    Ordinary,
     Picture,
+    Pictures,
+    Prompts,
     Quiet,
+    Storage,
     Threads,
     app,
+    by_pictures,
     drain,
     exit_on_error,
     options_of,
@@ -72,10 +80,20 @@ def multiplier(
     base: Base,
     on: On = None,
     protect: Annotated[str | None, typer.Option(help="What stays as it is in --on, such as refiner.")] = None,
-    basis: Annotated[str, typer.Option(help="relative, reference, survival or bridge.")] = "relative",
+    basis: Annotated[
+        str | None,
+        typer.Option(help="relative, reference, survival or bridge; pictures where --prompts or --pictures are given."),
+    ] = None,
     target: Annotated[float | None, typer.Option(help="What the basis aims at; default: its own.")] = None,
     reference: Annotated[str | None, typer.Option(help="For --basis reference: a variant known to work.")] = None,
     reference_base: Annotated[str | None, typer.Option(help="The base of --reference; default: BASE.")] = None,
+    prompts: Prompts = None,
+    pictures: Pictures = None,
+    ordinary: Ordinary = None,
+    components: Components = None,
+    cfg: Cfg = None,
+    count: Count = None,
+    storage: Storage = None,
     dtype: RoundingIn = None,
     csv: Csv = None,
     plot: Picture = None,
@@ -85,7 +103,11 @@ def multiplier(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compute the multiplier that a difference needs to take effect, and say on what basis."""
+    """Compute the multiplier that a difference needs to take effect, and say on what basis.
+
+    With `--prompts FILE` (or `--pictures FOLDER`) by what pictures say, which is surer than norms: the variant draws
+    them, and the flow's loss is measured over k.
+    """
     from alkahest.pictures.needed import stream_needed_multiplier
 
     with exit_on_error():
@@ -98,6 +120,7 @@ def multiplier(
         if reference is not None:
             other = alkahest.open(reference) - (opened if reference_base is None else alkahest.open(reference_base))
         options = options_of(device=device, threads=threads)
+        options |= by_pictures(prompts, pictures, ordinary, components, cfg, count, storage)
         found = drain(stream_needed_multiplier(delta, weights, basis, target, other, dtype, **options), quiet).result
         _write(found.table, csv, plot, html, found)
         print(json.dumps(_as_record(found), indent=2) if as_json else repr(found))
@@ -153,10 +176,10 @@ def check(
 @app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False,
-    kind: Annotated[str | None, typer.Option(help="Only blake3, tables, sweeps or extractions.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only one of them, such as tables.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is remembered between runs (hashes, tables, pictures of sweeps, unsaved LoRAs), or delete it."""
+    """List what is remembered between runs (hashes, tables, curves, pictures, unsaved LoRAs), or delete it."""
     from alkahest.files.cache import KINDS, cache_folder
     from alkahest.files.reader import size_text
 
@@ -198,11 +221,12 @@ def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: P
     if plot is not None:
         from alkahest.lab import plots
 
-        drawn = (
-            plots.delta_magnitudes(table)
-            if found is None
-            else plots.multiplier_overview(alkahest.rounding_curve(table), found)
-        )
+        if found is None:
+            drawn = plots.delta_magnitudes(table)
+        elif found.curve is not None:
+            drawn = plots.loss_curve(found)
+        else:
+            drawn = plots.multiplier_overview(alkahest.rounding_curve(table), found)
         write_file(plot, drawn.png())
 
 
@@ -215,7 +239,7 @@ def _as_record(found: Any) -> dict[str, Any]:
         "subtract": found.factors.subtract,
         "add": found.factors.add,
         "basis": found.basis,
-        "target": found.target,
+        "target": plain(found.target),
         "formula": found.formula,
         "range": [plain(one) for one in found.range],
         "bases": {name: plain(k) for name, k in found.bases.items()},

@@ -46,6 +46,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Csv = Annotated[Path | None, typer.Option(help="Also write the whole table, a row for each tensor.")]
 Picture = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture into this PNG file.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="For a multiplier by pictures: a prompt a line, asking for what the variant learned."),
+]
+Pictures = Annotated[
+    Path | None, typer.Option(help="The same from pictures that are there: a folder, with a caption beside each.")
+]
+Ordinary = Annotated[Path | None, typer.Option(help="Prompts of everything else, one a line; default: our own.")]
+Components = Annotated[
+    str | None, typer.Option(help="Text encoder, tokenizer and VAE for it: a pipeline folder or a hub id.")
+]
+Cfg = Annotated[float | None, typer.Option(help="Guidance that it is for; 1 is none. Default: 2.")]
+Count = Annotated[int | None, typer.Option(help="How many pictures are drawn of each kind; default: 24.")]
+Storage = Annotated[str | None, typer.Option(help="Hold the model that draws in fp8_e4m3fn: half the memory of bf16.")]
 NAMED = {"ignore_unknown_options": True}  # --bridge and the like are ours to read
 
 
@@ -98,6 +112,39 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
             continue
         given[name] = value
     return alone, given
+
+
+def by_pictures(
+    prompts: Path | None,
+    pictures: Path | None,
+    ordinary: Path | None,
+    components: str | None,
+    cfg: float | None,
+    count: int | None,
+    storage: str | None,
+) -> dict[str, Any]:
+    """The options of a multiplier by pictures that were given; its files of prompts are read."""
+    given = {
+        "prompts": None if prompts is None else lines_of(prompts, "multiplier"),
+        "pictures": pictures,
+        "ordinary": None if ordinary is None else lines_of(ordinary, "multiplier"),
+        "components": components,
+        "cfg": cfg,
+        "count": count,
+        "storage": storage,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def lines_of(path: Path, operation: str) -> list[str]:
+    """The lines of a text file that are not empty. AlkahestError if it cannot be read or has none."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlkahestError(operation, "the prompts cannot be read", file=path, found=error) from None
+    if not lines:
+        raise AlkahestError(operation, "there are no prompts", file=path, fix="a prompt a line")
+    return lines
 
 
 def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> None:

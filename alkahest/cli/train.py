@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.cli.shared import AsJson, Device, Quiet, app, drain, exit_on_error
-from alkahest.errors import AlkahestError
+from alkahest.cli.shared import AsJson, Device, Quiet, app, drain, exit_on_error, lines_of
 
 Threads = Annotated[int | None, typer.Option(help="Processor threads of the arithmetic; default: torch's.")]
 
@@ -84,10 +83,7 @@ def make_dataset(
     from alkahest.pictures.dataset import make_dataset as draw
 
     with exit_on_error():
-        try:
-            lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise AlkahestError("make_dataset", "the prompts cannot be read", file=prompts, found=error) from None
+        lines = lines_of(prompts, "make_dataset")
         models: dict[str, Any] = {}
         for source in model:
             weights = (

@@ -18,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, unknown
+from alkahest.lab.effect_plots import effect_blocks as effect_blocks
+from alkahest.lab.effect_plots import loss_curve as loss_curve
+from alkahest.lab.effect_plots import weight_and_effect as weight_and_effect
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside, number_text, title_of_plot
 from alkahest.lab.multiplier_plots import multiplier_by_part as multiplier_by_part
 from alkahest.lab.multiplier_plots import multiplier_overview as multiplier_overview
@@ -33,14 +36,17 @@ __all__ = [
     "STATISTICS",
     "comparison_matrix",
     "delta_magnitudes",
+    "effect_blocks",
     "lineage_comparison",
     "lora_report",
+    "loss_curve",
     "magnitude_heatmap",
     "multiplier_by_part",
     "multiplier_overview",
     "noise",
     "spectrum",
     "survival",
+    "weight_and_effect",
 ]
 
 # Statistic -> what an axis says about it.

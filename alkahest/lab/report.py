@@ -53,7 +53,9 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
     if not table.base_norm.isna().any():
         parts += ["<h2>Can it be imported?</h2>", check_of(table)._repr_html_()]
     if multiplier is not None:
-        parts += ["<h2>The multiplier</h2>", multiplier._repr_html_(), _figure(plots.multiplier_by_part(multiplier))]
+        parts += ["<h2>The multiplier</h2>", multiplier._repr_html_()]
+        parts += [] if multiplier.curve is None else [_figure(plots.loss_curve(multiplier))]
+        parts.append(_figure(plots.multiplier_by_part(multiplier)))
     parts += [
         "<h2>Where it differs</h2>",
         _figure(plots.delta_magnitudes(table)),

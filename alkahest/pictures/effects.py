@@ -196,7 +196,8 @@ def stream_effect(
     for number, (part, block) in enumerate(places):
         yield Event(before + 4 + number, total, f"{part}.{block}" if block >= 0 else part)
         one = k * delta.only(f"{part}.{block}" if block >= 0 else part)
-        rows.append(_row(part, block, one, on, own, start, said(on + one)))
+        if _relative(one, on) > 0:  # other files may hold the same numbers
+            rows.append(_row(part, block, one, on, own, start, said(on + one)))
     live.become(on)
     tensors = _flow_through(live, evidence.new, k * delta, on, batch) if by_block else _no_tensors()
     import pandas as pd
@@ -298,6 +299,7 @@ def _flow_through(live: LiveModel, examples: EvaluationSet, delta: Delta, on: We
     rows = [
         {**names_of(key, delta.family), "weights": weights, "flow": moved / size if size else math.nan}
         for key, (moved, size, weights) in found.items()
+        if weights > 0
     ]
     return pd.DataFrame(rows, columns=_TENSORS)
 

@@ -288,6 +288,27 @@ def test_an_automatic_multiplier_never_goes_below_one_in_silence(tmp_path: Path)
     assert "param('k', 1) *" in run("recipe", out)
 
 
+def test_a_multiplier_by_pictures(tmp_path: Path) -> None:
+    member = {name: ak.mini.load(name).path for name in ("tb1", "base-variant", "base")}
+    (tmp_path / "prompts.txt").write_text("a cyan ball on a beach\n\na cyan tree at night\n")
+    seen = ["--prompts", tmp_path / "prompts.txt", "--count", 2, "--cfg", 3]
+    asked = [member["base-variant"], member["base"], "--on", member["tb1"], "--protect", "refiner", *seen]
+    text = run("multiplier", *asked, "--plot", tmp_path / "a.png", "--html", tmp_path / "a.html", "-q")
+    assert "basis pictures: " in text
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "What k does to predictions" in (tmp_path / "a.html").read_text()
+    found = json.loads(run("multiplier", *asked, "--json", "-q"))
+    assert (found["basis"], found["target"]) == ("pictures", None)
+    assert found["bases"]["pictures"] == found["value"]
+    models = ["--bridge", member["tb1"], "--variant", member["base-variant"], "--base", member["base"]]
+    what = ["merge", "bridge.protect('refiner') + k * (variant - base)", *models, "-o", tmp_path / "out.safetensors"]
+    assert f"k: Multiplier {found['value']:.4g} = " in run(*what, "--k", "auto", *seen, "-q")
+    assert "--prompts is for a multiplier by pictures" in run(*what, "--k=2", *seen[:2], code=1)
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "there are no prompts" in run(*what, "--k", "auto", "--prompts", tmp_path / "empty.txt", code=1)
+    assert "the prompts cannot be read" in run(*what, "--k", "auto", "--prompts", tmp_path / "gone.txt", code=1)
+
+
 def test_a_report_of_a_multiple_still_judges_the_variant(trio: dict[str, Path], tmp_path: Path) -> None:
     model = {name: ak.mini.load(name).path for name in ("base-variant", "base")}
     for k in (1, 171.1):
