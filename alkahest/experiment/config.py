@@ -69,6 +69,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Advised:
+    """A multiplier by pictures against what the judge sees over k: rows of the tables "advice" and "judged"."""
+
+    name: str
+    delta: str
+    on: str
+    ask: Mapping[str, Any]  # attribute -> value: the new thing
+    ks: tuple[int | float, ...]  # at which the judge looks, besides 0
+    drawn_by: str = ""  # what draws the new thing, if not the delta's own variant
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+@dataclass(frozen=True)
 class Run:
     """A training run; its measurements are rows of the table "history". Grown only when asked to."""
 
@@ -84,7 +97,7 @@ class Check:
     column: str
     where: Mapping[str, Any]
     table: str = "pictures"
-    of: str = ""  # max, min or mean, if several rows match
+    of: str = ""  # max, min, mean or sum, if several rows match
     minus: Mapping[str, Any] = field(default_factory=dict)  # where the same column is taken off
     at_least: float | None = None
     at_most: float | None = None
@@ -124,6 +137,7 @@ class Experiment:
     method: str
     cases: tuple[Case, ...] = ()
     deltas: tuple[Measured, ...] = ()
+    advised: tuple[Advised, ...] = ()
     runs: tuple[Run, ...] = ()
     checks: tuple[Check, ...] = ()
     figures: tuple[Drawing, ...] = ()
@@ -149,6 +163,7 @@ def read_experiment(folder: str | Path) -> Experiment:
     kinds: dict[str, tuple[str, type[Any]]] = {
         "case": ("cases", Case),
         "delta": ("deltas", Measured),
+        "advice": ("advised", Advised),
         "run": ("runs", Run),
         "check": ("checks", Check),
         "figure": ("figures", Drawing),
@@ -217,11 +232,15 @@ def _check(experiment: Experiment, path: Path) -> None:
     _check_sampling(experiment.sampling, "the experiment", path)
     for case in experiment.cases:
         _check_case(case, {run.name for run in experiment.runs}, path)
+    for one in experiment.advised:
+        _check_attributes(one.ask, f"advice {one.name!r}", path)
+        if not one.ask or not one.ks or not one.seeds:
+            raise _refusal(f"advice {one.name!r} needs ask, ks and seeds", path)
     for check in experiment.checks:
         if (check.at_least is None) == (check.at_most is None):
             raise _refusal(f"check {check.says!r} needs one bound", path, fix="at_least = ... or at_most = ...")
-        if check.of not in ("", "max", "min", "mean"):
-            raise _refusal(f"check {check.says!r}: of is max, min or mean", path, found=repr(check.of))
+        if check.of not in ("", "max", "min", "mean", "sum"):
+            raise _refusal(f"check {check.says!r}: of is max, min, mean or sum", path, found=repr(check.of))
     for figure in experiment.figures:
         if figure.kind not in ("lines", "bars"):
             raise _refusal(f"figure {figure.title!r}: kind is lines or bars", path, found=repr(figure.kind))
@@ -236,14 +255,19 @@ def _check_case(case: Case, runs: Collection[str], path: Path) -> None:
     where = f"case {case.name!r}"
     if case.run:
         _require_among(case.run, runs, f"{where} is of a run that is not there", path)
-    for name, values in [*case.ask.items(), *case.only.items(), *((name, []) for name in case.unsaid)]:
-        _require_among(name, ATTRIBUTES, f"{where}: scenes have no such attribute", path)
-        for value in [values] if isinstance(values, str) else values:
-            _require_among(value, ATTRIBUTES[name], f"{where}: {name} has no such value", path)
+    for asked in (case.ask, case.only, dict.fromkeys(case.unsaid, ())):
+        _check_attributes(asked, where, path)
     _check_sampling(case.sampling, where, path)
     for name, values in case.over.items():
         if not isinstance(values, list) or not values:
             raise _refusal(f"{where}: {name} needs a list of values", path, found=repr(values))
+
+
+def _check_attributes(asked: Mapping[str, Any], where: str, path: Path) -> None:
+    for name, values in asked.items():
+        _require_among(name, ATTRIBUTES, f"{where}: scenes have no such attribute", path)
+        for value in [values] if isinstance(values, str) else values:
+            _require_among(value, ATTRIBUTES[name], f"{where}: {name} has no such value", path)
 
 
 def _check_sampling(given: Mapping[str, Any], where: str, path: Path) -> None:

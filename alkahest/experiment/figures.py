@@ -36,6 +36,8 @@ def figure_of(drawing: Drawing, tables: Tables) -> Plot:
     ax.set_ylabel(drawing.y)
     if "%" in drawing.y:
         ax.set_ylim(-3, 103)
+    elif drawing.log and drawing.kind == "bars":
+        ax.set_yscale("log")
     elif all((values >= 0).all() for values in series.values()):
         ax.set_ylim(bottom=0)
     ax.grid(axis="y", color="0.9")

@@ -15,6 +15,7 @@ import pandas as pd
 from alkahest import mini
 from alkahest.engine.events import Event
 from alkahest.errors import FileFormatError, UnknownNameError, nearest, unknown
+from alkahest.experiment.advice import advice_rows, hits
 from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet, run_file
 from alkahest.experiment.growing.report import READ, as_asked
 from alkahest.lora.extract import extract_lora
@@ -114,8 +115,8 @@ def stream_experiment(experiment: Experiment, family: Path | None = None, runs: 
         total = len(steps) + len(experiment.sheets)
         for done, (what, table, step) in enumerate(steps):
             yield Event(done, total, what)
-            for row in step():
-                rows.setdefault(table, []).append(row)
+            for where, row in step() if table == SEVERAL else ((table, row) for row in step()):
+                rows.setdefault(where, []).append(row)
         for done, sheet in enumerate(experiment.sheets, len(steps)):
             yield Event(done, total, sheet.title)
             found.sheets[sheet.title] = _sheet(experiment, inputs, sheet)
@@ -126,10 +127,13 @@ def stream_experiment(experiment: Experiment, family: Path | None = None, runs: 
                 if _prompts(experiment, run)
             }
         found.tables = {name: pd.DataFrame(listed) for name, listed in rows.items()}
+        if "advice" in found.tables:
+            found.tables["hits"] = hits(found.tables["advice"])
     yield Event(total, total, "done", found)
 
 
-Step = tuple[str, str, Callable[[], Iterator[dict[str, Any]]]]
+Step = tuple[str, str, Callable[[], Iterator[Any]]]
+SEVERAL = ""  # in place of a table's name: each row says its own
 
 
 def _steps(experiment: Experiment, inputs: Inputs, runs: Path | None) -> Iterator[Step]:
@@ -142,6 +146,10 @@ def _steps(experiment: Experiment, inputs: Inputs, runs: Path | None) -> Iterato
             yield f"{measured.name}: multipliers", "multipliers", partial(_multipliers, measured, inputs)
         if measured.ks:
             yield f"{measured.name}: rounding", "rounding", partial(_rounding, measured, inputs)
+    for advised in experiment.advised:
+        for seed in advised.seeds:
+            one = replace(advised, seeds=(seed,))
+            yield f"{advised.name}, seed {seed}", SEVERAL, partial(advice_rows, experiment, one, inputs)
     for case in experiment.cases:
         if case.run and runs is None:
             yield (

@@ -28,6 +28,7 @@ from alkahest.version import __version__
 
 Draw = Callable[[Experiment, Tables], dict[str, bytes]]
 _MEASURED = ("inputs", "cases", "deltas", "runs", "sheets", "prompts", "seed", "sampling")
+_LATER = ("advised",)  # kinds that came later: they count where there are any, so that older digests stay
 _STANDS_ON = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas")
 
 
@@ -121,6 +122,7 @@ def measured_by(experiment: Experiment, family: Path | None, seconds: float, gro
 def measured_digest(experiment: Experiment) -> str:
     """A hash of all that changes numbers; words, checks and figures do not."""
     kept = {name: getattr(experiment, name) for name in _MEASURED}
+    kept |= {name: found for name in _LATER if (found := getattr(experiment, name))}
     return _hash({**kept, "runs": [run.name for run in experiment.runs]})  # what is in their files is `grown_digest`'s
 
 

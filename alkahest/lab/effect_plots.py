@@ -26,7 +26,7 @@ def loss_curve(multiplier: Any, ax: Axes | None = None, title: str | None = None
     for number, (name, losses) in enumerate({"new": curve.new, "rest": curve.rest}.items()):
         mean, spread = losses.mean(1), losses.std(1, ddof=1) / math.sqrt(losses.shape[1]) if losses.shape[1] > 1 else 0
         label = {"new": "the new thing", "rest": "everything else"}[name]
-        style = {"color": COLOURS[number], "marker": MARKERS[number], "ls": ("-", "--")[number]}
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "ls": ("-", "--")[number]}
         ax.plot(curve.ks, mean, label=f"{label} ({losses.shape[1]} pictures)", ms=5, **style)
         ax.fill_between(curve.ks, mean - spread, mean + spread, color=COLOURS[number], alpha=0.15, lw=0)
     ax.axhline(curve.variant.mean(), color=COLOURS[0], ls=":", lw=1, label="the new thing, by the variant")
