@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from alkahest.measure.table import delta_table as delta_table
     from alkahest.measure.table import rolled_up as rolled_up
     from alkahest.pictures.effects import effect as effect
+    from alkahest.pictures.gradients import gradient_signs as gradient_signs
     from alkahest.pictures.live import LiveModel as LiveModel
     from alkahest.pictures.needed import needed_multiplier as needed_multiplier
     from alkahest.pictures.pipelines import pipeline as pipeline
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from alkahest.sources.checkpoint import open as open
     from alkahest.sources.lora import open_lora as open_lora
     from alkahest.sources.made_up_weights import made_up as made_up
+    from alkahest.sources.signs import open_signs as open_signs
     from alkahest.training.config import read_config as read_config
     from alkahest.training.loop import finetune as finetune
     from alkahest.training.memory import memory_plan as memory_plan
@@ -102,6 +104,7 @@ _PUBLIC = {
     "file_noise": "measure.rounding",
     "finetune": "training.loop",
     "flow_loss": "pictures.quality",
+    "gradient_signs": "pictures.gradients",
     "karcher": "algebra.model_methods",
     "lerp": "algebra.mixtures",
     "lora_ranks": "lora.rank",
@@ -114,6 +117,7 @@ _PUBLIC = {
     "nuslerp": "algebra.delta_methods",
     "open": "sources.checkpoint",
     "open_lora": "sources.lora",
+    "open_signs": "sources.signs",
     "param": "engine.scalars",
     "picture_difference": "pictures.quality",
     "picture_measures": "pictures.quality",

@@ -15,6 +15,7 @@ from alkahest.files.hashes import blake3_of, known_paths
 from alkahest.recipes.text import names_in, parse
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.lora import Lora, open_input
+from alkahest.sources.signs import Signs
 from alkahest.workflow.translate import WorkflowRecipe
 
 
@@ -108,7 +109,7 @@ def require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[s
     return wanted
 
 
-def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | Lora:
+def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | Lora | Signs:
     """The recorded input by its name in a folder, or by its hash wherever it was seen before."""
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
@@ -134,7 +135,7 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | 
     )
 
 
-def require_match(checkpoint: Checkpoint | Lora, recipe: Recipe, name: str) -> Checkpoint | Lora:
+def require_match(checkpoint: Checkpoint | Lora | Signs, recipe: Recipe, name: str) -> Checkpoint | Lora | Signs:
     """An opened input, if it is the one that the recipe was made with; RecipeError otherwise."""
     recorded = recipe.inputs.get(name)
     if recorded is None:

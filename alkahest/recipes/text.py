@@ -22,13 +22,14 @@ from alkahest.errors import AlkahestError, RecipeError, nearest
 from alkahest.lora.apply import apply_lora
 from alkahest.sources.made_up_weights import made_up
 
-_GRAMMAR = "checkpoints, numbers, + - * /, protect, only, without, scaled, everywhere, lerp, methods"
+_GRAMMAR = "checkpoints, numbers, + - * /, protect, only, without, scaled, agreeing, everywhere, lerp, methods"
 _METHODS = {
     "protect": Weights,
     "only": Delta,
     "without": Delta,
     "everywhere": Delta,
     "scaled": Delta,
+    "agreeing": Delta,
 }
 # What a recipe may call, and the merge methods that a notebook registers besides.
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (

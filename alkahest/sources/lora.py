@@ -35,6 +35,7 @@ from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 from alkahest.sources.factors import NAMES, Update, scale_of, shape_of
 from alkahest.sources.lora_names import Name, family_of, is_lora, parse_name
+from alkahest.sources.signs import Signs, holds_signs, signs_of
 
 _ROWS = 32  # computed at a time, whatever is asked for, so that no bit depends on where a block ends
 _KEPT = 8  # factors kept in memory: those of the tensor at hand, for every worker
@@ -208,13 +209,12 @@ def open_lora(source: str | os.PathLike[str], *, name: str | None = None) -> Lor
     return Lora(located, name)
 
 
-def open_input(source: str | os.PathLike[str], name: str | None = None) -> Checkpoint | Lora:
-    """A checkpoint or a LoRA, whichever the file is."""
-    return (
-        Lora(located, name)
-        if any(map(is_lora, (located := locate(source)).tensors))
-        else open_checkpoint(source, name=name)
-    )
+def open_input(source: str | os.PathLike[str], name: str | None = None) -> Checkpoint | Lora | Signs:
+    """A checkpoint, a LoRA or gradient signs, whichever the file is."""
+    located = locate(source)
+    if holds_signs(located):
+        return signs_of(located, name)
+    return Lora(located, name) if any(map(is_lora, located.tensors)) else open_checkpoint(source, name=name)
 
 
 def _updates(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -168,6 +169,26 @@ class _Broken(type(ak.made_up(layers=1, width=32))):  # type: ignore[misc]
         out.fill_(torch.nan if key == Q else 0.0)
 
 
+def signs(folder: Path) -> Case:
+    """Gradient signs, eight a byte, packed by hand."""
+    bits = {Q: torch.randn(96, 96) > 0, NORM: torch.arange(93) % 5 < 2}
+    packed = {
+        key: (torch.nn.functional.pad(one.flatten().int(), (0, -one.numel() % 8)).view(-1, 8) * 2 ** torch.arange(8))
+        .sum(1)
+        .byte()
+        for key, one in bits.items()
+    }
+    told = {"shapes": {key: list(one.shape) for key, one in bits.items()}, "about": {}}
+    save_file(packed, folder / "signs.safetensors", {"alkahest_signs": json.dumps(told)})
+    one = ak.open_signs(folder / "signs.safetensors")
+
+    class Broken(type(one)):  # type: ignore[misc]
+        def read(self, key: str, start: int, stop: int, out: torch.Tensor, workspace: Any) -> None:
+            out.fill_(torch.nan)
+
+    return Case(one, {key: value * 2.0 - 1 for key, value in bits.items()}, lambda: Broken(one.shapes, packed))
+
+
 def trained(folder: Path) -> Case:
     state = tiny.state(seed=5)
     return Case(
@@ -256,6 +277,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "checkpoint, fp8": of_files(_fp8, _as(torch.float8_e5m2)),
     "checkpoint, scaled fp8": of_files(_scaled, _scaled_values),
     "LoRA": lora,
+    "gradient signs": signs,
     "made-up": made_up,
     "finetune": trained,
     "held in memory": held(1 << 30),
