@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from alkahest.measure.spectrum import delta_spectra as delta_spectra
     from alkahest.measure.table import delta_table as delta_table
     from alkahest.measure.table import rolled_up as rolled_up
+    from alkahest.measure.units import matching_units as matching_units
+    from alkahest.pictures.alignments import alignment as alignment
     from alkahest.pictures.effects import effect as effect
     from alkahest.pictures.gradients import gradient_signs as gradient_signs
     from alkahest.pictures.live import LiveModel as LiveModel
@@ -86,6 +88,7 @@ _PUBLIC = {
     "Multiplier": "measure.multiplier",
     "Weights": "algebra.weights",
     "absorbed": "measure.rounding",
+    "alignment": "pictures.alignments",
     "apply_lora": "lora.apply",
     "breadcrumbs": "algebra.delta_methods",
     "cached": "files.cache",
@@ -109,6 +112,7 @@ _PUBLIC = {
     "lerp": "algebra.mixtures",
     "lora_ranks": "lora.rank",
     "made_up": "sources.made_up_weights",
+    "matching_units": "measure.units",
     "memory_plan": "training.memory",
     "method": "algebra.methods",
     "model_stock": "algebra.delta_methods",

@@ -76,6 +76,11 @@ class Family:
     lora_targets: str  # a pattern: what its trainers adapt
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # short names in patterns -> dotted names
     optional: tuple[str, ...] = ()  # beginnings of names that a file may lack
+    streams: Mapping[str, str] = field(default_factory=dict)  # stack before the main one -> image or text, in order
+    patch: int = 2  # side of a token, in latents
+    # What a block could be permuted by: kind -> the size that says how many rows one has ("" for one), what reads into
+    # it, and last what reads from it; see `alkahest.measure.units`.
+    units: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     pads: tuple[str, ...] = ()  # learned tokens, which ComfyUI does not patch
     scales: tuple[str, ...] = ()  # scales of norms whose name does not say norm
     prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "")

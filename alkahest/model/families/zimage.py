@@ -218,6 +218,11 @@ FAMILY = Family(
         "k_norm": ("norm_k",),
     },
     optional=("norm_final.", "siglip_"),  # the SigLIP branch is that of the omni models
+    streams={"noise_refiner": "image", "context_refiner": "text"},
+    units={
+        "hidden unit": ("", tuple(f"feed_forward.{which}.weight" for which in ("w1", "w3", "w2"))),
+        "head": ("head", tuple(f"attention.to_{which}.weight" for which in ("q", "k", "v", "out.0"))),
+    },
     pads=_PADS,
     scales=("cap_embedder.0.weight",),
     layouts=(
