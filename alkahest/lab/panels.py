@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import html
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights, ends
-from alkahest.errors import AlgebraError, AlkahestError
+from alkahest.errors import AlgebraError, AlkahestError, refuse_unknown_options
 from alkahest.lab import plots
 from alkahest.lab.checkpoint_picker import checkpoint_picker as checkpoint_picker
 from alkahest.lab.explore import Explorer, explore
@@ -23,11 +25,12 @@ from alkahest.lab.sampling_grid import sampling_grid as sampling_grid
 from alkahest.lab.training_monitor import training_monitor as training_monitor
 from alkahest.lora.rank import RULES, lora_ranks
 from alkahest.measure.bases import BASES, multiplier_of
-from alkahest.measure.multiplier import Multiplier
+from alkahest.measure.multiplier import Multiplier, factors, limits_passed, short
 from alkahest.measure.placed import not_protected
 from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.spectrum import stream_delta_spectra
 from alkahest.measure.table import stream_delta_table
+from alkahest.pictures.needed import stream_needed_multiplier
 
 __all__ = [
     "checkpoint_picker",
@@ -38,6 +41,7 @@ __all__ = [
     "sampling_grid",
     "training_monitor",
 ]
+_TARGETS = {"pictures": 0.0, **{name: target for name, (target, _) in BASES.items()}}  # pictures aim at none
 _VIEWS = ("tensors", "heatmap", "modules")
 
 
@@ -61,20 +65,48 @@ def delta_browser(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
     return _after_measuring("delta_browser", what, lambda: stream_delta_table(_delta(what), on), browse)
 
 
-def multiplier_panel(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
+@refuse_unknown_options
+def multiplier_panel(
+    what: Delta | pd.DataFrame,
+    on: Weights | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    pictures: Any = None,
+    components: Any = None,
+    count: int = 24,
+    steps: int = 12,
+    cfg: float = 2.0,
+    seed: int = 0,
+    storage: str | None = None,
+    device: str = "cpu",
+) -> Any:
     """Choose a basis and a k, and see what is left of the delta and what it costs; ``.multiplier`` is the computed one.
 
     >>> panels.multiplier_panel(variant - base, on=bridge)
+    >>> panels.multiplier_panel(variant - base, on=bridge, prompts=["a cyan ball on a beach", ...])
 
-    A new basis or target computes k anew; the number box then takes any other.
+    A new basis or target computes k anew; the number box then takes any other, and the heading and ComfyUI's pair of
+    factors are those of the k that is drawn. With ``prompts`` or ``pictures`` the first basis is what pictures say, and
+    its curve is drawn: the options are those of `ak.needed_multiplier`.
     """
+    seen = {"prompts": prompts, "pictures": pictures, "components": components, "storage": storage}
+    if prompts is not None or pictures is not None:
+        seen |= {"count": count, "steps": steps, "cfg": cfg, "seed": seed}
+        measure = partial(stream_needed_multiplier, what, on, device=device, **seen)
+        return _after_measuring(
+            "multiplier_panel", what, measure, lambda k: MultiplierPanel(k.table, _added(what, on), k)
+        )
 
     def choose(table: pd.DataFrame) -> MultiplierPanel:
         # A table does not say what is protected: there every matrix counts.
-        added = not_protected(what, ends(what)[1] if on is None else on) if isinstance(what, Delta) else None
-        return MultiplierPanel(table, added)
+        return MultiplierPanel(table, _added(what, on))
 
     return _after_measuring("multiplier_panel", what, lambda: stream_delta_table(_delta(what), on), choose)
+
+
+def _added(what: Delta | pd.DataFrame, on: Weights | None) -> frozenset[str] | None:
+    """The tensors that are not protected from a delta."""
+    return not_protected(what, ends(what)[1] if on is None else on) if isinstance(what, Delta) else None
 
 
 def rank_panel(what: Delta | pd.DataFrame, values: int = 200) -> Any:
@@ -99,26 +131,30 @@ def rank_panel(what: Delta | pd.DataFrame, values: int = 200) -> Any:
 class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
     """A multiplier in words beside the curves that speak for and against it; see `multiplier_panel`."""
 
-    def __init__(self, table: pd.DataFrame, added: frozenset[str] | None) -> None:
+    def __init__(
+        self, table: pd.DataFrame, added: frozenset[str] | None, by_pictures: Multiplier | None = None
+    ) -> None:
         self._table = table
         self._added = added
+        self._by_pictures = by_pictures
         self._curve = rounding_curve(table)
         self._known: dict[tuple[str, float], Multiplier] = {}
         self.words = widgets.HTML()
-        start = BASES["relative"][0]
+        bases = self._bases()
+        start = _TARGETS[bases[0]]
 
         def draw(
             figure: Figure,
             *,
-            basis: str = "relative",
+            basis: str = bases[0],
             target: float = start,
-            k: float = float(self._multiplier("relative", start)),
+            k: float = float(self._multiplier(bases[0], start)),
         ) -> str:
             return self._draw(figure, self._multiplier(basis, target), k)
 
-        self.explorer = explore(draw, size=(10, 8), basis=self._bases(), k=(0.1, 1000, "log"))
+        self.explorer = explore(draw, size=(10, 8), basis=bases, k=(0.1, 1000, "log"))
         controls = self.explorer.controls
-        controls["basis"].observe(lambda change: setattr(controls["target"], "value", BASES[change["new"]][0]), "value")
+        controls["basis"].observe(lambda change: setattr(controls["target"], "value", _TARGETS[change["new"]]), "value")
         for name in ("basis", "target"):
             controls[name].observe(lambda _: self._compute(), "value")
         super().__init__([self.words, self.explorer])
@@ -135,15 +171,22 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
             self.explorer.controls["k"].value = float(self.multiplier)
 
     def _draw(self, figure: Figure, found: Multiplier, k: float) -> str:
-        self.words.value = found._repr_html_()
-        drawn = plots.multiplier_overview(self._curve, found, k, figure)
+        self.words.value = _heading(k, found) + found._repr_html_()
+        if found.curve is not None:
+            upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
+            drawn = plots.loss_curve(found, upper, k=k)
+            alt = f"{drawn.alt} {plots.survival(self._curve, lower).alt}"
+        else:
+            alt = plots.multiplier_overview(self._curve, found, k, figure).alt
         at = rounding_curve(self._table, [k]).iloc[0]
         return (
             f"k = {k:.4g}: the delta is {at['size']:.3g} of the weights' norm, {1 - at.absorbed_energy:.3g} of its "
-            f"energy survives rounding. {drawn.alt}"
+            f"energy survives rounding. {alt}"
         )
 
     def _multiplier(self, basis: str, target: float) -> Multiplier:
+        if basis == "pictures" and self._by_pictures is not None:
+            return self._by_pictures
         key = (basis, target)
         if key not in self._known:
             asked = None if target == BASES[basis][0] else target  # the default that the control shows is not asked for
@@ -153,12 +196,25 @@ class MultiplierPanel(widgets.VBox):  # type: ignore[misc]
     def _bases(self) -> list[str]:
         """The bases that this table can speak about."""
         known = multiplier_of(self._table, added=self._added).bases
-        return [name for name in BASES if known[name] == known[name]]
+        first = [] if self._by_pictures is None else ["pictures"]
+        return [*first, *(name for name in BASES if known[name] == known[name])]
 
     def _repr_mimebundle_(self, **given: Any) -> Any:
         still = self.explorer._repr_mimebundle_()
         bundle = super()._repr_mimebundle_(**given)
         return {**(bundle or {}), "image/png": still["image/png"], "text/plain": still["text/plain"]}
+
+
+def _heading(k: float, found: Multiplier) -> str:
+    """The k that is drawn, as ComfyUI's two nodes take it, where it is not the computed one."""
+    if k == float(found):
+        return ""
+    subtract, add = factors(k)
+    past = "".join(f"<li>{html.escape(line)}</li>" for line in limits_passed(k))
+    return (
+        f"<b>k = {k:.4g} = subtract {short(subtract)} x add {short(add)}, as drawn; computed is {float(found):.4g}</b>"
+        f"<ul>{past}</ul>"
+    )
 
 
 def _by_module(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

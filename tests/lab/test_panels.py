@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,27 @@ def test_the_multiplier_panel_computes_k_and_takes_any_other(three: tuple[Any, A
     assert panel._repr_mimebundle_()["text/plain"] == panel.explorer.alt
     at_once = panels.multiplier_panel(ak.delta_table(v - b))
     assert at_once.multiplier == ak.needed_multiplier(v - b)
+
+
+def test_the_multiplier_panel_with_what_pictures_say() -> None:
+    model = {name: ak.mini.load(name) for name in ("tb1", "base-variant", "base")}
+    delta, on = model["base-variant"] - model["base"], model["tb1"].protect("refiner")
+    seen = {"prompts": ["a cyan ball on a beach", "a cyan tree"], "count": 4, "steps": 3, "cfg": 3.0}
+    panel = measured(panels.multiplier_panel(delta, on=on, **seen))
+    expected = ak.needed_multiplier(delta, on=on, **seen)
+    assert panel.multiplier == expected
+    controls = panel.explorer.controls
+    assert list(controls["basis"].options) == ["pictures", "relative", "survival", "bridge"]
+    assert controls["k"].value == float(expected)
+    assert "What k does to predictions" in panel.explorer.alt
+    assert "as drawn" not in panel.words.value
+    controls["k"].value = 25.0
+    assert until(lambda: "k = 25 = subtract 10 x add 2.5, as drawn; computed is" in panel.words.value)
+    assert "'practically 20x' if it means the multiplier in all" in html.unescape(panel.words.value)
+    controls["basis"].value = "relative"
+    assert until(lambda: "basis relative" in panel.words.value)
+    assert controls["target"].value == 0.02
+    assert controls["k"].value == 1.0
 
 
 def test_bad_input(three: tuple[Any, Any, Any]) -> None:
