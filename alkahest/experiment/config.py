@@ -82,6 +82,17 @@ class Advised:
 
 
 @dataclass(frozen=True)
+class Aligned:
+    """Streams of two models mapped onto each other, by seed: rows of "streams", "joined" and "units"."""
+
+    name: str
+    a: str
+    b: str
+    pictures: int = 48
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+@dataclass(frozen=True)
 class Run:
     """A training run; its measurements are rows of the table "history". Grown only when asked to."""
 
@@ -138,6 +149,7 @@ class Experiment:
     cases: tuple[Case, ...] = ()
     deltas: tuple[Measured, ...] = ()
     advised: tuple[Advised, ...] = ()
+    aligned: tuple[Aligned, ...] = ()
     runs: tuple[Run, ...] = ()
     checks: tuple[Check, ...] = ()
     figures: tuple[Drawing, ...] = ()
@@ -164,6 +176,7 @@ def read_experiment(folder: str | Path) -> Experiment:
         "case": ("cases", Case),
         "delta": ("deltas", Measured),
         "advice": ("advised", Advised),
+        "alignment": ("aligned", Aligned),
         "run": ("runs", Run),
         "check": ("checks", Check),
         "figure": ("figures", Drawing),

@@ -16,6 +16,7 @@ from alkahest import mini
 from alkahest.engine.events import Event
 from alkahest.errors import FileFormatError, UnknownNameError, nearest, unknown
 from alkahest.experiment.advice import advice_rows, hits
+from alkahest.experiment.basis import basis_rows, unit_rows
 from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet, run_file
 from alkahest.experiment.growing.report import READ, as_asked
 from alkahest.lora.extract import extract_lora
@@ -150,6 +151,11 @@ def _steps(experiment: Experiment, inputs: Inputs, runs: Path | None) -> Iterato
         for seed in advised.seeds:
             one = replace(advised, seeds=(seed,))
             yield f"{advised.name}, seed {seed}", SEVERAL, partial(advice_rows, experiment, one, inputs)
+    for aligned in experiment.aligned:
+        yield f"{aligned.name}: units", "units", partial(unit_rows, aligned, inputs)
+        for seed in aligned.seeds:
+            other = replace(aligned, seeds=(seed,))
+            yield f"{aligned.name}, seed {seed}", SEVERAL, partial(basis_rows, experiment, other, inputs)
     for case in experiment.cases:
         if case.run and runs is None:
             yield (

@@ -28,7 +28,7 @@ from alkahest.version import __version__
 
 Draw = Callable[[Experiment, Tables], dict[str, bytes]]
 _MEASURED = ("inputs", "cases", "deltas", "runs", "sheets", "prompts", "seed", "sampling")
-_LATER = ("advised",)  # kinds that came later: they count where there are any, so that older digests stay
+_LATER = ("advised", "aligned")  # kinds that came later: they count where there are any, so that older digests stay
 _STANDS_ON = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pandas")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside, number_text
+from alkahest.measure.text import two_digits
 
 if TYPE_CHECKING:
     from alkahest.pictures.effects import Effect
@@ -34,7 +35,7 @@ def loss_curve(multiplier: Any, ax: Axes | None = None, title: str | None = None
     taken = float(multiplier) if k is None else k
     if float(multiplier) > 0:
         ax.axvspan(low, high, color="0.85", zorder=0, lw=0, label="minimum, by resampling")
-        ax.axvline(curve.minimum, color="0.35", ls="-.", lw=1, label=f"minimum {number_text(curve.minimum)}")
+        ax.axvline(curve.minimum, color="0.35", ls="-.", lw=1, label=f"minimum {two_digits(curve.minimum)}")
     ax.axvline(taken, color=COLOURS[2], lw=2, label=f"{'advice' if k is None else 'k'} {number_text(taken)}")
     ax.set_xscale("symlog", linthresh=least, linscale=0.4)
     ticks = [0.0, *(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5))]
@@ -48,12 +49,13 @@ def loss_curve(multiplier: Any, ax: Axes | None = None, title: str | None = None
     ax.set_ylabel("flow loss, mean square\n(band: standard error)")
     ax.set_title(title or "What k does to predictions")
     legend_beside(ax)
-    words = "does not come over" if float(multiplier) == 0 else f"take {number_text(float(multiplier))}"
+    words = "does not come over" if float(multiplier) == 0 else f"take {two_digits(float(multiplier))}"
+    before, after = (curve.at(name, curve.minimum) for name in ("new", "rest"))
     return Plot(
         ax,
-        f"{ax.get_title()}: the new thing's loss falls from {number_text(table.new[0])} at k = 0 to "
-        f"{number_text(table.new.min())} at {number_text(curve.minimum)}; everything else's rises from "
-        f"{number_text(table.rest[0])} to {number_text(curve.at('rest', curve.minimum))} there. Advice: {words}.",
+        f"{ax.get_title()}: the new thing's loss falls from {two_digits(table.new[0])} at k = 0 to "
+        f"{two_digits(before)} at {two_digits(curve.minimum)}; everything else's rises from "
+        f"{two_digits(table.rest[0])} to {two_digits(after)} there. Advice: {words}.",
     )
 
 

@@ -25,7 +25,7 @@ MARKED = {
 
 
 def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
-    """What is left of a delta after adding and rounding, over k, with 1x, ComfyUI's cap and the article's limit marked."""
+    """What is left of a delta after adding and rounding, over k, with the usual marks."""
     ax = axes_for(ax, (8, 4.2))
     lines = {
         "elements that change": 1 - curve.absorbed_count,
@@ -81,7 +81,7 @@ def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = N
 
 
 def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | None = None) -> Plot:
-    """The k that each part would need by itself, beside the one for all, with 1x, ComfyUI's cap and the article's limit marked."""
+    """The k that each part would need by itself, beside the one for all, with the usual marks."""
     parts = multiplier.per_part
     own = multiplier.basis == "relative"
     values = (parts.k if own else parts.relative_at_k).to_numpy(float)

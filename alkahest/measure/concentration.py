@@ -36,8 +36,8 @@ def concentration_words(matrices: pandas.DataFrame, k: float, spectra: pandas.Da
     together = float((energy.sum() / (matrices.on_norm**2).sum()) ** 0.5)
     if abs(k) * largest.relative > _LARGEST or largest.relative > _TIMES * together:
         yield (
-            f"at this k {largest.tensor} moves by {percent(abs(k) * largest.relative, 1)} of its norm, the most of all; "
-            f"all together by {percent(abs(k) * together, 2)}"
+            f"at this k {largest.tensor} moves by {percent(abs(k) * largest.relative, 1)} of its norm, the most of "
+            f"all; all together by {percent(abs(k) * together, 2)}"
         )
     if spectra is not None and len(spectra):
         yield from _directions(spectra)

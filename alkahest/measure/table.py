@@ -55,8 +55,8 @@ COLUMNS = {
     "largest": "the largest magnitude in d",
     "cosine": "of the angle between v and b",
     "changed": "share of elements where d is not 0",
-    "rounded": "1 where v differs from b by no more than rounding b to v's format explains, at every element; 0 where it "
-    "differs by more, or not at all; NaN where how v or b is stored does not say",
+    "rounded": "1 where v differs from b by no more than rounding b to v's format explains, at every element; 0 where "
+    "it differs by more, or not at all; NaN where how v or b is stored does not say",
     "step": "what d moves by when v moves to its neighbour as stored: root mean square of ulp(v), times the factor in "
     "d, over the elements where d is not 0; of large tensors a quarter of a million elements or more are looked at",
     "base_step": "the same of b",

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def lines_under(title: str, lines: Sequence[str]) -> str:
@@ -23,3 +19,8 @@ def lines_under_html(title: str, lines: Sequence[str]) -> str:
 def percent(share: float, digits: int) -> str:
     """A share as people read it: ``8.35 %``."""
     return f"{100 * share:.{digits}f} %"
+
+
+def two_digits(number: float) -> str:
+    """A number as a few pictures know it: ``180`` for 179.1, ``4.4`` for 4.375."""
+    return f"{float(f'{number:.2g}'):g}"

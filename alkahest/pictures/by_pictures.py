@@ -17,7 +17,7 @@ from alkahest.errors import UnsupportedError
 from alkahest.measure.bases import Matrices, per_part, weight_bases
 from alkahest.measure.lineage import NOT_IMPORTABLE, RefinerCheck, check_of
 from alkahest.measure.multiplier import Multiplier, limits_passed
-from alkahest.measure.text import percent
+from alkahest.measure.text import percent, two_digits
 from alkahest.pictures.curve_cache import key_of, load_curve, store_curve
 from alkahest.pictures.effects import models_of
 from alkahest.pictures.evaluation import errors, predictions, share_along
@@ -113,7 +113,7 @@ def multiplier_by(curve: LossCurve, notes: tuple[str, ...], matrices: Matrices, 
     check = None if matrices.table.base_norm.isna().any() else check_of(matrices.table)
     reasons = list(_reasons_against(curve, check))
     factor = min(GUIDED, options.cfg)
-    k = 0.0 if reasons else curve.minimum * factor
+    k = 0.0 if reasons else float(two_digits(curve.minimum * factor))  # pictures know no more digits than that
     low, high = (0.0, 0.0) if reasons else curve.interval
     return Multiplier(
         k,
@@ -141,7 +141,8 @@ def _reasons_against(curve: LossCurve, check: RefinerCheck | None) -> Iterator[s
         yield f"the loss of the new thing falls by {percent(gain, 1)} at most, which other pictures might not show"
     elif curve.closed < CLOSED:
         yield (
-            f"at its best it closes {percent(curve.closed, 1)} of what the bridge lacks of the variant on these pictures"
+            f"at its best it closes {percent(curve.closed, 1)} of what the bridge lacks of the variant on these "
+            "pictures"
         )
     if check is not None and check.refiner > NOT_IMPORTABLE:
         moved = f"not importable: the variant's refiner moved by {percent(check.refiner, 1)} of its norm"
@@ -156,19 +157,23 @@ def _advice(curve: LossCurve, k: float, factor: float, reasons: list[str], optio
     gained = curve.at("gained", curve.minimum)
     lost, more = (curve.at("lost", one) / gained for one in (curve.minimum, k))
     sentence = (
-        f"take {k:.3g}: the loss of the new thing is least at {curve.minimum:.3g} ({low:.3g} to {high:.3g} by "
-        f"{curve.new.shape[1]} pictures), where everything else has lost {lost:.2g} of what it gained"
+        f"take {two_digits(k)}: the loss of the new thing is least at {two_digits(curve.minimum)} ({two_digits(low)} "
+        f"to {two_digits(high)} by {curve.new.shape[1]} pictures), where everything else has lost {two_digits(lost)} "
+        "of what it gained"
     )
     if factor == 1:
         return f"{sentence}; without guidance that is the k to take"
-    return f"{sentence}; guidance of {options.cfg:g} wants up to {factor:g} times that, at {k:.3g} for {more:.2g} of it"
+    return (
+        f"{sentence}; guidance of {options.cfg:g} wants up to {factor:g} times that, at {two_digits(k)} for "
+        f"{two_digits(more)} of it"
+    )
 
 
 def _doubts(curve: LossCurve, check: RefinerCheck | None, refused: bool) -> Iterator[str]:
     """What speaks against the judgement itself."""
     if curve.new.shape[1] < FEW and not refused:
         low, high = curve.interval
-        yield f"by {curve.new.shape[1]} pictures alone: {FEW} or more narrow {low:.3g} to {high:.3g}"
+        yield f"by {curve.new.shape[1]} pictures alone: {FEW} or more narrow {two_digits(low)} to {two_digits(high)}"
     if not curve.surely_less(curve.variant, curve.uncaptioned):
         yield "the variant draws these no better with their prompts than without: does it know the words?"
     if curve.rest[0].mean() > _ABSURD:
@@ -178,8 +183,8 @@ def _doubts(curve: LossCurve, check: RefinerCheck | None, refused: bool) -> Iter
         )
     if curve.new.mean(1).min() > _ABSURD and curve.variant.mean() > _ABSURD:
         yield (
-            f"even the variant's loss of the pictures is {curve.variant.mean():.2f}, as of noise: are these the VAE and "
-            "text encoder of the model?"
+            f"even the variant's loss of the pictures is {curve.variant.mean():.2f}, as of noise: are these the VAE "
+            "and text encoder of the model?"
         )
     if curve.minimum >= curve.ks[-1]:
         yield f"the loss still falls at {curve.ks[-1]:.3g}, the largest k that was looked at"

@@ -1,4 +1,4 @@
-"""Pictures with captions on which models are compared: latents, embeddings, and noise that is the same for every model."""
+"""Pictures with captions on which models are compared, and noise that is the same for every model."""
 
 from __future__ import annotations
 
