@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from alkahest.measure.units import matching_units as matching_units
     from alkahest.pictures.alignments import alignment as alignment
     from alkahest.pictures.effects import effect as effect
+    from alkahest.pictures.fitted_factors import fit_factors as fit_factors
     from alkahest.pictures.gradients import gradient_signs as gradient_signs
     from alkahest.pictures.live import LiveModel as LiveModel
     from alkahest.pictures.needed import needed_multiplier as needed_multiplier
@@ -106,6 +107,7 @@ _PUBLIC = {
     "extract_lora": "lora.extract",
     "file_noise": "measure.rounding",
     "finetune": "training.loop",
+    "fit_factors": "pictures.fitted_factors",
     "flow_loss": "pictures.quality",
     "gradient_signs": "pictures.gradients",
     "karcher": "algebra.model_methods",

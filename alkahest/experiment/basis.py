@@ -1,4 +1,4 @@
-"""Whether two models differ by a change of basis: their streams mapped, and one's refiners before the other's layers."""
+"""Whether two models differ by a change of basis: streams mapped, and one's refiners before the other's layers."""
 
 from __future__ import annotations
 

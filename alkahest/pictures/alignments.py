@@ -110,8 +110,8 @@ def alignment(
     Both see the same noised ``pictures`` (with captions as ``prompts``, or a folder), or what ``a`` draws of
     ``prompts``. Maps are fitted on two thirds of the pictures and judged on the third: `ALIGNMENT` says how. If the
     streams that enter the main stack agree as they are, a delta of one model means the same in the other; if
-    only a linear map makes them agree, it means the same after that map. Both models are held at once. Raises MismatchError for models
-    of different widths, AlgebraError for fewer than three pictures.
+    only a linear map makes them agree, it means the same after that map. Both models are held at once. Raises
+    MismatchError for models of different widths, AlgebraError for fewer than three pictures.
     """
     options = PictureOptions(
         prompts=prompts,

@@ -78,15 +78,11 @@ class Effect:
         ]
         if len(blocks):
             top = blocks.nlargest(3, "along")
-            named = ", ".join(f"{_label(row)} {percent(row.along, 0)}" for row in top.itertuples())
+            named = ", ".join(f"{block_name(row.part, row.block)} {percent(row.along, 0)}" for row in top.itertuples())
             lines.append(f"carried by {named}; the blocks alone add up to {percent(blocks.along.sum(), 0)}")
         if len(self.evidence.new) < FEW:
             lines.append(f"by {len(self.evidence.new)} pictures of the new thing: {FEW} or more make this surer")
         return [*lines, *self.evidence.notes]
-
-
-def _label(row: Any) -> str:
-    return str(row.part) if row.block < 0 else f"{row.part}.{row.block}"
 
 
 @refuse_unknown_options
@@ -171,7 +167,7 @@ def stream_effect(
     require_delta("effect", delta)
     options.require("effect")
     variant, base = models_of(delta, base, "effect")
-    places = _places(delta, on) if by_block else []
+    places = changed_places(delta, on) if by_block else []
     live = LiveModel(on, options.components, **options.held)
     for event in stream_evidence(live, variant, on, options, "effect"):
         if event.result is None:
@@ -194,10 +190,9 @@ def stream_effect(
     start = said(on)
     rows = [_row("all", -1, k * delta, on, own, start, said(on + k * delta))]
     for number, (part, block) in enumerate(places):
-        yield Event(before + 4 + number, total, f"{part}.{block}" if block >= 0 else part)
-        one = k * delta.only(f"{part}.{block}" if block >= 0 else part)
-        if _relative(one, on) > 0:  # other files may hold the same numbers
-            rows.append(_row(part, block, one, on, own, start, said(on + one)))
+        yield Event(before + 4 + number, total, block_name(part, block))
+        one = k * delta.only(block_name(part, block))
+        rows.append(_row(part, block, one, on, own, start, said(on + one)))
     live.become(on)
     tensors = _flow_through(live, evidence.new, k * delta, on, batch) if by_block else _no_tensors()
     import pandas as pd
@@ -219,14 +214,20 @@ def models_of(delta: Delta, base: Weights | None, operation: str) -> tuple[Weigh
     return base + delta if variant is None or base is not its_base else variant, base
 
 
-def _places(delta: Delta, on: Weights) -> list[tuple[str, int]]:
+def block_name(part: str, block: int) -> str:
+    """A block, or a part outside of blocks, as a pattern."""
+    return part if block < 0 else f"{part}.{block}"
+
+
+def changed_places(delta: Delta, on: Weights) -> list[tuple[str, int]]:
     """Blocks, and parts outside of blocks, that the delta changes on ``on``, in the order of the data."""
     kept, rules = not_protected(delta, on), Rules()
     changed = [key for key in delta.shapes if (kept is None or key in kept) and delta.at(key, rules) is not None]
     if not changed:
         raise AlgebraError("effect", "all that the delta changes is protected", fix="protect less, or .everywhere()")
     names = [names_of(key, delta.family) for key in changed]
-    return list(dict.fromkeys((str(name["part"]), int(name["block"])) for name in names))
+    places = list(dict.fromkeys((str(name["part"]), int(name["block"])) for name in names))
+    return [place for place in places if _relative(delta.only(block_name(*place)), on) > 0]  # files may hold the same
 
 
 def _row(
