@@ -19,7 +19,7 @@ from alkahest.experiment.advice import advice_rows, hits
 from alkahest.experiment.basis import basis_rows, unit_rows
 from alkahest.experiment.config import Case, Experiment, Measured, Run, Sheet, run_file
 from alkahest.experiment.growing.report import READ, as_asked
-from alkahest.lora.extract import extract_lora
+from alkahest.experiment.made_inputs import make_input
 from alkahest.measure.bases import BASES
 from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.table import delta_table, rolled_up
@@ -61,7 +61,7 @@ class Inputs(Mapping[str, Any]):
 
     def __init__(self, experiment: Experiment, family: Path | None, work: Path) -> None:
         self._given, self.family, self._work = experiment.inputs, family, work
-        self._base = experiment.folder
+        self.folder = experiment.folder
         self._known: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -80,15 +80,13 @@ class Inputs(Mapping[str, Any]):
 
     def _make(self, name: str, what: Any) -> Any:
         if isinstance(what, str):
-            return open_input(file_of(what, self._base, self.family), name=name)
-        options = dict(what)
+            return open_input(file_of(what, self.folder, self.family), name=name)
         place = self._work / f"{name}.safetensors"
-        if "extract" in options:
-            extract_lora(parse(options.pop("extract"), self), **options).save(place)
-        elif "of" in options:
-            open_checkpoint(file_of(options.pop("of"), self._base, self.family)).save(place, **options)
+        if "of" in what:
+            options = {option: value for option, value in what.items() if option != "of"}
+            open_checkpoint(file_of(what["of"], self.folder, self.family)).save(place, **options)
         else:
-            raise FileFormatError("experiment", "an input is a file, or has of or extract", found=f"{name} = {what!r}")
+            make_input(name, what, self, place)
         return open_input(place, name=name)
 
 

@@ -123,6 +123,10 @@ def measured_digest(experiment: Experiment) -> str:
     """A hash of all that changes numbers; words, checks and figures do not."""
     kept = {name: getattr(experiment, name) for name in _MEASURED}
     kept |= {name: found for name in _LATER if (found := getattr(experiment, name))}
+    trained = [
+        what["trained"] for what in experiment.inputs.values() if isinstance(what, Mapping) and "trained" in what
+    ]
+    kept |= {"trained": [(experiment.folder / name).read_text() for name in trained]} if trained else {}
     return _hash({**kept, "runs": [run.name for run in experiment.runs]})  # what is in their files is `grown_digest`'s
 
 

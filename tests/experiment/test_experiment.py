@@ -310,7 +310,7 @@ def test_training_runs_are_recorded_or_grown(tmp_path: Path) -> None:
         (('mini:base-variant"', 'mini:base-varaint"'), "base-variant"),
         (("base + k *", "bsae + k *"), "base"),
         (('where = { case = "cyan" }\nlog', 'where = { case = "cyna" }\nlog'), "no such column, or no rows"),
-        (('{ extract = "variant - base", rank = 4 }', "{ rank = 4 }"), "has of or extract"),
+        (('{ extract = "variant - base", rank = 4 }', "{ rank = 4 }"), "has of, extract, signs"),
         (("title", "holds = 'sure'\ntitle"), "no such verdict"),
         (('ask = { colour = "cyan" }', 'ask = { color = "cyan" }'), "did you mean 'colour'"),
         (('ask = { colour = "cyan" }', 'ask = { colour = "cian" }'), "did you mean 'cyan'"),
