@@ -12,6 +12,7 @@ from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside,
 from alkahest.measure.text import two_digits
 
 if TYPE_CHECKING:
+    from alkahest.pictures.alignments import Alignment
     from alkahest.pictures.effects import Effect
     from alkahest.pictures.loss_curve import LossCurve
 
@@ -119,3 +120,36 @@ def weight_and_effect(effect: Effect, ax: Axes | None = None, title: str | None 
         f"{ax.get_title()}: {len(both)} matrices; in the median the flow changes {number_text(float(ratio))} times as "
         "much as the weights do.",
     )
+
+
+def alignment_by_depth(alignment: Alignment, ax: Axes | None = None, title: str | None = None) -> Plot:
+    """How well one model's streams give another's, by place: as they are, rotated, by a linear map, and CKA.
+
+    >>> plots.alignment_by_depth(ak.alignment(base, bridge, prompts=prompts))
+    """
+    table = alignment.table
+    ax = axes_for(ax, (9, 4.4))
+    places = list(dict.fromkeys(table.place))
+    for number, column in enumerate(("as it is", "orthogonal", "linear", "cka")):
+        for stream, rows in table.groupby("stream", sort=False):
+            ax.plot(
+                [places.index(place) for place in rows.place],
+                rows[column],
+                color=COLOURS[number],
+                ls="-" if stream == "image" else "--",
+                marker="o" if stream == "image" else "s",
+                ms=4,
+                label=f"{column}, {stream}",
+            )
+    ax.axhline(1, color="0.7", lw=0.8)
+    ax.set_ylim(max(-1.05, min(-0.05, float(table["as it is"].min()) - 0.05)), 1.05)
+    ax.set_xticks(range(len(places)), places, rotation=60 if len(places) > 8 else 20, ha="right", fontsize=8)
+    ax.set_ylabel("R^2 on other pictures (CKA: alignment), unitless")
+    ax.set_title(title or "Whether the numbers in two models' streams mean the same")
+    ax.grid(axis="y", color="0.9")
+    legend_beside(ax)
+    words = ", ".join(
+        f"{row.stream} after {row.place} {number_text(row[4])} as it is and {number_text(row.linear)} by a linear map"
+        for row in table.head(2).itertuples()
+    )
+    return Plot(ax, f"{ax.get_title()}: {words}.")

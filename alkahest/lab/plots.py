@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, unknown
+from alkahest.lab.effect_plots import alignment_by_depth as alignment_by_depth
 from alkahest.lab.effect_plots import effect_blocks as effect_blocks
 from alkahest.lab.effect_plots import loss_curve as loss_curve
 from alkahest.lab.effect_plots import weight_and_effect as weight_and_effect
@@ -31,12 +32,16 @@ from alkahest.model.families import FAMILIES, family_of
 if TYPE_CHECKING:
     import pandas
 
+    from alkahest.pictures.effects import Effect
+
 __all__ = [
     "COLOURS",
     "STATISTICS",
+    "alignment_by_depth",
     "comparison_matrix",
     "delta_magnitudes",
     "effect_blocks",
+    "effect_heatmap",
     "lineage_comparison",
     "lora_report",
     "loss_curve",
@@ -90,6 +95,27 @@ def magnitude_heatmap(
 ) -> Plot:
     """Module by depth: the logarithm of a statistic as colour; untouched tensors crossed, absent ones white."""
     values = _statistic(table, statistic)
+    return _heatmap(table, values, (statistic, STATISTICS[statistic]), ax, title)
+
+
+def effect_heatmap(effect: Effect, ax: Axes | None = None, title: str | None = None) -> Plot:
+    """Module by depth: how much of what flows through each matrix a delta changes, the logarithm as colour.
+
+    >>> plots.effect_heatmap(ak.effect(variant - base, bridge, prompts=prompts))
+    """
+    tensors = effect.tensors
+    what = ("flow", "norm of delta x / norm of weights x, unitless")
+    title = title or f"What flows through each matrix: {effect.k:g} x {effect.title}"
+    return _heatmap(tensors, tensors.flow.to_numpy(float), what, ax, title)
+
+
+def _heatmap(
+    table: pandas.DataFrame,
+    values: np.ndarray[Any, Any],
+    statistic: tuple[str, str],
+    ax: Axes | None,
+    title: str | None,
+) -> Plot:
     places = _Places(table[table.block >= 0])
     inside = table.block.to_numpy() >= 0
     modules = list(dict.fromkeys(table.module[inside]))
@@ -116,7 +142,7 @@ def magnitude_heatmap(
     if rows.size:
         ax.set_xlabel(f"{ax.get_xlabel()};  x: untouched, exactly 0", labelpad=26)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
-    bar.set_label(f"{STATISTICS[statistic]}\n(log scale)", fontsize=8)
+    bar.set_label(f"{statistic[1]}\n(log scale)", fontsize=8)
     ax.set_title(title or title_of_plot(table, "Module by depth"))
     words = "nothing differs"
     if positive.size:
@@ -125,7 +151,7 @@ def magnitude_heatmap(
         words = f"from {number_text(low)} to {number_text(high)}, most in {part}.{block}.{modules[row]}"
     return Plot(
         ax,
-        f"{ax.get_title()}: {statistic} of {len(modules)} modules over {len(places.of)} blocks, {words}; "
+        f"{ax.get_title()}: {statistic[0]} of {len(modules)} modules over {len(places.of)} blocks, {words}; "
         f"{rows.size} untouched.",
     )
 

@@ -78,3 +78,27 @@ def test_weights_against_what_flows_through_them(effect: Effect) -> None:
     assert plot.axes.get_xscale() == plot.axes.get_yscale() == "log"
     assert [line.get_label() for line in plot.axes.lines] == ["layers", "final", "alike"]
     assert "in the median the flow changes 2 times as much as the weights do" in plot.alt
+
+
+def test_what_flows_through_each_matrix(effect: Effect) -> None:
+    plot = plots.effect_heatmap(effect)
+    assert "flow of 1 modules over 1 blocks" in plot.alt  # what lies outside of blocks has no depth
+    assert "norm of delta x / norm of weights x" in plot.axes.figure.axes[1].get_ylabel()
+
+
+def test_streams_by_depth() -> None:
+    rows = [("noise_refiner.1", "image", 0.4), ("context_refiner.1", "text", -0.2), ("layers.0", "image", 0.2)]
+    table = pd.DataFrame(
+        [
+            {"place": p, "stream": s, "tokens": 9, "as it is": r, "orthogonal": 0.7, "linear": 0.8, "cka": 0.9}
+            for p, s, r in rows
+        ]
+    )
+    found: Any = SimpleNamespace(table=table)
+    plot = plots.alignment_by_depth(found)
+    lines = {line.get_label(): line for line in plot.axes.lines}
+    assert lines["as it is, image"].get_xdata().tolist() == [0, 2]
+    assert lines["as it is, image"].get_ydata().tolist() == [0.4, 0.2]
+    assert lines["linear, text"].get_ydata().tolist() == [0.8]
+    assert plot.axes.get_ylim()[0] < -0.2
+    assert "text after context_refiner.1 -0.2 as it is and 0.8 by a linear map" in plot.alt
