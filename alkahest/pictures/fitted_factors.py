@@ -58,7 +58,8 @@ class FittedFactors(dict[str, float]):
         verdict = "better than" if self.is_better else "not better than"
         return [
             f"{verdict} one number: they do {percent(ours.along, 0)} of what the delta does on its own base, on "
-            f"pictures they were not fitted on; {two_digits(self.one)} for all does {percent(one.along, 0)} for the same leak",
+            f"pictures they were not fitted on; {two_digits(self.one)} for all does {percent(one.along, 0)} for the "
+            "same leak",
             f"the leak is {percent(self.leak, 0)} of the delta's own effect (root mean square)",
             *self.notes,
         ]
@@ -100,8 +101,9 @@ def fit_factors(
     its own base, for a bound on |g(c)|: c is proportional to (G + r)^-1 p with G = <g_i, g_j> and p = <f_i, e>. They
     are fitted on half of the pictures and then really added and compared on the other half with the one number that
     leaks as much; ``is_better`` says so if they keep 5 % more. On the miniatures they never did, by block or by module
-    (cyan and hearts on TB-1: 99 and 102 % against 107, 58 and 58 against 58): one number is as good there. ``parts`` are
-    patterns in place of the blocks; the rest is as in `ak.needed_multiplier`. Raises AlgebraError without a base, or for a delta that does nothing.
+    (cyan and hearts on TB-1: 99 and 102 % against 107, 58 and 58 against 58): one number is as good there.
+    ``parts`` are patterns in place of the blocks; the rest is as in `ak.needed_multiplier`. Raises AlgebraError without
+    a base, or for a delta that does nothing.
     """
     options = PictureOptions(
         prompts=prompts,

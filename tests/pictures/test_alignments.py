@@ -12,7 +12,7 @@ import torch
 
 import alkahest as ak
 from alkahest.errors import AlgebraError, MismatchError
-from alkahest.pictures.alignments import affine_map, cka, orthogonal_map, r_squared
+from alkahest.pictures.stream_maps import affine_map, cka, orthogonal_map, r_squared
 
 PROMPTS = ["a red ball at night", "a blue box", "a red box at night", "a blue ball"]
 FEW: dict[str, Any] = {"prompts": PROMPTS, "count": 6, "steps": 2}
