@@ -36,13 +36,15 @@ CLOSED = 0.05  # less of the gap closed than this is nothing that comes over
 _ABSURD = 1.5  # a loss that a model has of what it does not know at all is 2: `ak.flow_loss`
 
 
-def stream_curve(delta: Delta, on: Weights, scale: float, options: PictureOptions) -> Iterator[Event]:
+def stream_curve(
+    delta: Delta, on: Weights, base: Weights | None, scale: float, options: PictureOptions
+) -> Iterator[Event]:
     """Measure the loss over k: the result is (LossCurve, what was odd about the pictures).
 
     ``scale`` is where the search for the minimum starts. Raises NonFiniteError if a model says NaN, UnsupportedError
     if the device has too little memory.
     """
-    variant, base = models_of(delta, None, "needed_multiplier")
+    variant, base = models_of(delta, base, "needed_multiplier")
     key = key_of(delta, on, base, options)
     if known := load_curve(key):
         yield Event(1, 1, "remembered", known)

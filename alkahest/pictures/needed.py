@@ -32,6 +32,7 @@ def needed_multiplier(
     reference: Delta | None = None,
     dtype: str | None = None,
     *,
+    base: Weights | None = None,
     prompts: Sequence[str] | None = None,
     pictures: Any = None,
     ordinary: Sequence[str] | None = None,
@@ -64,9 +65,11 @@ def needed_multiplier(
     noise at three levels, and the flow's loss (Lipman et al. 2023, arXiv:2210.02747) is measured over k, first by
     doubling and then around the minimum. Recommended is the minimum times ``cfg``, at most twice it: guidance draws
     best there (experiments/17-which-multiplier). ``range`` is from resampling the pictures; ``curve`` has the losses
-    of both sets; a delta that does not come over gets 0 and the reason. ``steps``, ``cfg``, ``shift``, ``width`` and
-    ``height`` are those of `ak.sample`, ``components``, ``memory``, ``storage``, ``device`` and ``offload`` those of
-    `ak.LiveModel`, ``batch`` the pictures looked at together. Curves are remembered (`ak.cached`).
+    of both sets; a delta that does not come over gets 0 and the reason. ``base`` is for a delta that does not say
+    what it is a difference from (a LoRA, a sum): the model that it was made for. ``steps``, ``cfg``, ``shift``,
+    ``width`` and ``height`` are those of `ak.sample`, ``components``, ``memory``, ``storage``, ``device`` and
+    ``offload`` those of `ak.LiveModel`, ``batch`` the pictures looked at together. Curves are remembered
+    (`ak.cached`).
 
     On the real model plan for the transformer (12.3 GB in bf16, 6.2 GB with ``storage="fp8_e4m3fn"``) and text encoder
     and VAE beside it (8.4 GB, or on the CPU with ``offload=True``), which fits 24 GB; in time 2 x 24 pictures drawn and
@@ -91,6 +94,7 @@ def needed_multiplier(
             target,
             reference,
             dtype,
+            base=base,
             prompts=prompts,
             pictures=pictures,
             ordinary=ordinary,
@@ -122,6 +126,7 @@ def stream_needed_multiplier(
     reference: Delta | None = None,
     dtype: str | None = None,
     *,
+    base: Weights | None = None,
     prompts: Sequence[str] | None = None,
     pictures: Any = None,
     ordinary: Sequence[str] | None = None,
@@ -172,8 +177,8 @@ def stream_needed_multiplier(
     running = {"device": device, "threads": threads}
     if basis == "pictures":
         _require_unset(basis, {"target": target, "reference": reference, "dtype": dtype})
-        return _by_pictures(delta, on, options.require("needed_multiplier"), running)
-    _require_unset(basis, options.set_apart_from(device=device))
+        return _by_pictures(delta, on, base, options.require("needed_multiplier"), running)
+    _require_unset(basis, {"base": base, **options.set_apart_from(device=device)})
     target_of(basis, target)
     if (basis == "reference") != (reference is not None):
         what = (
@@ -186,7 +191,9 @@ def stream_needed_multiplier(
     return _by_weights(delta, on, basis, target, reference, dtype, running)
 
 
-def _by_pictures(delta: Delta, on: Weights | None, options: PictureOptions, running: dict[str, Any]) -> Iterator[Event]:
+def _by_pictures(
+    delta: Delta, on: Weights | None, base: Weights | None, options: PictureOptions, running: dict[str, Any]
+) -> Iterator[Event]:
     if on is None:
         raise AlgebraError("needed_multiplier", "what is the delta added to?", found=delta.text(), fix="on=bridge")
     for event in stream_delta_table(delta, on, **running):
@@ -194,7 +201,7 @@ def _by_pictures(delta: Delta, on: Weights | None, options: PictureOptions, runn
         yield Event(event.done, 20 * event.total, event.key)
     matrices = sort_matrices(table, not_protected(delta, on), or_vectors=True)
     scale = weight_bases(matrices)["relative"]
-    for event in stream_curve(delta, on, scale, options):
+    for event in stream_curve(delta, on, base, scale, options):
         yield Event(event.total + 19 * event.done, 20 * event.total, event.key)
     curve, notes = event.result
     yield Event(event.total, event.total, "done", multiplier_by(curve, notes, matrices, options))

@@ -156,6 +156,15 @@ def test_bad_input(model: dict[str, ak.Checkpoint], monkeypatch: pytest.MonkeyPa
     assert "storage='fp8_e4m3fn'" in str(told.value)
 
 
+def test_a_lora_with_the_base_that_it_was_made_for(model: dict[str, ak.Checkpoint]) -> None:
+    lora = ak.open_lora(ak.mini.lora("base-lora"))
+    k = ak.needed_multiplier(lora, on=model["base"], base=model["base"], prompts=CYAN[:2], count=2, steps=2)
+    assert k.basis == "pictures"
+    assert np.interp(1.0, k.curve.ks, k.curve.along) == pytest.approx(1, abs=0.1)  # base + 1 x LoRA is what drew
+    with pytest.raises(AlgebraError, match="base means nothing to basis='relative'"):
+        ak.needed_multiplier(lora, on=model["base"], base=model["base"])
+
+
 def test_nan_in_what_a_model_says(model: dict[str, ak.Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     from alkahest.pictures import evaluation
 
