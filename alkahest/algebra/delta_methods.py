@@ -7,7 +7,7 @@ import torch
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.methods import dot, method, require_within
 from alkahest.algebra.model_methods import along_arc
-from alkahest.errors import AlgebraError
+from alkahest.errors import AlgebraError, refuse_unknown_options
 
 Tensor = torch.Tensor
 
@@ -142,6 +142,7 @@ def common(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(torch.sign(a) == torch.sign(b), torch.where(a.abs() <= b.abs(), a, b), 0)
 
 
+@refuse_unknown_options
 def union(a: Delta, b: Delta) -> Delta:
     """What either of two deltas holds, what they share counted once: ``a + b - common(a, b)``.
 

@@ -71,7 +71,7 @@ PAIRS = [
     ("alkahest.measure.pairs", "compare"),
     ("alkahest.measure.lineage", "refiner_check"),
     ("alkahest.measure.lineage", "nearest_base"),
-    ("alkahest.measure.multiplier", "needed_multiplier"),
+    ("alkahest.pictures.needed", "needed_multiplier"),
     ("alkahest.lora.extract", "extract_lora"),
     ("alkahest.pictures.sweeps", "sweep"),
     ("alkahest.training.loop", "finetune"),
