@@ -378,7 +378,12 @@ def _compute_multipliers(
     weights: alkahest.Weights, given: dict[str, Any], options: dict[str, Any], quiet: bool, seen: dict[str, Any]
 ) -> alkahest.Weights:
     """The same with every ``--NAME auto`` computed, by pictures if some are ``seen``."""
-    for name in [name for name, value in given.items() if value == "auto"]:
+    asked = [name for name, value in given.items() if value == "auto"]
+    if seen and len(asked) > 1:
+        names = " and ".join(f"--{name} auto" for name in asked)
+        fix = "one of them auto at a time: what one variant learned says nothing of the other"
+        raise RecipeError("auto", f"--{next(iter(seen))} is for one multiplier", found=names, fix=fix)
+    for name in asked:
         weights = _with_multiplier(weights, name, options, quiet, seen)
     return weights
 
@@ -397,6 +402,9 @@ def _with_multiplier(
     running = {option: options[option] for option in ("device", "threads") if option in options}
     found = drain(stream_needed_multiplier(delta, on, dtype=counted, **running, **seen), quiet).result
     print(f"{name}: {found!r}", file=sys.stderr)
+    if found == 0:
+        fix = f"--{name}=1, or any number, to add it all the same"
+        raise RecipeError("auto", "by what pictures say this does not come over", found=found.formula, fix=fix)
     return weights.bind(**{name: found})
 
 

@@ -182,7 +182,7 @@ def _open_output(
 def _unrepeatable(expression: Computable) -> list[str]:
     """Why the file has no recipe, in words."""
     names = [leaf.name for leaf in expression.leaves() if not leaf.is_reproducible]
-    return [f"no recipe: what is called {', '.join(names)} is in no file"] if names else []
+    return [f"no recipe: what is called {', '.join(names)} is in no file; save it first"] if names else []
 
 
 def _result(

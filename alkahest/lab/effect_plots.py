@@ -32,7 +32,7 @@ def loss_curve(multiplier: Any, ax: Axes | None = None, title: str | None = None
         ax.plot(curve.ks, mean, label=f"{label} ({losses.shape[1]} pictures)", ms=5, **style)
         ax.fill_between(curve.ks, mean - spread, mean + spread, color=COLOURS[number], alpha=0.15, lw=0)
     ax.axhline(curve.variant.mean(), color=COLOURS[0], ls=":", lw=1, label="the new thing, by the variant")
-    low, high = curve.interval
+    low, high = (min(one, float(curve.ks[-1])) for one in curve.interval)
     taken = float(multiplier) if k is None else k
     if float(multiplier) > 0:
         ax.axvspan(low, high, color="0.85", zorder=0, lw=0, label="minimum, by resampling")

@@ -49,6 +49,12 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
     ]
     if not (table.delta_norm > 0).any():
         return _page(of, [*parts, "<p><b>No difference: all tensors are equal.</b></p>"])
+    multiple = table.delta_norm.sum() / table.gap.sum() if table.gap.sum() > 0 else 1.0
+    if abs(multiple - 1) > 1e-6:
+        parts.append(
+            f"<p><b>Sizes and rounding are of what the title names</b>, {multiple:.4g} times the length of variant - "
+            "base: over k below, 1 is that multiple. Cosine and the verdict are of variant and base themselves.</p>"
+        )
     parts += ["<h2>By part</h2>", _table(_with_absorbed(rolled_up(table, "part")), ["part", *_COLUMNS, "absorbed"])]
     if not table.base_norm.isna().any():
         parts += ["<h2>Can it be imported?</h2>", check_of(table)._repr_html_()]

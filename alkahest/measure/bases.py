@@ -155,6 +155,14 @@ def sort_matrices(table: pandas.DataFrame, added: frozenset[str] | None, or_vect
 def _zero(table: pandas.DataFrame, is_matrix: Any, is_added: Any) -> AlgebraError:
     """Why there is nothing to multiply, by where the change lies if there is one."""
     differs = (table.delta_norm > 0).to_numpy()
+    if not differs.any() and (table.gap > 0).any():
+        parts = ", ".join(dict.fromkeys(table.part[table.gap > 0]))
+        return AlgebraError(
+            "needed_multiplier",
+            "the delta is zero: what it is limited to is the same in variant and base",
+            found=f"they differ in {parts}",
+            fix="limit it to what differs",
+        )
     if not differs.any():
         return AlgebraError(
             "needed_multiplier",

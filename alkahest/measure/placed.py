@@ -45,6 +45,13 @@ def require_delta(operation: str, delta: object) -> None:
         raise AlgebraError(operation, "a delta is needed", found=type(delta).__name__, fix=hint)
 
 
+def require_weights(operation: str, given: object, name: str) -> None:
+    """Raise AlgebraError for anything that is no complete model."""
+    if not isinstance(given, Weights):
+        found = type(given).__name__
+        raise AlgebraError(operation, f"{name} is a complete model", found=found, fix="ak.open(path), or an expression")
+
+
 def _find_multiplied(expression: Expression, name: str) -> Iterator[tuple[Delta, Weights]]:
     if isinstance(expression, Sum) and name in expression.delta.params:
         for one in _summands(expression.delta):

@@ -27,6 +27,7 @@ from alkahest.pictures.stream_maps import affine_map, cka, orthogonal_map, r_squ
 if TYPE_CHECKING:
     import pandas
 
+_MANY = 24  # pictures from which on maps are about what they will be
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.85, 1.0)  # sigma: all that a sampler goes through
 # Shares of the mean variance: what keeps directions that few pictures show from being made up. Other pictures choose.
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -53,6 +54,7 @@ class Alignment:
     maps: Mapping[str, Tensor]
     models: tuple[Weights, Weights] = field(repr=False)
     components: Any = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return lines_under(self._title(), self._lines())
@@ -67,7 +69,7 @@ class Alignment:
 
     def _lines(self) -> list[str]:
         shown = self.table.head(len(self.maps))
-        return [
+        return [*self.notes] + [
             f"{row.stream} {row.place}: R^2 {row[4]:.2f} as it is, {row.orthogonal:.2f} rotated, {row.linear:.2f} by a "
             "linear map"
             for row in shown.itertuples()
@@ -160,7 +162,10 @@ def stream_alignment(a: Weights, b: Weights, options: PictureOptions) -> Iterato
             taken[number].append(_streams(pipe, batch, a.family))
             yield Event(total + number * len(examples) + rows.stop // len(LEVELS), 2 * total, "streams")
     table, maps = _fit(taken[0], taken[1], a.family)
-    yield Event(2 * total, 2 * total, "done", Alignment(table, maps, (a, b), options.components))
+    few = len(examples) < _MANY
+    why = f"by {len(examples)} pictures: rotations and maps are fitted to too few, and come out worse than they are"
+    notes = (f"{why}; take {_MANY} or more",) if few else ()
+    yield Event(2 * total, 2 * total, "done", Alignment(table, maps, (a, b), options.components, notes))
 
 
 _Streams = dict[tuple[str, str], tuple[Tensor, Tensor]]  # (place, stream) -> tokens [n, width], and which are padding

@@ -15,6 +15,7 @@ from alkahest.engine.events import Event
 from alkahest.engine.scalars import Param, param
 from alkahest.errors import UnsupportedError
 from alkahest.measure.bases import Matrices, per_part, weight_bases
+from alkahest.measure.concentration import concentration_words
 from alkahest.measure.lineage import NOT_IMPORTABLE, RefinerCheck, check_of
 from alkahest.measure.multiplier import Multiplier, limits_passed
 from alkahest.measure.text import percent, two_digits
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # Squared error is least before a sampler has enough: with guidance the k that draws best is one to two and a half
 # times the minimum (measured on the miniatures, experiments/17-which-multiplier). Never past twice.
 GUIDED = 2.0
+_OR = " (or the prompts do not ask for what it learned)"
+_HARDLY = 0.05  # less than this share of its base's loss is hardly another way to draw
 CLOSED = 0.05  # less of the gap closed than this is nothing that comes over
 _ABSURD = 1.5  # a loss that a model has of what it does not know at all is 2: `ak.flow_loss`
 
@@ -127,8 +130,14 @@ def multiplier_by(curve: LossCurve, notes: tuple[str, ...], matrices: Matrices, 
         per_part=per_part(matrices, k, "pictures", math.nan),
         table=matrices.table,
         curve=curve,
-        warnings=(*_doubts(curve, check, bool(reasons)), *notes, *limits_passed(k)),
+        warnings=(*_doubts(curve, check, bool(reasons)), *notes, *limits_passed(k), *_concentrated(matrices, k)),
     )
+
+
+def _concentrated(matrices: Matrices, k: float) -> Iterator[str]:
+    """Where the delta sits, if it is added."""
+    if k:
+        yield from concentration_words(matrices.counted, k, None)
 
 
 def _reasons_against(curve: LossCurve, check: RefinerCheck | None) -> Iterator[str]:
@@ -138,13 +147,13 @@ def _reasons_against(curve: LossCurve, check: RefinerCheck | None) -> Iterator[s
         yield "the variant draws these no better than its base does, and no k helps: it learned nothing that they show"
         return
     if curve.minimum == 0:
-        yield "the loss of the new thing is least without it"
+        yield f"the loss of the new thing is least without it{_OR}"
     elif low <= 0 or gain <= 1e-3:
-        yield f"the loss of the new thing falls by {percent(gain, 1)} at most, which other pictures might not show"
+        yield f"the loss of the new thing falls by {percent(gain, 1)} at most, which other pictures might not show{_OR}"
     elif curve.closed < CLOSED:
         yield (
             f"at its best it closes {percent(curve.closed, 1)} of what the bridge lacks of the variant on these "
-            "pictures"
+            f"pictures{_OR}"
         )
     if check is not None and check.refiner > NOT_IMPORTABLE:
         moved = f"not importable: the variant's refiner moved by {percent(check.refiner, 1)} of its norm"
@@ -155,27 +164,42 @@ def _advice(curve: LossCurve, k: float, factor: float, reasons: list[str], optio
     """One sentence to act on."""
     if reasons:
         return f"does not come over: {'; '.join(reasons)}"
-    low, high = curve.interval
     gained = curve.at("gained", curve.minimum)
-    lost, more = (curve.at("lost", one) / gained for one in (curve.minimum, k))
-    sentence = (
-        f"take {two_digits(k)}: the loss of the new thing is least at {two_digits(curve.minimum)} ({two_digits(low)} "
-        f"to {two_digits(high)} by {curve.new.shape[1]} pictures), where everything else has lost {two_digits(lost)} "
-        "of what it gained"
-    )
+    lost, more = (two_digits(curve.at("lost", one) / gained) for one in (curve.minimum, k))
+    least = two_digits(curve.minimum)
+    sentence = f"take {two_digits(k)}: the loss of the new thing is least at {least} ({_interval_words(curve)})"
+    cost = f"for each unit that it gains there everything else loses {lost}"
     if factor == 1:
-        return f"{sentence}; without guidance that is the k to take"
+        return f"{sentence}, and without guidance that is the k to take; {cost}"
+    sentence += (
+        f", and guidance of {options.cfg:g} wants up to {factor:g} times that; {cost}, at {two_digits(k)} {more}"
+    )
+    if curve.at("gained", k) <= 0:
+        sentence += f", where by squared error nothing is gained any more: compare pictures from {least} on"
+    return sentence
+
+
+def _interval_words(curve: LossCurve) -> str:
+    """Where the minimum may lie, or that so few pictures cannot say."""
+    low, high = curve.interval
+    count = f"{curve.new.shape[1]} picture{'s' if curve.new.shape[1] > 1 else ''}"
     return (
-        f"{sentence}; guidance of {options.cfg:g} wants up to {factor:g} times that, at {two_digits(k)} for "
-        f"{two_digits(more)} of it"
+        f"by {count}, too few for an interval"
+        if math.isinf(high)
+        else f"{two_digits(low)} to {two_digits(high)} by {count}"
     )
 
 
 def _doubts(curve: LossCurve, check: RefinerCheck | None, refused: bool) -> Iterator[str]:
     """What speaks against the judgement itself."""
     if curve.new.shape[1] < FEW and not refused:
-        low, high = curve.interval
-        yield f"by {curve.new.shape[1]} pictures alone: {FEW} or more narrow {two_digits(low)} to {two_digits(high)}"
+        yield f"{_interval_words(curve)}: take {FEW} or more"
+    better = float(1 - curve.variant.mean() / curve.base.mean())
+    if better < _HARDLY and not refused:
+        yield (
+            f"the variant itself draws these hardly better than its base does ({percent(better, 1)}): a weak one, or "
+            "prompts that do not ask for what it learned"
+        )
     if not curve.surely_less(curve.variant, curve.uncaptioned):
         yield "the variant draws these no better with their prompts than without: does it know the words?"
     if curve.rest[0].mean() > _ABSURD:

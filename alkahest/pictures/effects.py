@@ -6,21 +6,23 @@ import html
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from alkahest.algebra.deltas import Delta
+from alkahest.algebra.deltas import Delta, Difference
+from alkahest.algebra.expression import Expression
 from alkahest.algebra.weights import Weights, ends
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlgebraError, refuse_unknown_options
-from alkahest.measure.placed import not_protected, require_delta
+from alkahest.measure.lineage import check_of
+from alkahest.measure.placed import not_protected, require_delta, require_weights
 from alkahest.measure.spectrum import matrix_of
-from alkahest.measure.table import names_of
+from alkahest.measure.table import names_of, stream_delta_table
 from alkahest.measure.text import lines_under, lines_under_html, percent
 from alkahest.pictures.evaluation import EvaluationSet, predictions, share_along
 from alkahest.pictures.evidence import FEW, Evidence, PictureOptions, batch_of, stream_evidence
@@ -166,13 +168,20 @@ def stream_effect(
     """`effect` as a generator of events."""
     require_delta("effect", delta)
     options.require("effect")
+    require_weights("effect", on, "on")
+    if not k:
+        raise AlgebraError("effect", "0 times a delta does nothing", fix="k=1, or what ak.needed_multiplier says")
     variant, base = models_of(delta, base, "effect")
     places = changed_places(delta, on) if by_block else []
+    for event in stream_delta_table(delta, on, device=options.device):
+        table = event.result
+        yield Event(event.done, 20 * event.total, event.key)
     live = LiveModel(on, options.components, **options.held)
     for event in stream_evidence(live, variant, on, options, "effect"):
         if event.result is None:
             yield event
-    evidence: Evidence = event.result
+    found: Evidence = event.result
+    evidence = replace(found, notes=(*found.notes, *_doubts(table)))
     before, total = event.total, event.total + 4 + len(places)
     batch = batch_of(live.pipe, options)
 
@@ -200,9 +209,19 @@ def stream_effect(
     yield Event(total, total, "done", Effect(k, pd.DataFrame(rows), tensors, evidence, delta.text()))
 
 
+def _doubts(table: pandas.DataFrame) -> Iterator[str]:
+    """What speaks against the difference itself."""
+    if not table.base_norm.isna().any():
+        check = check_of(table)
+        if check.verdict != "importable" or check.doubts:
+            moved = f"{check.verdict}: the variant's refiner moved by {percent(check.refiner, 1)} of its norm"
+            yield "; ".join([moved, *check.doubts])
+
+
 def models_of(delta: Delta, base: Weights | None, operation: str) -> tuple[Weights, Weights]:
     """What draws the new thing, and the base that a delta is a difference from. AlgebraError if that is not known."""
     variant, its_base = ends(delta)
+    its_base = its_base or _common_base(delta)
     base = its_base if base is None else base
     if base is None:
         raise AlgebraError(
@@ -212,6 +231,14 @@ def models_of(delta: Delta, base: Weights | None, operation: str) -> tuple[Weigh
             fix="base=: the model that it was made for",
         )
     return base + delta if variant is None or base is not its_base else variant, base
+
+
+def _common_base(delta: Expression) -> Weights | None:
+    """The base of all the differences in a delta, if they have one."""
+    if isinstance(delta, Difference):
+        return delta.base if isinstance(delta.base, Weights) else None
+    bases = {_common_base(child) for child in delta.children}
+    return bases.pop() if len(bases) == 1 and delta.children else None
 
 
 def block_name(part: str, block: int) -> str:

@@ -24,6 +24,7 @@ from alkahest.pictures.settings import SHIFT
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_ALIKE = 4  # prompts below which pictures are much alike
 FEW = 8  # pictures below which a judgement says that it has few
 # What any text-to-image model draws: no style, no name, nothing that a derivative would have been made for.
 ORDINARY = (
@@ -205,6 +206,11 @@ def stream_evidence(
         for event in drawn_set(live.pipe, list(options.prompts or ()), "the new thing", options):
             yield Event(event.done, 2 * event.total, event.key)
         new, pictures["new"] = event.result
+    asked, ordinary = set(options.prompts or ()), set(ordinary_prompts(on, options))
+    if asked and len(asked) < _ALIKE and len(new) > len(asked):
+        notes.append(f"drawn from {len(asked)} prompt{'s' if len(asked) > 1 else ''}: others may say otherwise")
+    if asked & ordinary:
+        notes.append(f"{len(asked & ordinary)} of the ordinary prompts ask for the new thing too: its cost shows less")
     live.become(on)
     for event in drawn_set(live.pipe, ordinary_prompts(on, options), "everything else", options):
         yield Event(event.total + event.done, 2 * event.total, event.key)

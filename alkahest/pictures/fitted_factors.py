@@ -16,7 +16,7 @@ from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event, result_of
 from alkahest.errors import AlgebraError, refuse_unknown_options
-from alkahest.measure.placed import require_delta
+from alkahest.measure.placed import require_delta, require_weights
 from alkahest.measure.text import lines_under, lines_under_html, percent, two_digits
 from alkahest.pictures.effects import block_name, changed_places, models_of
 from alkahest.pictures.evaluation import EvaluationSet, predictions
@@ -140,6 +140,11 @@ def stream_fit_factors(
     """`fit_factors` as a generator of events."""
     require_delta("fit_factors", delta)
     options.require("fit_factors")
+    require_weights("fit_factors", on, "on")
+    if not k:
+        raise AlgebraError("fit_factors", "0 times a delta does nothing", fix="k=1, or what ak.needed_multiplier says")
+    if isinstance(parts, str):
+        raise AlgebraError("fit_factors", "parts is a list of patterns", found=repr(parts), fix=f"parts=[{parts!r}]")
     variant, base = models_of(delta, base, "fit_factors")
     names = list(parts) if parts is not None else [block_name(*place) for place in changed_places(delta, on)]
     pieces = [delta.only(name) for name in names]

@@ -13,6 +13,7 @@ from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.load import slices
 from alkahest.errors import NonFiniteError, UnsupportedError, refuse_unknown_options
+from alkahest.measure.placed import require_weights
 from alkahest.pictures.evidence import PictureOptions, batch_of, drawn_set, given_set
 from alkahest.pictures.flow import Arithmetic, losses
 from alkahest.pictures.live import LiveModel
@@ -45,12 +46,12 @@ def gradient_signs(
     >>> merged = bridge.protect("refiner") + 1.2 * (variant - base).agreeing(signs)
 
     ``pictures`` with their captions as ``prompts`` (or a folder with a caption beside each); or ``variant`` draws
-    ``count`` of the ``prompts``. One backward pass with gradient checkpointing over ``batch`` noised latents at a time
-    (by default about 1.5 megapixels). Each tensor's gradient is added to its sum on the CPU and freed as soon as it is
-    known, so that a device holds the weights and one gradient: 12.3 GB and activations for the real model in bf16, on
-    the CPU 24.6 GB of sums, or none if one batch holds everything. A sign is a bit: positive, or not. Not for weights
-    in fp8. Raises AlgebraError without pictures, NonFiniteError for a gradient that is NaN, UnsupportedError if memory
-    is short.
+    ``count`` of the ``prompts``. One backward pass with gradient checkpointing over ``batch`` noised latents at a
+    time (by default about 1.5 megapixels). Each tensor's gradient is added to its sum on the CPU and freed as soon
+    as it is known, so that a device holds the weights and one gradient: 12.3 GB and activations for the real model
+    in bf16, on the CPU 24.6 GB of sums, or none if one batch holds everything. A sign is a bit: positive, or not. A
+    file in fp8 is computed with in ``dtype``. Raises AlgebraError without pictures, NonFiniteError for a gradient
+    that is NaN, UnsupportedError if memory is short.
     """
     options = PictureOptions(
         prompts=prompts,
@@ -74,6 +75,9 @@ def gradient_signs(
 def stream_gradient_signs(on: Weights, options: PictureOptions, variant: Weights | None = None) -> Iterator[Event]:
     """`gradient_signs` as a generator of events."""
     options.require("gradient_signs")
+    require_weights("gradient_signs", on, "on")
+    if variant is not None:
+        require_weights("gradient_signs", variant, "variant")
     if options.pictures is None and variant is None:
         raise UnsupportedError(
             "gradient_signs",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 _RESAMPLED = 1000  # bootstrap samples of the pictures
 _INTERVAL = (5.0, 95.0)  # per cent of them
+_LEAST = 4  # pictures below which resampling says nothing
 _OCTAVES = 14  # how far the grid goes up before it says that there is no minimum within reach
 
 
@@ -64,9 +65,16 @@ class LossCurve:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where nine of ten resamples have their minimum."""
+        """Where nine of ten resamples have their minimum, widened for few pictures; no limit below four."""
+        count = self.new.shape[1]
+        if count < _LEAST:
+            return 0.0, math.inf
         low, high = np.percentile(self.resampled[0], _INTERVAL)
-        return float(low), float(high)
+        # A bootstrap of few is too narrow: by the spread's own bias, and by what Student's t has over the normal.
+        wider = math.sqrt(count / (count - 1)) * (1 + 1 / (count - 1))
+        return max(0.0, self.minimum - wider * (self.minimum - float(low))), self.minimum + wider * (
+            float(high) - self.minimum
+        )
 
     @property
     def gain(self) -> tuple[float, float, float]:

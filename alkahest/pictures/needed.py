@@ -204,6 +204,8 @@ def _by_pictures(
     for event in stream_curve(delta, on, base, scale, options):
         yield Event(event.total + 19 * event.done, 20 * event.total, event.key)
     curve, notes = event.result
+    if on is ends(delta)[1]:
+        notes = (*notes, "added to its own base, where k = 1 is the variant: on= is the bridge")
     yield Event(event.total, event.total, "done", multiplier_by(curve, notes, matrices, options))
 
 

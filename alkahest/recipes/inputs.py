@@ -67,7 +67,7 @@ def require_text(recipe: Recipe, operation: str, file: object = None) -> None:
     if not recipe.text:
         raise RecipeError(
             operation,
-            "this was trained, and no recipe repeats that",
+            "no recipe repeats this: it was trained, or made from what is in no file",
             file=file,
             found=recipe.made,
             fix="use the file itself as an input: recipes know it by its hash",

@@ -21,7 +21,14 @@ import torch
 from alkahest.algebra.expression import identifier
 from alkahest.algebra.leaves import Leaf
 from alkahest.engine.readable import Workspace
-from alkahest.errors import FileFormatError, NonFiniteError, UnknownNameError, nearest, refuse_unknown_options
+from alkahest.errors import (
+    FileFormatError,
+    NonFiniteError,
+    UnknownNameError,
+    UnsupportedError,
+    nearest,
+    refuse_unknown_options,
+)
 from alkahest.files.header import Entry
 from alkahest.files.locate import Located, locate
 from alkahest.files.reader import Reader, size_text
@@ -29,6 +36,7 @@ from alkahest.model.dtypes import decode
 from alkahest.model.families import Family, recognise
 from alkahest.model.keys import Pattern
 from alkahest.model.stored import MARKER, Slice, Stored, resolve, whole_packed
+from alkahest.sources.signs import holds_signs
 
 _UNPACKING = threading.Lock()  # one at a time: memory is scarce there
 
@@ -271,7 +279,12 @@ def open(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoi
     int8. ``name`` is what recipes call it (default: from the file's name). Raises FileFormatError for damaged,
     incomplete or lying files, UnsupportedError for other models, other quantised forms, GGUF and pickles.
     """
-    return Checkpoint(locate(source), name)
+    located = locate(source)
+    if holds_signs(located):
+        raise UnsupportedError(
+            "open", "these are gradient signs, not a checkpoint", file=located.path, fix="ak.open_signs(path)"
+        )
+    return Checkpoint(located, name)
 
 
 def _slices(family: Family, stored: Mapping[str, Stored], file: Path) -> dict[str, Slice]:

@@ -304,6 +304,14 @@ def test_a_multiplier_by_pictures(tmp_path: Path) -> None:
     what = ["merge", "bridge.protect('refiner') + k * (variant - base)", *models, "-o", tmp_path / "out.safetensors"]
     assert f"k: Multiplier {found['value']:.4g} = " in run(*what, "--k", "auto", *seen, "-q")
     assert "--prompts is for a multiplier by pictures" in run(*what, "--k=2", *seen[:2], code=1)
+    (tmp_path / "out.safetensors").unlink()
+    wrong = [*what[:-4], "--base", ak.mini.load("turbo").path, *what[-2:]]
+    refused = run(*wrong, "--k", "auto", *seen, "-q", code=1)
+    assert "by what pictures say this does not come over" in refused
+    assert "--k=1, or any number, to add it all the same" in refused
+    assert not (tmp_path / "out.safetensors").exists()
+    two = ["bridge + k * (variant - base) + j * (variant - base)", *models, *what[-2:]]
+    assert "--prompts is for one multiplier" in run("merge", *two, "--k", "auto", "--j", "auto", *seen, code=1)
     (tmp_path / "empty.txt").write_text("\n")
     assert "there are no prompts" in run(*what, "--k", "auto", "--prompts", tmp_path / "empty.txt", code=1)
     assert "the prompts cannot be read" in run(*what, "--k", "auto", "--prompts", tmp_path / "gone.txt", code=1)

@@ -140,6 +140,11 @@ def test_bad_input(planted: dict[str, Any], tmp_path: Path) -> None:
     v, b, w = planted["weak"], planted["base"], planted["bridge"]
     with pytest.raises(AlgebraError, match="the delta is exactly zero"):
         ak.needed_multiplier(b - b, on=w)
+    same = opened(tmp_path, "same", {**tiny.state(seed=1)})
+    moved = opened(tmp_path, "moved", {**tiny.state(seed=1), "layers.0.ffn_norm1.weight": torch.full((96,), 2.0)})
+    with pytest.raises(AlgebraError, match="what it is limited to is the same in variant and base") as told:
+        ak.needed_multiplier((moved - same).only("layers.1"), on=w)
+    assert "they differ in layers" in str(told.value)
     with pytest.raises(UnknownNameError, match="did you mean 'relative'"):
         ak.needed_multiplier(v - b, basis="relativ")
     with pytest.raises(AlgebraError, match="compares with a delta that is known to work"):

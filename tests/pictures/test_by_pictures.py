@@ -80,7 +80,10 @@ def test_what_speaks_against_the_judgement_is_said(change: dict[str, Any], words
 
 def test_few_pictures_and_an_end_that_was_not_reached(matrices: Matrices) -> None:
     few = multiplier_by(curve(count=4, noise=0.2), ("3 pictures were left out: no caption",), matrices, GUIDED)
-    assert "by 4 pictures alone: 8 or more narrow " in repr(few)
+    assert " by 4 pictures: take 8 or more" in repr(few)
+    pair = multiplier_by(curve(count=2, noise=0.2), (), matrices, GUIDED)
+    assert "(by 2 pictures, too few for an interval)" in repr(pair)
+    assert pair.range == (0, np.inf)
     assert "3 pictures were left out: no caption" in repr(few)
     open_end = curve()
     falling = replace(open_end, new=open_end.new * 0 + np.linspace(1, 0.6, 6)[:, None])

@@ -100,6 +100,10 @@ def test_bad_input(models: tuple[ak.Checkpoint, ...], parts: dict[str, Any]) -> 
         ak.effect(v - b, w, components=parts)
     with pytest.raises(AlgebraError, match="does not say what it is a difference from"):
         ak.effect((v - b) + (v - w), w, components=parts, **FEW)
+    with pytest.raises(AlgebraError, match="on is a complete model"):
+        ak.effect(v - b, "x", components=parts, **FEW)  # type: ignore[arg-type]
+    with pytest.raises(AlgebraError, match="0 times a delta"):
+        ak.effect(v - b, w, k=0, components=parts, **FEW)
     with pytest.raises(UnknownNameError, match="unknown option"):
         ak.effect(v - b, w, promts=PROMPTS)  # type: ignore[call-arg]
     with pytest.raises(AlgebraError, match="a delta is needed"):

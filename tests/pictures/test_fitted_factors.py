@@ -55,3 +55,7 @@ def test_bad_input(trio: dict[str, Path], parts: dict[str, Any]) -> None:
         ak.fit_factors(v - b, w.protect("all"), components=parts, **FEW)
     with pytest.raises(AlgebraError, match="a delta is needed"):
         ak.fit_factors(v, w, components=parts, **FEW)  # type: ignore[arg-type]
+    with pytest.raises(AlgebraError, match="0 times a delta"):
+        ak.fit_factors(v - b, w, 0, components=parts, **FEW)
+    with pytest.raises(AlgebraError, match="parts is a list"):
+        ak.fit_factors(v - b, w, parts="layers", components=parts, **FEW)

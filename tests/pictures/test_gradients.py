@@ -134,6 +134,11 @@ def test_bad_input(
         _ = signs.path
     with pytest.raises(MismatchError, match="each picture needs its caption"):
         ak.gradient_signs(w, pictures, PROMPTS[:1], components=parts)
+    with pytest.raises(AlgebraError, match="variant is a complete model"):
+        ak.gradient_signs(w, prompts=PROMPTS, variant="v", components=parts)  # type: ignore[arg-type]
+    signs.save(tmp_path / "saved.safetensors")
+    with pytest.raises(UnsupportedError, match="these are gradient signs, not a checkpoint"):
+        ak.open(tmp_path / "saved.safetensors")
     with pytest.raises(UnsupportedError, match="prompts alone are no pictures"):
         ak.gradient_signs(w, prompts=PROMPTS, components=parts)
     with pytest.raises(AlgebraError, match="pictures of what the variant learned are needed"):

@@ -25,11 +25,13 @@ def curve(best: float = 3.0, ks: Any = (0, 1, 2, 4, 8), spread: float = 0.2, cou
 
 def test_the_minimum_of_parabolas_is_theirs() -> None:
     found = curve()
-    mean = float(np.mean(3.0 + 0.2 * np.random.default_rng(3).standard_normal(12)))
+    own = 3.0 + 0.2 * np.random.default_rng(3).standard_normal(12)
+    mean = float(own.mean())
     assert found.minimum == pytest.approx(mean, rel=1e-9)
     low, high = found.interval
     assert low < mean < high
-    assert high - low == pytest.approx(2 * 1.645 * 0.2 / math.sqrt(12), rel=0.5)
+    # Student's t of 11 degrees at 95 % is 1.796.
+    assert high - low == pytest.approx(2 * 1.796 * float(own.std(ddof=1)) / math.sqrt(12), rel=0.1)
     # Not spread evenly, and the minimum beside a measured one.
     assert curve(5.0, (0, 0.5, 4.5, 6, 20), 0.0).minimum == pytest.approx(5.0, rel=1e-9)
 

@@ -53,7 +53,8 @@ def test_on_its_own_base_the_loss_is_least_about_one(on_its_own_base: Any) -> No
     words = repr(k)
     assert f"take {k.value:g}: the loss of the new thing is least at {two_digits(curve.minimum)}" in words
     assert "guidance of 3 wants up to 2 times that" in words
-    assert "everything else has lost" in words
+    assert "for each unit that it gains there everything else loses" in words
+    assert "added to its own base, where k = 1 is the variant" in words
     assert (k.per_part.k[k.per_part.changed > 0] == k.value).all()
 
 
@@ -70,7 +71,7 @@ def test_without_guidance_the_minimum_is_what_to_take(model: dict[str, ak.Checkp
 def test_what_was_measured_is_remembered(model: dict[str, ak.Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     delta, few = model["base-variant"] - model["base"], {"count": 2, "steps": 2}
     once = ak.needed_multiplier(delta, on=model["tb1"].protect("refiner"), prompts=CYAN, **few)
-    assert any("by 2 pictures alone: 8 or more narrow" in line for line in once.warnings)
+    assert any("by 2 pictures, too few for an interval: take 8 or more" in line for line in once.warnings)
     monkeypatch.setattr(by_pictures, "LiveModel", None)  # it would be needed
     again = ak.needed_multiplier(delta, on=model["tb1"].protect("refiner"), prompts=CYAN, **few)
     assert (again.value, again.range) == (once.value, once.range)
@@ -163,6 +164,13 @@ def test_a_lora_with_the_base_that_it_was_made_for(model: dict[str, ak.Checkpoin
     assert np.interp(1.0, k.curve.ks, k.curve.along) == pytest.approx(1, abs=0.1)  # base + 1 x LoRA is what drew
     with pytest.raises(AlgebraError, match="base means nothing to basis='relative'"):
         ak.needed_multiplier(lora, on=model["base"], base=model["base"])
+
+
+def test_few_prompts_and_prompts_of_both_kinds_are_said(model: dict[str, ak.Checkpoint]) -> None:
+    delta, bridge = model["base-variant"] - model["base"], model["tb1"].protect("refiner")
+    k = ak.needed_multiplier(delta, on=bridge, prompts=CYAN[:1], ordinary=CYAN, count=4, steps=2)
+    assert "drawn from 1 prompt: others may say otherwise" in repr(k)
+    assert "1 of the ordinary prompts ask for the new thing too" in repr(k)
 
 
 def test_nan_in_what_a_model_says(model: dict[str, ak.Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
