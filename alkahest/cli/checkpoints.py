@@ -21,6 +21,7 @@ from alkahest.cli.shared import (
     Device,
     Dtype,
     Layout,
+    MadeFor,
     ModelsDir,
     NodeId,
     Ordinary,
@@ -109,6 +110,7 @@ def merge(
     cfg: Cfg = None,
     count: Count = None,
     storage: Storage = None,
+    made_for: MadeFor = None,
     threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -133,7 +135,7 @@ def merge(
             allow_nonfinite=allow_nonfinite,
             threads=threads,
         )
-        seen = by_pictures(prompts, pictures, ordinary, components, cfg, count, storage)
+        seen = by_pictures(prompts, pictures, ordinary, components, cfg, count, storage, made_for)
         if seen and "auto" not in given.values():
             raise RecipeError("merge", f"--{next(iter(seen))} is for a multiplier by pictures", fix="add --k auto")
         if (models_dir or node) and recipe is None:

@@ -60,6 +60,10 @@ Components = Annotated[
 Cfg = Annotated[float | None, typer.Option(help="Guidance that it is for; 1 is none. Default: 2.")]
 Count = Annotated[int | None, typer.Option(help="How many pictures are drawn of each kind; default: 24.")]
 Storage = Annotated[str | None, typer.Option(help="Hold the model that draws in fp8_e4m3fn: half the memory of bf16.")]
+MadeFor = Annotated[
+    str | None,
+    typer.Option(help="For a LoRA or a sum, whose multiplier pictures are to say: the model it was made for."),
+]
 NAMED = {"ignore_unknown_options": True}  # --bridge and the like are ours to read
 
 
@@ -122,6 +126,7 @@ def by_pictures(
     cfg: float | None,
     count: int | None,
     storage: str | None,
+    made_for: str | None = None,
 ) -> dict[str, Any]:
     """The options of a multiplier by pictures that were given; its files of prompts are read."""
     given = {
@@ -132,6 +137,7 @@ def by_pictures(
         "cfg": cfg,
         "count": count,
         "storage": storage,
+        "base": None if made_for is None else alkahest.open(made_for),
     }
     return {name: value for name, value in given.items() if value is not None}
 

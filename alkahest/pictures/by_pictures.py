@@ -168,11 +168,11 @@ def _advice(curve: LossCurve, k: float, factor: float, reasons: list[str], optio
     lost, more = (two_digits(curve.at("lost", one) / gained) for one in (curve.minimum, k))
     least = two_digits(curve.minimum)
     sentence = f"take {two_digits(k)}: the loss of the new thing is least at {least} ({_interval_words(curve)})"
-    cost = f"for each unit that it gains there everything else loses {lost}"
+    cost = f"everything else loses {lost} for each unit of loss that it gains there"
     if factor == 1:
         return f"{sentence}, and without guidance that is the k to take; {cost}"
     sentence += (
-        f", and guidance of {options.cfg:g} wants up to {factor:g} times that; {cost}, at {two_digits(k)} {more}"
+        f", and guidance of {options.cfg:g} wants up to {factor:g} times that; {cost}, and {more} at {two_digits(k)}"
     )
     if curve.at("gained", k) <= 0:
         sentence += f", where by squared error nothing is gained any more: compare pictures from {least} on"

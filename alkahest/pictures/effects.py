@@ -228,7 +228,7 @@ def models_of(delta: Delta, base: Weights | None, operation: str) -> tuple[Weigh
             operation,
             "this delta does not say what it is a difference from",
             found=delta.text(),
-            fix="base=: the model that it was made for",
+            fix="base=: the model that it was made for; on the command line --made-for",
         )
     return base + delta if variant is None or base is not its_base else variant, base
 

@@ -310,6 +310,10 @@ def test_a_multiplier_by_pictures(tmp_path: Path) -> None:
     assert "by what pictures say this does not come over" in refused
     assert "--k=1, or any number, to add it all the same" in refused
     assert not (tmp_path / "out.safetensors").exists()
+    lora = ["merge", "bridge + k * lora", "--bridge", member["tb1"], "--lora", ak.mini.lora("base-lora"), *what[-2:]]
+    assert "--made-for" in run(*lora, "--k", "auto", *seen, code=1)
+    told = CliRunner().invoke(app, [str(one) for one in (*lora, "--k", "auto", *seen, "--made-for", member["base"])])
+    assert "basis pictures: " in told.output  # whether it comes over by two pictures or not
     two = ["bridge + k * (variant - base) + j * (variant - base)", *models, *what[-2:]]
     assert "--prompts is for one multiplier" in run("merge", *two, "--k", "auto", "--j", "auto", *seen, code=1)
     (tmp_path / "empty.txt").write_text("\n")
