@@ -67,7 +67,7 @@ def require_text(recipe: Recipe, operation: str, file: object = None) -> None:
     if not recipe.text:
         raise RecipeError(
             operation,
-            "no recipe repeats this: it was trained, or made from what is in no file",
+            "this was trained, or made from what is in no file, and no recipe repeats that",
             file=file,
             found=recipe.made,
             fix="use the file itself as an input: recipes know it by its hash",
