@@ -137,7 +137,8 @@ def merge(
         )
         seen = by_pictures(prompts, pictures, ordinary, components, cfg, count, storage, made_for)
         if seen and "auto" not in given.values():
-            raise RecipeError("merge", f"--{next(iter(seen))} is for a multiplier by pictures", fix="add --k auto")
+            given_first = "made-for" if next(iter(seen)) == "base" else next(iter(seen))
+            raise RecipeError("merge", f"--{given_first} is for a multiplier by pictures", fix="add --k auto")
         if (models_dir or node) and recipe is None:
             raise RecipeError("merge", "--models-dir and --node are for a workflow", fix="add --recipe workflow.json")
         _merge(expression, recipe, models_dir, node, given, output, options, as_json, quiet, seen)

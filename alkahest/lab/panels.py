@@ -30,6 +30,7 @@ from alkahest.measure.placed import not_protected
 from alkahest.measure.rounding import rounding_curve
 from alkahest.measure.spectrum import stream_delta_spectra
 from alkahest.measure.table import stream_delta_table
+from alkahest.pictures.evidence import PictureOptions
 from alkahest.pictures.needed import stream_needed_multiplier
 
 __all__ = [
@@ -90,7 +91,17 @@ def multiplier_panel(
     its curve is drawn: the options are those of `ak.needed_multiplier`.
     """
     seen = {"prompts": prompts, "pictures": pictures, "components": components, "storage": storage}
-    if prompts is not None or pictures is not None:
+    if prompts is None and pictures is None:
+        options = PictureOptions(components=components, count=count, steps=steps, cfg=cfg, seed=seed, storage=storage)
+        if named := options.set_apart_from():
+            raise AlgebraError(
+                "multiplier_panel",
+                f"{', '.join(named)}: this is for a multiplier by pictures",
+                fix="add prompts=[...] or pictures=..., or leave it out",
+            )
+    elif isinstance(what, pd.DataFrame):
+        raise AlgebraError("multiplier_panel", "a table draws no pictures", found="a table", fix="variant - base")
+    else:
         seen |= {"count": count, "steps": steps, "cfg": cfg, "seed": seed}
         measure = partial(stream_needed_multiplier, what, on, device=device, **seen)
         return _after_measuring(
@@ -101,7 +112,9 @@ def multiplier_panel(
         # A table does not say what is protected: there every matrix counts.
         return MultiplierPanel(table, _added(what, on))
 
-    return _after_measuring("multiplier_panel", what, lambda: stream_delta_table(_delta(what), on), choose)
+    return _after_measuring(
+        "multiplier_panel", what, lambda: stream_delta_table(_delta(what), on, device=device), choose
+    )
 
 
 def _added(what: Delta | pd.DataFrame, on: Weights | None) -> frozenset[str] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from alkahest.errors import AlgebraError, MismatchError, unknown
 from alkahest.measure.concentration import concentration_words
-from alkahest.measure.lineage import check_of
+from alkahest.measure.lineage import check_if_known
 from alkahest.measure.multiplier import Multiplier, limits_passed
 from alkahest.measure.rounding import ULPS, file_noise, rounding_curve, share_below
 from alkahest.measure.text import percent
@@ -334,8 +334,6 @@ def _warnings(
             "stochastic rounding keeps it on average"
         )
     yield from concentration_words(counted, k, spectra)
-    if not matrices.table.base_norm.isna().any():
-        check = check_of(matrices.table)
-        if check.verdict != "importable" or check.doubts:
-            moved = f"the variant's refiner moved by {percent(check.refiner, 1)} of its norm"
-            yield "; ".join([f"{check.verdict}: {moved}", *check.doubts])
+    check = check_if_known(matrices.table)
+    if check is not None and check.objection:
+        yield check.objection

@@ -40,6 +40,14 @@ class RefinerCheck:
     reasons: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()  # those of the reasons that question the question, such as whether the base is right
 
+    @property
+    def objection(self) -> str | None:
+        """What speaks against importing, as one sentence; None for nothing."""
+        if self.verdict == "importable" and not self.doubts:
+            return None
+        moved = f"{self.verdict}: the variant's refiner moved by {percent(self.refiner, 1)} of its norm"
+        return "; ".join([moved, *self.doubts])
+
     def __repr__(self) -> str:
         return lines_under(self.verdict, self.reasons)
 
@@ -124,6 +132,11 @@ def check_of(table: pandas.DataFrame, with_bridge: bool = False) -> RefinerCheck
             f"{percent(distance[family.main_part], 2)}"
         )
     return RefinerCheck(verdict, refiner, layers, parts, tuple(reasons), tuple(doubts))
+
+
+def check_if_known(table: pandas.DataFrame) -> RefinerCheck | None:
+    """The `RefinerCheck` of a delta table whose two ends are known; None for a sum of deltas, or a LoRA."""
+    return None if table.base_norm.isna().any() else check_of(table)
 
 
 def parts_moved(table: pandas.DataFrame) -> pandas.DataFrame:

@@ -145,12 +145,12 @@ def stream_alignment(a: Weights, b: Weights, options: PictureOptions) -> Iterato
         raise MismatchError("alignment", "the models are of different widths", expected=widths[0], found=widths[1])
     pipes = [pipeline(one, options.components, dtype=options.dtype, device=options.device) for one in (a, b)]
     if options.pictures is not None:
-        examples = given_set(pipes[0], "the pictures", options, "alignment")[0]
+        examples, _, told = given_set(pipes[0], "the pictures", options, "alignment")
     else:
         for event in drawn_set(pipes[0], list(options.prompts or ()), "the pictures", options):
             if event.result is None:
                 yield Event(event.done, 2 * event.total, event.key)
-        examples = event.result[0]
+        examples, told = event.result[0], []
     if len(examples) < 3:
         found = f"{len(examples)} pictures"
         raise AlgebraError("alignment", "pictures are needed to fit on, to choose by and to judge by", found=found)
@@ -164,7 +164,7 @@ def stream_alignment(a: Weights, b: Weights, options: PictureOptions) -> Iterato
     table, maps = _fit(taken[0], taken[1], a.family)
     few = len(examples) < _MANY
     why = f"by {len(examples)} pictures: rotations and maps are fitted to too few, and come out worse than they are"
-    notes = (f"{why}; take {_MANY} or more",) if few else ()
+    notes = (*told, f"{why}; take {_MANY} or more") if few else tuple(told)
     yield Event(2 * total, 2 * total, "done", Alignment(table, maps, (a, b), options.components, notes))
 
 

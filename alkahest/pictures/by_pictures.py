@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from alkahest.engine.scalars import Param, param
 from alkahest.errors import UnsupportedError
 from alkahest.measure.bases import Matrices, per_part, weight_bases
 from alkahest.measure.concentration import concentration_words
-from alkahest.measure.lineage import NOT_IMPORTABLE, RefinerCheck, check_of
+from alkahest.measure.lineage import RefinerCheck, check_if_known
 from alkahest.measure.multiplier import Multiplier, limits_passed
 from alkahest.measure.text import percent, two_digits
 from alkahest.pictures.curve_cache import key_of, load_curve, store_curve
@@ -26,9 +25,6 @@ from alkahest.pictures.evidence import FEW, Evidence, PictureOptions, batch_of, 
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.loss_curve import LossCurve, walk_over_k
 from alkahest.pictures.sampler import embed
-
-if TYPE_CHECKING:
-    pass
 
 # Squared error is least before a sampler has enough: with guidance the k that draws best is one to two and a half
 # times the minimum (measured on the miniatures, experiments/17-which-multiplier). Never past twice.
@@ -115,7 +111,7 @@ def _measure(
 
 def multiplier_by(curve: LossCurve, notes: tuple[str, ...], matrices: Matrices, options: PictureOptions) -> Multiplier:
     """What to take by a curve, with the bases on weights alone beside it."""
-    check = None if matrices.table.base_norm.isna().any() else check_of(matrices.table)
+    check = check_if_known(matrices.table)
     reasons = list(_reasons_against(curve, check))
     factor = min(GUIDED, options.cfg)
     k = 0.0 if reasons else float(two_digits(curve.minimum * factor))  # pictures know no more digits than that
@@ -155,9 +151,8 @@ def _reasons_against(curve: LossCurve, check: RefinerCheck | None) -> Iterator[s
             f"at its best it closes {percent(curve.closed, 1)} of what the bridge lacks of the variant on these "
             f"pictures{_OR}"
         )
-    if check is not None and check.refiner > NOT_IMPORTABLE:
-        moved = f"not importable: the variant's refiner moved by {percent(check.refiner, 1)} of its norm"
-        yield "; ".join([moved, *check.doubts])
+    if check is not None and check.verdict == "not importable" and check.objection:
+        yield check.objection
 
 
 def _advice(curve: LossCurve, k: float, factor: float, reasons: list[str], options: PictureOptions) -> str:
@@ -214,5 +209,5 @@ def _doubts(curve: LossCurve, check: RefinerCheck | None, refused: bool) -> Iter
         )
     if curve.minimum >= curve.ks[-1]:
         yield f"the loss still falls at {curve.ks[-1]:.3g}, the largest k that was looked at"
-    if not refused and check is not None and check.verdict != "importable":
-        yield f"{check.verdict}: the variant's refiner moved by {percent(check.refiner, 1)} of its norm"
+    if not refused and check is not None and check.objection:
+        yield check.objection

@@ -19,7 +19,7 @@ from alkahest.engine.events import Event, result_of
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlgebraError, refuse_unknown_options
-from alkahest.measure.lineage import check_of
+from alkahest.measure.lineage import check_if_known
 from alkahest.measure.placed import not_protected, require_delta, require_weights
 from alkahest.measure.spectrum import matrix_of
 from alkahest.measure.table import names_of, stream_delta_table
@@ -181,7 +181,8 @@ def stream_effect(
         if event.result is None:
             yield event
     found: Evidence = event.result
-    evidence = replace(found, notes=(*found.notes, *_doubts(table)))
+    check = check_if_known(table)
+    evidence = replace(found, notes=(*found.notes, check.objection)) if check and check.objection else found
     before, total = event.total, event.total + 4 + len(places)
     batch = batch_of(live.pipe, options)
 
@@ -207,15 +208,6 @@ def stream_effect(
     import pandas as pd
 
     yield Event(total, total, "done", Effect(k, pd.DataFrame(rows), tensors, evidence, delta.text()))
-
-
-def _doubts(table: pandas.DataFrame) -> Iterator[str]:
-    """What speaks against the difference itself."""
-    if not table.base_norm.isna().any():
-        check = check_of(table)
-        if check.verdict != "importable" or check.doubts:
-            moved = f"{check.verdict}: the variant's refiner moved by {percent(check.refiner, 1)} of its norm"
-            yield "; ".join([moved, *check.doubts])
 
 
 def models_of(delta: Delta, base: Weights | None, operation: str) -> tuple[Weights, Weights]:

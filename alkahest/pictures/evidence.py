@@ -89,6 +89,10 @@ class PictureOptions:
             raise AlgebraError(operation, "prompts are a list of texts, at least one", found=repr(self.prompts)[:80])
         if self.ordinary is not None and (isinstance(self.ordinary, str) or not len(self.ordinary)):
             raise AlgebraError(operation, "ordinary is a list of texts, at least one", found=repr(self.ordinary)[:80])
+        if self.pictures is not None and self.count != PictureOptions.count:
+            raise AlgebraError(
+                operation, "pictures that are given are all taken: count is for drawn ones", fix="leave it out"
+            )
         if self.count < 1:
             raise AlgebraError(operation, "at least one picture is needed", found=self.count)
         return self
@@ -165,6 +169,8 @@ def given_set(
         )
     height, width = size_of_latents(pipe, options.width, options.height)
     size = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
+    cropped = sum(image.width * size[0] != image.height * size[1] for image in images)
+    notes += [f"{cropped} pictures were cropped to {size[1]} x {size[0]}"] if cropped else []
     fitted = [fit(image.convert("RGB"), size) for image in images]
     batch = batch_of(pipe, options)
     latents = [latents_of(pipe.vae, fitted[first : first + batch]) for first in range(0, len(fitted), batch)]
@@ -206,13 +212,14 @@ def stream_evidence(
         for event in drawn_set(live.pipe, list(options.prompts or ()), "the new thing", options):
             yield Event(event.done, 2 * event.total, event.key)
         new, pictures["new"] = event.result
-    asked, ordinary = set(options.prompts or ()), set(ordinary_prompts(on, options))
+    ordinary = ordinary_prompts(on, options)
+    asked = set(options.prompts or ())
     if asked and len(asked) < _ALIKE and len(new) > len(asked):
         notes.append(f"drawn from {len(asked)} prompt{'s' if len(asked) > 1 else ''}: others may say otherwise")
-    if asked & ordinary:
-        notes.append(f"{len(asked & ordinary)} of the ordinary prompts ask for the new thing too: its cost shows less")
+    if both := asked & set(ordinary):
+        notes.append(f"{len(both)} of the ordinary prompts ask for the new thing too: its cost shows less")
     live.become(on)
-    for event in drawn_set(live.pipe, ordinary_prompts(on, options), "everything else", options):
+    for event in drawn_set(live.pipe, ordinary, "everything else", options):
         yield Event(event.total + event.done, 2 * event.total, event.key)
     rest, pictures["rest"] = event.result
     yield Event(event.total, event.total, "drawn", Evidence(new, rest, pictures, tuple(notes)))

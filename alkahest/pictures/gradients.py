@@ -84,6 +84,13 @@ def stream_gradient_signs(on: Weights, options: PictureOptions, variant: Weights
             "prompts alone are no pictures",
             fix="pictures=..., or variant=: the model that draws them",
         )
+    if options.pictures is not None and variant is not None:
+        raise UnsupportedError(
+            "gradient_signs",
+            "pictures are given, so that nothing is drawn",
+            found="variant",
+            fix="leave one of them out",
+        )
     live = LiveModel(on, options.components, **options.held)
     if options.pictures is not None:
         examples, _, notes = given_set(live.pipe, "the new thing", options, "gradient_signs")

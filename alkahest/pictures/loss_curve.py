@@ -158,7 +158,7 @@ def walk_over_k(
         k *= 2
         yield from visit(k)
     k = start
-    while min((one for one in known), key=loss) <= k and k > least and loss(k) > loss(0.0) * 0.999:
+    while min(known, key=loss) <= k and k > least and loss(k) > loss(0.0) * 0.999:
         k /= 4
         yield from visit(k)
     for _ in range(2):

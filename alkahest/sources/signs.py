@@ -114,7 +114,7 @@ def open_signs(source: str | os.PathLike[str], *, name: str | None = None) -> Si
     Raises UnsupportedError for other files, FileFormatError for shapes that the bytes do not fit.
     """
     located = locate(source)
-    if MARK not in located.metadata:
+    if not holds_signs(located):
         raise UnsupportedError(
             "open_signs",
             "this file holds no gradient signs",

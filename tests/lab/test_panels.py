@@ -122,6 +122,10 @@ def test_bad_input(three: tuple[Any, Any, Any]) -> None:
         panels.delta_browser(v)
     with pytest.raises(AlgebraError, match="a delta or its table is needed"):
         panels.multiplier_panel(v)
+    with pytest.raises(AlgebraError, match="cfg: this is for a multiplier by pictures"):
+        panels.multiplier_panel(v - b, cfg=3.0)
+    with pytest.raises(AlgebraError, match="a table draws no pictures"):
+        panels.multiplier_panel(ak.delta_table(v - b), prompts=["a red ball"])
     box = panels.multiplier_panel(b - b)
     (job,) = box.children
     job.start()

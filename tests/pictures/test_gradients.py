@@ -139,6 +139,8 @@ def test_bad_input(
     signs.save(tmp_path / "saved.safetensors")
     with pytest.raises(UnsupportedError, match="these are gradient signs, not a checkpoint"):
         ak.open(tmp_path / "saved.safetensors")
+    with pytest.raises(UnsupportedError, match="pictures are given, so that nothing is drawn"):
+        ak.gradient_signs(w, pictures, PROMPTS, variant=v, components=parts)
     with pytest.raises(UnsupportedError, match="prompts alone are no pictures"):
         ak.gradient_signs(w, prompts=PROMPTS, components=parts)
     with pytest.raises(AlgebraError, match="pictures of what the variant learned are needed"):

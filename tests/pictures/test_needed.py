@@ -117,6 +117,12 @@ def test_pictures_that_are_there(model: dict[str, ak.Checkpoint], tmp_path: Path
     folder = ak.needed_multiplier(delta, on=bridge, pictures=tmp_path, steps=2)
     np.testing.assert_allclose(folder.curve.new, given.curve.new, rtol=1e-6)
     assert any("1 pictures were left out: no caption" in line for line in folder.warnings)
+    wide = [image.resize((96, 64)) for image in images]
+    cropped = ak.needed_multiplier(delta, on=bridge, pictures=wide, prompts=CYAN[:3], steps=1)
+    assert any("3 pictures were cropped to 64 x 64" in line for line in cropped.warnings)
+    assert not any("cropped" in line for line in given.warnings)
+    with pytest.raises(AlgebraError, match="count is for drawn ones"):
+        ak.needed_multiplier(delta, on=bridge, pictures=images, prompts=CYAN[:3], count=2)
     with pytest.raises(MismatchError, match="each picture needs its caption"):
         ak.needed_multiplier(delta, on=bridge, pictures=images)
     with pytest.raises(MismatchError, match="each picture needs its caption"):
