@@ -395,6 +395,8 @@ def _with_multiplier(
     weights: alkahest.Weights, name: str, options: dict[str, Any], quiet: bool, seen: dict[str, Any]
 ) -> alkahest.Weights:
     """The same with the scalar ``name`` set to the multiplier that its delta needs."""
+    from alkahest.algebra.weights import ends
+    from alkahest.measure.lineage import check_if_known
     from alkahest.measure.placed import auto_multiplied
     from alkahest.model.dtypes import SCALED, storage_name
     from alkahest.pictures.needed import stream_needed_multiplier
@@ -405,9 +407,12 @@ def _with_multiplier(
     running = {option: options[option] for option in ("device", "threads") if option in options}
     found = drain(stream_needed_multiplier(delta, on, dtype=counted, **running, **seen), quiet).result
     print(f"{name}: {found!r}", file=sys.stderr)
+    fix = f"--{name}=1, or any number, to add it all the same"
     if found == 0:
-        fix = f"--{name}=1, or any number, to add it all the same"
         raise RecipeError("auto", "by what pictures say this does not come over", found=found.formula, fix=fix)
+    check = check_if_known(found.table)
+    if check is not None and check.verdict == "not importable" and on is not ends(delta)[1]:
+        raise RecipeError("auto", "no multiplier makes this come over", found=check.objection, fix=fix)
     return weights.bind(**{name: found})
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from alkahest.experiment.config import Advised, Experiment
 from alkahest.experiment.growing.report import READ, as_asked
-from alkahest.mini.judge import attributes, load_judge
+from alkahest.mini.judge import attributes
 from alkahest.mini.scenes import Scene, held_out_prompts
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.needed import needed_multiplier
@@ -19,7 +19,7 @@ from alkahest.pictures.sampler import sample
 from alkahest.recipes.text import parse
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
 COMES_OVER = 20.0  # per cent of the pictures that ask for the new thing and have it, at the judge's best k
 FACTOR = 2.0  # within which advice counts as right
@@ -61,12 +61,12 @@ def hits(advice: pd.DataFrame) -> pd.DataFrame:
 def _judged(experiment: Experiment, advised: Advised, inputs: Any, seed: int) -> Iterator[dict[str, Any]]:
     """Each k: how often the new thing is there where it is asked for, and how right everything else is."""
     delta, on = parse(advised.delta, inputs), parse(advised.on, inputs)
-    live = LiveModel(on, _components(inputs.family))
+    live = LiveModel(on, inputs.components)
     scenes = held_out_prompts(experiment.prompts, seed=seed)
     asked = [replace(scene, **advised.ask) for scene in scenes]
     for k in (0.0, *advised.ks):
         live.become(on + float(k) * delta)
-        new, rest = (_read(experiment, live, some, seed, inputs.family) for some in (asked, scenes))
+        new, rest = (_read(experiment, live, some, seed, inputs.judge) for some in (asked, scenes))
         (attribute, value), *_ = advised.ask.items()
         there = 100 * float((new[attribute] == value).mean())
         shares = as_asked(scenes, rest)
@@ -80,9 +80,9 @@ def _advice(experiment: Experiment, advised: Advised, inputs: Any, seed: int, ju
     scenes = held_out_prompts(24, seed=_ADVICE_SEED + seed)
     asked = [replace(scene, **advised.ask).caption() for scene in scenes]
     settings = {name: value for name, value in experiment.sampling.items() if name in ("steps", "cfg", "shift")}
-    options: dict[str, Any] = {"components": _components(inputs.family), "seed": seed, "prompts": asked, **settings}
+    options: dict[str, Any] = {"components": inputs.components, "seed": seed, "prompts": asked, **settings}
     if advised.drawn_by:
-        pipe = pipeline(parse(advised.drawn_by, inputs), _components(inputs.family))
+        pipe = pipeline(parse(advised.drawn_by, inputs), inputs.components)
         options["pictures"] = sample(pipe, asked, seed=seed, batch=_BATCH, **settings).images
     options["ordinary"] = [scene.caption() for scene in scenes]
     k = needed_multiplier(delta, on, **options)
@@ -112,13 +112,9 @@ def _within(k: float, best: float) -> bool:
     return k > 0 and best > 0 and max(k / best, best / k) <= FACTOR
 
 
-def _read(experiment: Experiment, live: LiveModel, scenes: list[Scene], seed: int, family: Path | None) -> pd.DataFrame:
+def _read(experiment: Experiment, live: LiveModel, scenes: list[Scene], seed: int, judge: Any) -> pd.DataFrame:
     """What the judge sees of scenes that are asked for."""
     captions = [scene.caption() for scene in scenes]
     settings: Mapping[str, Any] = {**experiment.sampling, "seed": experiment.seed + 1000 * seed}
     images = sample(live, captions, batch=_BATCH, **settings).images
-    return attributes(images, load_judge(family) if family else None)
-
-
-def _components(family: Path | None) -> Path | None:
-    return family / "components" if family else None
+    return attributes(images, judge)

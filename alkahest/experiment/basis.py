@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from alkahest.experiment.config import Aligned, Experiment
 from alkahest.experiment.growing.report import READ, as_asked
 from alkahest.measure.units import matching_units
-from alkahest.mini.judge import attributes, load_judge
+from alkahest.mini.judge import attributes
 from alkahest.mini.scenes import held_out_prompts
 from alkahest.pictures.alignments import alignment
 from alkahest.pictures.sampler import sample
@@ -31,11 +30,12 @@ def unit_rows(aligned: Aligned, inputs: Any) -> Iterator[dict[str, Any]]:
 def basis_rows(experiment: Experiment, aligned: Aligned, inputs: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of "streams" (by place) and "joined" (as it is and mapped), with the table's name."""
     a, b = parse(aligned.a, inputs), parse(aligned.b, inputs)
-    components = inputs.family / "components" if inputs.family else None
     settings = {name: value for name, value in experiment.sampling.items() if name in ("steps", "cfg", "shift")}
     for seed in aligned.seeds:
         prompts = [scene.caption() for scene in held_out_prompts(aligned.pictures, seed=_FITTED_ON + seed)]
-        found = alignment(a, b, prompts=prompts, count=aligned.pictures, seed=seed, components=components, **settings)
+        found = alignment(
+            a, b, prompts=prompts, count=aligned.pictures, seed=seed, components=inputs.components, **settings
+        )
         yield from (
             ("streams", {"case": aligned.name, "seed": seed, "where": f"{row['place']} ({row['stream']})", **row})
             for row in found.table.to_dict("records")
@@ -49,7 +49,7 @@ def basis_rows(experiment: Experiment, aligned: Aligned, inputs: Any) -> Iterato
                 batch=_BATCH,
                 **{**experiment.sampling, "seed": experiment.seed + seed},
             ).images
-            read = attributes(pictures, _judge(inputs.family))
+            read = attributes(pictures, inputs.judge)
             shares = {name: 100 * share for name, share in as_asked(scenes, read).items() if name in READ[:-1]}
             named = {"case": f"{aligned.name}, {'mapped' if mapped else 'as it is'}", "seed": seed}
             within = {f"{name} +-": half_width(share / 100, len(scenes)) for name, share in shares.items()}
@@ -60,7 +60,3 @@ def half_width(share: float, count: int) -> float:
     """Half of the 95 % interval of a share, in per cent (Wilson 1927)."""
     z = 1.96
     return 100 * z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-
-
-def _judge(family: Path | None) -> Any:
-    return load_judge(family) if family else None

@@ -51,14 +51,13 @@ def _signs(text: str, options: dict[str, Any], inputs: Any, place: Path) -> None
     ask = options.get("ask", {})
     scenes = held_out_prompts(options.get("count", 24), seed=_SCENES)
     prompts = [replace(scene, **ask).caption() for scene in scenes]
-    components = inputs.family / "components" if inputs.family else None
     variant = parse(options["drawn_by"], inputs)
     seed = options.get("seed", 0)
     signs = gradient_signs(
         parse(text, inputs),
         prompts=prompts,
         variant=variant,
-        components=components,
+        components=inputs.components,
         count=len(prompts),
         cfg=3.0,
         seed=seed,

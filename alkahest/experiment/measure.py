@@ -64,6 +64,16 @@ class Inputs(Mapping[str, Any]):
         self.folder = experiment.folder
         self._known: dict[str, Any] = {}
 
+    @property
+    def components(self) -> Path | None:
+        """Text encoder, tokenizer and VAE of the family; None for the shipped one's."""
+        return None if self.family is None else self.family / "components"
+
+    @property
+    def judge(self) -> Any:
+        """The family's judge; None for the shipped one's."""
+        return None if self.family is None else load_judge(self.family)
+
     def __getitem__(self, name: str) -> Any:
         if name not in self._known:
             self._known[name] = self._make(name, self._given[name])
@@ -230,7 +240,7 @@ def _draw(
         captions = [scene.caption(case.unsaid) for scene in asked]
         images = sample(pipe, captions, batch=_BATCH, seed=experiment.seed, **settings).images
         measures = picture_measures(images, pipe).mean().to_dict()
-        read = attributes(images, load_judge(inputs.family) if inputs.family else None)
+        read = attributes(images, inputs.judge)
     row = {"case": case.name, **({"stage": stage} if stage else {}), **chosen, "prompts": len(asked)}
     yield {**row, **shares_as_asked(asked, read, case.unsaid), **measures}
 
@@ -273,7 +283,7 @@ def _steps_sheet(experiment: Experiment, run: Run, runs: Path) -> Image:
 
 def _pipe(weights: Any, inputs: Inputs) -> Any:
     """A pipeline with the parts of the family at hand."""
-    return pipeline(weights, inputs.family / "components" if inputs.family else None)
+    return pipeline(weights, inputs.components)
 
 
 def prompts_of(case: Case, count: int) -> list[Scene]:

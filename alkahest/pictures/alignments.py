@@ -18,8 +18,9 @@ from alkahest.measure.text import lines_under, lines_under_html
 from alkahest.model.families import Family
 from alkahest.pictures.encoded import MULTIPLE
 from alkahest.pictures.evaluation import EvaluationSet
-from alkahest.pictures.evidence import PictureOptions, drawn_set, given_set
+from alkahest.pictures.evidence import PictureOptions, stream_examples
 from alkahest.pictures.flow import Arithmetic, Noised, velocity
+from alkahest.pictures.live import told_out_of_memory
 from alkahest.pictures.pipelines import pipeline
 from alkahest.pictures.settings import SHIFT
 from alkahest.pictures.stream_maps import affine_map, cka, orthogonal_map, r_squared, with_one
@@ -136,21 +137,23 @@ def alignment(
 
 def stream_alignment(a: Weights, b: Weights, options: PictureOptions) -> Iterator[Event]:
     """`alignment` as a generator of events."""
-    options.require("alignment")
+    options.require("alignment", with_ordinary=False)
     for one in (a, b):
         if not isinstance(one, Weights):
             raise AlgebraError("alignment", "two complete models are needed", found=type(one).__name__)
     widths = [one.leading.architecture.width for one in (a, b)]
     if a.family is not b.family or widths[0] != widths[1]:
         raise MismatchError("alignment", "the models are of different widths", expected=widths[0], found=widths[1])
+    with told_out_of_memory("alignment", "dtype='bf16', width=512, height=512: both models are held at once"):
+        yield from _stream(a, b, options)
+
+
+def _stream(a: Weights, b: Weights, options: PictureOptions) -> Iterator[Event]:
     pipes = [pipeline(one, options.components, dtype=options.dtype, device=options.device) for one in (a, b)]
-    if options.pictures is not None:
-        examples, _, told = given_set(pipes[0], "the pictures", options, "alignment")
-    else:
-        for event in drawn_set(pipes[0], list(options.prompts or ()), "the pictures", options):
-            if event.result is None:
-                yield Event(event.done, 2 * event.total, event.key)
-        examples, told = event.result[0], []
+    for event in stream_examples(pipes[0], "the pictures", options, "alignment"):
+        if event.result is None:
+            yield Event(event.done, 2 * event.total, event.key)
+    examples, _, told = event.result
     if len(examples) < 3:
         found = f"{len(examples)} pictures"
         raise AlgebraError("alignment", "pictures are needed to fit on, to choose by and to judge by", found=found)

@@ -12,7 +12,6 @@ from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
 from alkahest.engine.scalars import Param, param
-from alkahest.errors import UnsupportedError
 from alkahest.measure.bases import Matrices, per_part, weight_bases
 from alkahest.measure.concentration import concentration_words
 from alkahest.measure.lineage import RefinerCheck, check_if_known
@@ -21,8 +20,8 @@ from alkahest.measure.text import percent, two_digits
 from alkahest.pictures.curve_cache import key_of, load_curve, store_curve
 from alkahest.pictures.effects import models_of
 from alkahest.pictures.evaluation import errors, predictions, share_along
-from alkahest.pictures.evidence import FEW, Evidence, PictureOptions, batch_of, stream_evidence
-from alkahest.pictures.live import LiveModel
+from alkahest.pictures.evidence import FEW, LESS_MEMORY, Evidence, PictureOptions, batch_of, stream_evidence
+from alkahest.pictures.live import LiveModel, told_out_of_memory
 from alkahest.pictures.loss_curve import LossCurve, walk_over_k
 from alkahest.pictures.sampler import embed
 
@@ -48,15 +47,8 @@ def stream_curve(
     if known := load_curve(key):
         yield Event(1, 1, "remembered", known)
         return
-    try:
+    with told_out_of_memory("needed_multiplier", LESS_MEMORY):
         yield from _measure(delta, on, (variant, base), scale, options, key)
-    except torch.OutOfMemoryError as error:
-        raise UnsupportedError(
-            "needed_multiplier",
-            "the device has too little memory for this",
-            found=str(error).partition(".")[0],
-            fix="batch=1, storage='fp8_e4m3fn' (half of bf16's 12.3 GB), offload=True, or width=512, height=512",
-        ) from None
 
 
 def _measure(
@@ -109,10 +101,16 @@ def _measure(
     yield Event(total, total, "done", (curve, evidence.notes))
 
 
-def multiplier_by(curve: LossCurve, notes: tuple[str, ...], matrices: Matrices, options: PictureOptions) -> Multiplier:
-    """What to take by a curve, with the bases on weights alone beside it."""
+def multiplier_by(
+    curve: LossCurve, notes: tuple[str, ...], matrices: Matrices, options: PictureOptions, on_its_base: bool = False
+) -> Multiplier:
+    """What to take by a curve, with the bases on weights alone beside it.
+
+    A refiner that moved speaks against an import, not against adding the delta to its own base, whose refiner moves
+    with it.
+    """
     check = check_if_known(matrices.table)
-    reasons = list(_reasons_against(curve, check))
+    reasons = list(_reasons_against(curve, None if on_its_base else check))
     factor = min(GUIDED, options.cfg)
     k = 0.0 if reasons else float(two_digits(curve.minimum * factor))  # pictures know no more digits than that
     low, high = (0.0, 0.0) if reasons else curve.interval

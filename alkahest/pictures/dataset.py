@@ -90,7 +90,7 @@ def from_folder(folder: str | Path) -> Dataset:
         found = f"{len(skipped)} pictures without a caption" if skipped else "no pictures"
         raise FileFormatError(
             "dataset",
-            "there is nothing to train on",
+            "there are no pictures with captions",
             file=path,
             expected=f"{', '.join(SUFFIXES)} with a .txt beside each, or {_TABLES[0]}",
             found=found,

@@ -25,9 +25,9 @@ from alkahest.measure.spectrum import matrix_of
 from alkahest.measure.table import names_of, stream_delta_table
 from alkahest.measure.text import lines_under, lines_under_html, percent
 from alkahest.pictures.evaluation import EvaluationSet, predictions, share_along
-from alkahest.pictures.evidence import FEW, Evidence, PictureOptions, batch_of, stream_evidence
+from alkahest.pictures.evidence import FEW, LESS_MEMORY, Evidence, PictureOptions, batch_of, stream_evidence
 from alkahest.pictures.flow import Arithmetic, velocity
-from alkahest.pictures.live import LiveModel
+from alkahest.pictures.live import LiveModel, told_out_of_memory
 from alkahest.pictures.settings import SHIFT
 
 if TYPE_CHECKING:
@@ -172,10 +172,25 @@ def stream_effect(
     if not k:
         raise AlgebraError("effect", "0 times a delta does nothing", fix="k=1, or what ak.needed_multiplier says")
     variant, base = models_of(delta, base, "effect")
-    places = changed_places(delta, on) if by_block else []
     for event in stream_delta_table(delta, on, device=options.device):
         table = event.result
         yield Event(event.done, 20 * event.total, event.key)
+    with told_out_of_memory("effect", LESS_MEMORY):
+        yield from _measure(delta, on, (variant, base), k, options, table, by_block)
+
+
+def _measure(
+    delta: Delta,
+    on: Weights,
+    models: tuple[Weights, Weights],
+    k: float,
+    options: PictureOptions,
+    table: pandas.DataFrame,
+    by_block: bool,
+) -> Iterator[Event]:
+    variant, base = models
+    added = added_rows(table, delta, on, "effect")
+    places = places_of(added) if by_block else []
     live = LiveModel(on, options.components, **options.held)
     for event in stream_evidence(live, variant, on, options, "effect"):
         if event.result is None:
@@ -198,11 +213,12 @@ def stream_effect(
     del without
     yield Event(before + 2, total, "the model it is added to")
     start = said(on)
-    rows = [_row("all", -1, k * delta, on, own, start, said(on + k * delta))]
+    rows = [_row("all", -1, abs(k) * _relative(added), own, start, said(on + k * delta))]
     for number, (part, block) in enumerate(places):
         yield Event(before + 4 + number, total, block_name(part, block))
         one = k * delta.only(block_name(part, block))
-        rows.append(_row(part, block, one, on, own, start, said(on + one)))
+        here = added[(added.part == part) & (added.block == block)]
+        rows.append(_row(part, block, abs(k) * _relative(here), own, start, said(on + one)))
     live.become(on)
     tensors = _flow_through(live, evidence.new, k * delta, on, batch) if by_block else _no_tensors()
     import pandas as pd
@@ -238,22 +254,25 @@ def block_name(part: str, block: int) -> str:
     return part if block < 0 else f"{part}.{block}"
 
 
-def changed_places(delta: Delta, on: Weights) -> list[tuple[str, int]]:
-    """Blocks, and parts outside of blocks, that the delta changes on ``on``, in the order of the data."""
-    kept, rules = not_protected(delta, on), Rules()
-    changed = [key for key in delta.shapes if (kept is None or key in kept) and delta.at(key, rules) is not None]
-    if not changed:
-        raise AlgebraError("effect", "all that the delta changes is protected", fix="protect less, or .everywhere()")
-    names = [names_of(key, delta.family) for key in changed]
-    places = list(dict.fromkeys((str(name["part"]), int(name["block"])) for name in names))
-    return [place for place in places if _relative(delta.only(block_name(*place)), on) > 0]  # files may hold the same
+def added_rows(table: pandas.DataFrame, delta: Delta, on: Weights, operation: str) -> pandas.DataFrame:
+    """The rows of a delta table whose tensors really change on ``on``. AlgebraError if all of them are protected."""
+    kept = not_protected(delta, on)
+    changed = table[table.delta_norm > 0]
+    added = changed if kept is None else changed[changed.tensor.isin(kept)]
+    if not len(added):
+        raise AlgebraError(operation, "all that the delta changes is protected", fix="protect less, or .everywhere()")
+    return added
+
+
+def places_of(added: pandas.DataFrame) -> list[tuple[str, int]]:
+    """Blocks, and parts outside of blocks, among the rows of a delta table, in the order of the data."""
+    return list(dict.fromkeys((str(part), int(block)) for part, block in zip(added.part, added.block, strict=True)))
 
 
 def _row(
     part: str,
     block: int,
-    delta: Delta,
-    on: Weights,
+    relative: float,
     own: Tensor,
     start: tuple[Tensor, Tensor],
     said: tuple[Tensor, Tensor],
@@ -267,7 +286,7 @@ def _row(
     return {
         "part": part,
         "block": block,
-        "weights": _relative(delta, on),
+        "weights": relative,
         "size": size / length if length else math.nan,
         "cosine": along * length / size if size and length else math.nan,
         "along": along,
@@ -275,17 +294,10 @@ def _row(
     }
 
 
-def _relative(delta: Delta, on: Weights) -> float:
-    """|d| / |w| over the tensors that the delta changes."""
-    workspace, rules, squares = Workspace(torch.device("cpu")), Rules(), [0.0, 0.0]
-    kept = not_protected(delta, on)
-    for key, shape in delta.shapes.items():
-        term, weight = delta.at(key, rules), on.at(key, rules)
-        if term is None or weight is None or (kept is not None and key not in kept):
-            continue
-        for n, one in enumerate((term, weight)):
-            squares[n] += float(matrix_of(one, shape, workspace).double().square().sum())
-    return math.sqrt(squares[0] / squares[1]) if squares[1] else math.nan
+def _relative(rows: pandas.DataFrame) -> float:
+    """|d| / |w| over rows of a delta table."""
+    weights = float(rows.on_norm.pow(2).sum())
+    return math.sqrt(float(rows.delta_norm.pow(2).sum()) / weights) if weights else math.nan
 
 
 def _flow_through(live: LiveModel, examples: EvaluationSet, delta: Delta, on: Weights, batch: int) -> pandas.DataFrame:

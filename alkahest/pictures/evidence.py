@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _ALIKE = 4  # prompts below which pictures are much alike
 FEW = 8  # pictures below which a judgement says that it has few
+# What takes less memory, for where it ran out.
+LESS_MEMORY = "batch=1, storage='fp8_e4m3fn' (half of bf16's 12.3 GB), offload=True, or width=512, height=512"
 # What any text-to-image model draws: no style, no name, nothing that a derivative would have been made for.
 ORDINARY = (
     "a photo of a street in a small town in the morning",
@@ -77,8 +79,11 @@ class PictureOptions:
     device: str = "cpu"
     offload: bool = False
 
-    def require(self, operation: str) -> PictureOptions:
-        """Return self, or raise AlgebraError for what could not be drawn from."""
+    def require(self, operation: str, with_ordinary: bool = True) -> PictureOptions:
+        """Return self, or raise AlgebraError for what could not be drawn from, or would be passed over.
+
+        Without ordinary pictures, nothing is drawn beside pictures that are given.
+        """
         if self.prompts is None and self.pictures is None:
             raise AlgebraError(
                 operation,
@@ -92,6 +97,13 @@ class PictureOptions:
         if self.pictures is not None and self.count != PictureOptions.count:
             raise AlgebraError(
                 operation, "pictures that are given are all taken: count is for drawn ones", fix="leave it out"
+            )
+        drawing = {"steps", "cfg", "shift"} & set(self.set_apart_from())
+        if self.pictures is not None and not with_ordinary and drawing:
+            raise AlgebraError(
+                operation,
+                f"nothing is drawn where pictures are given: {', '.join(sorted(drawing))} would mean nothing",
+                fix="leave out",
             )
         if self.count < 1:
             raise AlgebraError(operation, "at least one picture is needed", found=self.count)
@@ -195,6 +207,15 @@ def batch_of(pipe: Any, options: PictureOptions) -> int:
     return max(1, min(96, 24576 // (height * width)))
 
 
+def stream_examples(pipe: Any, name: str, options: PictureOptions, operation: str) -> Iterator[Event]:
+    """Pictures that are given, or that a pipeline's model draws: the result is (set, its pictures, notes on them)."""
+    if options.pictures is not None:
+        yield Event(1, 1, name, given_set(pipe, name, options, operation))
+        return
+    for event in drawn_set(pipe, list(options.prompts or ()), name, options):
+        yield event if event.result is None else replace(event, result=(*event.result, []))
+
+
 def stream_evidence(
     live: LiveModel, variant: Weights, on: Weights, options: PictureOptions, operation: str
 ) -> Iterator[Event]:
@@ -203,15 +224,12 @@ def stream_evidence(
     The live model is left holding ``on``; the result is `Evidence`.
     """
     pictures: dict[str, Sequence[Image]] = {}
-    notes: list[str] = []
-    if options.pictures is not None:
-        new, pictures["new"], notes = given_set(live.pipe, "the new thing", options, operation)
-        options = replace(options, count=len(new))
-    else:
+    if options.pictures is None:
         live.become(variant)
-        for event in drawn_set(live.pipe, list(options.prompts or ()), "the new thing", options):
-            yield Event(event.done, 2 * event.total, event.key)
-        new, pictures["new"] = event.result
+    for event in stream_examples(live.pipe, "the new thing", options, operation):
+        yield Event(event.done, 2 * event.total, event.key)
+    new, pictures["new"], notes = event.result
+    options = options if options.pictures is None else replace(options, count=len(new))
     ordinary = ordinary_prompts(on, options)
     asked = set(options.prompts or ())
     if asked and len(asked) < _ALIKE and len(new) > len(asked):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event, result_of
 from alkahest.errors import AlgebraError, refuse_unknown_options
 from alkahest.measure.placed import require_delta, require_weights
+from alkahest.measure.table import stream_delta_table
 from alkahest.measure.text import lines_under, lines_under_html, percent, two_digits
-from alkahest.pictures.effects import block_name, changed_places, models_of
+from alkahest.pictures.effects import added_rows, block_name, models_of, places_of
 from alkahest.pictures.evaluation import EvaluationSet, predictions
-from alkahest.pictures.evidence import Evidence, PictureOptions, batch_of, stream_evidence
-from alkahest.pictures.live import LiveModel
+from alkahest.pictures.evidence import LESS_MEMORY, Evidence, PictureOptions, batch_of, stream_evidence
+from alkahest.pictures.live import LiveModel, told_out_of_memory
 from alkahest.pictures.settings import SHIFT
 
 Array = npt.NDArray[np.float64]
@@ -56,10 +58,11 @@ class FittedFactors(dict[str, float]):
     def _lines(self) -> list[str]:
         ours, one = self.table.iloc[0], self.table.iloc[1]
         verdict = "better than" if self.is_better else "not better than"
+        alike = abs(ours.leak - one.leak) <= _ALIKE * one.leak
         return [
             f"{verdict} one number: they do {percent(ours.along, 0)} of what the delta does on its own base, on "
-            f"pictures they were not fitted on; {two_digits(self.one)} for all does {percent(one.along, 0)} for the "
-            "same leak",
+            f"pictures they were not fitted on; {two_digits(self.one)} for all does {percent(one.along, 0)}"
+            + (" for the same leak" if alike else ""),
             f"the leak is {percent(self.leak, 0)} of the delta's own effect (root mean square)",
             *self.notes,
         ]
@@ -146,7 +149,19 @@ def stream_fit_factors(
     if isinstance(parts, str):
         raise AlgebraError("fit_factors", "parts is a list of patterns", found=repr(parts), fix=f"parts=[{parts!r}]")
     variant, base = models_of(delta, base, "fit_factors")
-    names = list(parts) if parts is not None else [block_name(*place) for place in changed_places(delta, on)]
+    for event in stream_delta_table(delta, on, device=options.device):
+        table = event.result
+        yield Event(event.done, 20 * event.total, event.key)
+    changed = added_rows(table, delta, on, "fit_factors")
+    names = list(parts) if parts is not None else [block_name(*place) for place in places_of(changed)]
+    with told_out_of_memory("fit_factors", LESS_MEMORY):
+        yield from _fit(delta, on, (variant, base), k, options, names)
+
+
+def _fit(
+    delta: Delta, on: Weights, models: tuple[Weights, Weights], k: float, options: PictureOptions, names: list[str]
+) -> Iterator[Event]:
+    variant, base = models
     pieces = [delta.only(name) for name in names]
     live = LiveModel(on, options.components, **options.held)
     for event in stream_evidence(live, variant, on, options, "fit_factors"):
@@ -172,7 +187,8 @@ def stream_fit_factors(
         yield Event(before + number, total, names[number])
         new, rest = said(on + k * piece, halves[0])
         effects.append((new - start[0][0], rest - start[0][1]))
-    chosen = _solve(effects, own[0])
+    solved = _solve(effects, own[0])
+    chosen = np.ones(len(names)) if solved is None else solved
     before += len(names)
 
     def judged(expression: Weights) -> tuple[float, float]:
@@ -194,14 +210,22 @@ def stream_fit_factors(
     rows = [{"what": what, "along": along, "leak": leak} for what, (along, leak) in (("factors", ours), ("one", one))]
     found.table, found.one, found.leak = pd.DataFrame(rows), k, one[1]
     found.is_better = ours[0] > one[0] * (1 + WORTH) and ours[1] <= one[1] * (1 + 2 * _ALIKE)
-    found.notes = evidence.notes
+    found.notes = (*evidence.notes, *_doubts(ours[1] / one[1] if one[1] else math.nan, solved))
     yield Event(total, total, "done", found)
 
 
-def best_factors(gram: Array, wanted: Array) -> Array:
+def _doubts(leaks: float, solved: Array | None) -> Iterator[str]:
+    """What speaks against the factors; ``leaks`` is theirs over that of one number."""
+    if solved is None:
+        yield "no block alone does any of what the delta does on its own base: nothing could be fitted, all factors are one"
+    if not abs(leaks - 1) <= _ALIKE:
+        yield f"the two do not leak alike: the factors {two_digits(leaks)} times as much, after {_TRIED} tries"
+
+
+def best_factors(gram: Array, wanted: Array) -> Array | None:
     """The factors, none below 0, that maximise ``wanted . c`` for as much ``c . gram c`` as factors of 1 have.
 
-    Without the sign they are proportional to ``gram^-1 wanted``; those that come out negative are left out, and the
+    None if nothing wants any of them. Without the sign they are proportional to ``gram^-1 wanted``; those that come out negative are left out, and the
     rest solved again.
     """
     ridged = gram + 1e-3 * np.eye(len(gram)) * gram.diagonal().mean()
@@ -214,10 +238,10 @@ def best_factors(gram: Array, wanted: Array) -> Array:
     factors = np.zeros(len(wanted))
     factors[kept] = found
     size = float(factors @ gram @ factors)
-    return factors * np.sqrt(gram.sum() / size) if size > 0 else np.ones(len(wanted))
+    return factors * np.sqrt(gram.sum() / size) if size > 0 else None
 
 
-def _solve(effects: Sequence[tuple[Tensor, Tensor]], own: Tensor) -> Array:
+def _solve(effects: Sequence[tuple[Tensor, Tensor]], own: Tensor) -> Array | None:
     """The factors by what each block does alone."""
     leaks = torch.stack([rest.flatten() for _, rest in effects])
     wanted = np.array([float((new * own).sum()) for new, _ in effects])

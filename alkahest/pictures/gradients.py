@@ -14,9 +14,9 @@ from alkahest.engine.events import Event, result_of
 from alkahest.engine.load import slices
 from alkahest.errors import NonFiniteError, UnsupportedError, refuse_unknown_options
 from alkahest.measure.placed import require_weights
-from alkahest.pictures.evidence import PictureOptions, batch_of, drawn_set, given_set
+from alkahest.pictures.evidence import PictureOptions, batch_of, stream_examples
 from alkahest.pictures.flow import Arithmetic, losses
-from alkahest.pictures.live import LiveModel
+from alkahest.pictures.live import LiveModel, told_out_of_memory
 from alkahest.pictures.settings import SHIFT
 from alkahest.sources.signs import Signs
 
@@ -74,7 +74,7 @@ def gradient_signs(
 
 def stream_gradient_signs(on: Weights, options: PictureOptions, variant: Weights | None = None) -> Iterator[Event]:
     """`gradient_signs` as a generator of events."""
-    options.require("gradient_signs")
+    options.require("gradient_signs", with_ordinary=False)
     require_weights("gradient_signs", on, "on")
     if variant is not None:
         require_weights("gradient_signs", variant, "variant")
@@ -91,34 +91,28 @@ def stream_gradient_signs(on: Weights, options: PictureOptions, variant: Weights
             found="variant",
             fix="leave one of them out",
         )
+    with told_out_of_memory("gradient_signs", "batch=1, width=512, height=512, or dtype='bf16'"):
+        yield from _stream(on, variant, options)
+
+
+def _stream(on: Weights, variant: Weights | None, options: PictureOptions) -> Iterator[Event]:
     live = LiveModel(on, options.components, **options.held)
-    if options.pictures is not None:
-        examples, _, notes = given_set(live.pipe, "the new thing", options, "gradient_signs")
-    else:
-        assert variant is not None  # said above
+    if variant is not None:
         live.become(variant)
-        for event in drawn_set(live.pipe, list(options.prompts or ()), "the new thing", options):
-            if event.result is None:
-                yield Event(event.done, 2 * event.total, event.key)
-        (examples, _), notes = event.result, []
-        live.become(on)
+    for event in stream_examples(live.pipe, "the new thing", options, "gradient_signs"):
+        if event.result is None:
+            yield Event(event.done, 2 * event.total, event.key)
+    examples, _, notes = event.result
+    live.become(on)
     size = batch_of(live.pipe, options)
     total = len(examples) * len(examples.levels)
     model = live.pipe.transformer
     sums = _Sums(model, kept=total > size)
     how = Arithmetic(live.pipe._execution_device, model.dtype)
-    try:
-        with sums:
-            for rows, one in examples.batches(size):
-                torch.autograd.backward(losses(model, one, how).sum())
-                yield Event(total + rows.stop, 2 * total, "gradient")
-    except torch.OutOfMemoryError as error:
-        raise UnsupportedError(
-            "gradient_signs",
-            "the device has too little memory for this",
-            found=str(error).partition(".")[0],
-            fix="batch=1, width=512, height=512, or dtype='bf16'",
-        ) from None
+    with sums:
+        for rows, one in examples.batches(size):
+            torch.autograd.backward(losses(model, one, how).sum())
+            yield Event(total + rows.stop, 2 * total, "gradient")
     packed, unreached = sums.by_key(on)
     about = {"of": on.text(), "pictures": len(examples), "levels": list(examples.levels)}
     about |= {name: told for name, told in (("notes", notes), ("not reached", unreached)) if told}

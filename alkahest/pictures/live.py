@@ -29,6 +29,23 @@ from alkahest.pictures.pipelines import pipeline
 from alkahest.pictures.sampler import set_lora_strengths
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a card or on the CPU, where torch says so by a RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def told_out_of_memory(operation: str, fix: str) -> Iterator[None]:
+    """Turn running out of memory into an UnsupportedError that says what would fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = str(error).partition(". ")[0][:160]
+        raise UnsupportedError(operation, "there is too little memory for this", found=found, fix=fix) from None
+
+
 @dataclass(frozen=True)
 class Change:
     """What one `LiveModel.set` did."""

@@ -103,15 +103,6 @@ class LossCurve:
         """A column of `table` between the k that were measured."""
         return float(np.interp(k, self.ks, self.table[column]))
 
-    def reaching(self, column: str, level: float) -> float:
-        """The least k from which on a rising column is at ``level``; infinite if it never is."""
-        values = self.table[column].to_numpy()
-        for n in range(1, len(values)):
-            if values[n] >= level > values[n - 1]:
-                share = (level - values[n - 1]) / (values[n] - values[n - 1])
-                return float(self.ks[n - 1] + share * (self.ks[n] - self.ks[n - 1]))
-        return math.inf
-
 
 def _minima(ks: Array, means: Array) -> Array:
     """Where each row of losses is least: by a parabola through the least and its neighbours, in k."""

@@ -12,6 +12,7 @@ import torch
 from alkahest.algebra.weights import Weights
 from alkahest.errors import AlkahestError, refuse_unknown_options
 from alkahest.model.keys import Pattern
+from alkahest.pictures.live import is_out_of_memory
 from alkahest.training import parallel
 from alkahest.training.config import FROZEN, Config
 
@@ -102,7 +103,7 @@ def memory_plan(
 def out_of_memory(error: Exception, config: Config, weights: Weights) -> AlkahestError | None:
     """What to say when memory ran out, with the ways to train that would fit; None if the error is another."""
     told = str(error)
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in told:
+    if not is_out_of_memory(error):
         return None
     stage = max(config.stages, key=lambda one: one.resolution**2 * one.batch)
     vram = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None

@@ -288,6 +288,28 @@ def test_an_automatic_multiplier_never_goes_below_one_in_silence(tmp_path: Path)
     assert "param('k', 1) *" in run("recipe", out)
 
 
+def test_an_automatic_multiplier_imports_nothing_that_cannot_be(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    member = {name: ak.mini.load(name).path for name in ("tb1", "base-refiner-trained", "base")}
+    models = ["--bridge", member["tb1"], "--variant", member["base-refiner-trained"], "--base", member["base"]]
+    what = ["merge", "bridge.protect('refiner') + k * (variant - base)", *models, "-o", out, "-q"]
+    refused = run(*what, "--k", "auto", code=1)
+    assert "no multiplier makes this come over" in refused
+    assert "not importable: the variant's refiner moved by 27.7 %" in refused
+    assert "--k=1, or any number, to add it all the same" in refused
+    assert not out.exists()
+    run(*what, "--k=1")
+    # On its own base its refiner moves with it.
+    run("merge", "base + k * (variant - base)", *models[2:], "--k", "auto", "-o", tmp_path / "own.safetensors", "-q")
+
+
+def test_options_of_another_basis_are_told_in_words_of_the_command_line(tmp_path: Path) -> None:
+    member = {name: str(ak.mini.load(name).path) for name in ("base-variant", "base")}
+    told = run("multiplier", member["base-variant"], member["base"], "--cfg", 3, code=1)
+    assert "cfg means nothing to the basis relative" in told
+    assert "basis=" not in told
+
+
 def test_a_multiplier_by_pictures(tmp_path: Path) -> None:
     member = {name: ak.mini.load(name).path for name in ("tb1", "base-variant", "base")}
     (tmp_path / "prompts.txt").write_text("a cyan ball on a beach\n\na cyan tree at night\n")

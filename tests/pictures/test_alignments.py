@@ -88,6 +88,8 @@ def test_bad_input(trio: dict[str, Path], parts: dict[str, Any]) -> None:
         ak.alignment(v - b, b, prompts=PROMPTS, components=parts)  # type: ignore[arg-type]
     with pytest.raises(AlgebraError, match="pictures are needed to fit on"):
         ak.alignment(v, b, prompts=PROMPTS, count=2, steps=1, components=parts)
+    with pytest.raises(AlgebraError, match="nothing is drawn where pictures are given: shift would mean nothing"):
+        ak.alignment(v, b, [object()] * 3, PROMPTS, components=parts, shift=1.0)
     with pytest.raises(AlgebraError, match="prompts are a list"):
         ak.alignment(v, b, prompts="a ball", components=parts)
     with pytest.raises(MismatchError, match="of different widths"):

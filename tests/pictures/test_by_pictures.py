@@ -97,6 +97,9 @@ def test_a_changed_refiner_is_a_reason_by_itself() -> None:
     found = multiplier_by(curve(), (), sort_matrices(ak.delta_table(trained), None), GUIDED)
     assert found == 0
     assert "does not come over: not importable: the variant's refiner moved by 27.7 %" in repr(found)
+    own = multiplier_by(curve(), (), sort_matrices(ak.delta_table(trained), None), GUIDED, on_its_base=True)
+    assert own == 4  # its refiner moves with it
+    assert "not importable: the variant's refiner moved by 27.7 %" in repr(own)
 
 
 def test_a_delta_of_vectors_alone(trio: dict[str, Path], parts: dict[str, Any], tmp_path: Path) -> None:

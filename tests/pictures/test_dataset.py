@@ -86,10 +86,10 @@ def test_models_draw_a_dataset_and_go_on(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="no such folder"):
         from_folder(tmp_path / "nowhere")
-    with pytest.raises(FileFormatError, match=r"(?s)nothing to train on.*no pictures"):
+    with pytest.raises(FileFormatError, match=r"(?s)no pictures with captions.*no pictures"):
         from_folder(tmp_path)
     picture(tmp_path / "a.png")
-    with pytest.raises(FileFormatError, match=r"(?s)nothing to train on.*1 pictures without a caption"):
+    with pytest.raises(FileFormatError, match=r"(?s)no pictures with captions.*1 pictures without a caption"):
         from_folder(tmp_path)
     for text in ("not json", '["a list"]', '{"file_name": 3}\n{"text": "no name"}'):
         (tmp_path / "metadata.jsonl").write_text(text)

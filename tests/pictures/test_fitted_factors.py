@@ -29,7 +29,7 @@ def test_the_best_factors_by_search() -> None:
     assert wanted @ found >= 0.999 * (tried @ wanted).max()
     # Independent blocks: as much of each as it is worth for what it leaks.
     assert best_factors(np.diag([1.0, 4.0]), np.array([1.0, 1.0])) == pytest.approx([2.0, 0.5], rel=0.01)
-    assert best_factors(np.diag([1.0, 1.0]), np.array([-1.0, -2.0])).tolist() == [1, 1]  # nothing is worth anything
+    assert best_factors(np.diag([1.0, 1.0]), np.array([-1.0, -2.0])) is None  # nothing is worth anything
 
 
 def test_factors_for_a_delta(trio: dict[str, Path], parts: dict[str, Any], tmp_path: Path) -> None:
@@ -45,6 +45,22 @@ def test_factors_for_a_delta(trio: dict[str, Path], parts: dict[str, Any], tmp_p
     (w.protect("refiner") + (v - b).scaled(found)).save(tmp_path / "out.safetensors")
     two = ak.fit_factors(v - b, w.protect("refiner"), 2.0, parts=["layers", "final"], components=parts, **FEW)
     assert list(two) == ["layers", "final"]
+
+
+def test_what_speaks_against_factors_is_said(
+    trio: dict[str, Path], parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v, b, w = (ak.open(trio[name]) for name in ("variant", "base", "bridge"))
+    monkeypatch.setattr("alkahest.pictures.fitted_factors.best_factors", lambda *_: None)
+    found = ak.fit_factors(v - b, w.protect("refiner"), 2.0, components=parts, **FEW)
+    assert set(found.values()) == {2.0}
+    assert "nothing could be fitted, all factors are one" in repr(found)
+    assert "for the same leak" in repr(found)
+    monkeypatch.setattr("alkahest.pictures.fitted_factors.best_factors", lambda *_: np.array([9.0, 0, 0, 0]))
+    monkeypatch.setattr("alkahest.pictures.fitted_factors._TRIED", 1)
+    found = ak.fit_factors(v - b, w.protect("refiner"), 2.0, components=parts, **FEW)
+    assert "the two do not leak alike: the factors" in repr(found)
+    assert "for the same leak" not in repr(found)
 
 
 def test_bad_input(trio: dict[str, Path], parts: dict[str, Any]) -> None:

@@ -134,6 +134,8 @@ def test_bad_input(
         _ = signs.path
     with pytest.raises(MismatchError, match="each picture needs its caption"):
         ak.gradient_signs(w, pictures, PROMPTS[:1], components=parts)
+    with pytest.raises(AlgebraError, match="nothing is drawn where pictures are given: cfg, steps would mean nothing"):
+        ak.gradient_signs(w, pictures, PROMPTS, components=parts, steps=4, cfg=3.0)
     with pytest.raises(AlgebraError, match="variant is a complete model"):
         ak.gradient_signs(w, prompts=PROMPTS, variant="v", components=parts)  # type: ignore[arg-type]
     signs.save(tmp_path / "saved.safetensors")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import alkahest as ak
 from alkahest.errors import AlgebraError, MismatchError, NonFiniteError, OutputError, UnknownNameError, UnsupportedError
+from alkahest.pictures.live import told_out_of_memory
 
 Trio = dict[str, Path]
 
@@ -160,3 +161,23 @@ def test_sum_of_identical_inputs(parts: dict[str, Any], tmp_path: Path) -> None:
     live.set(t=0.25)
     assert_fresh(live, tmp_path)
     assert live.held_bytes == a.nbytes + b.nbytes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("std::bad_alloc"),
+    ],
+)
+def test_memory_that_ran_out_says_what_would_fit(error: BaseException) -> None:
+    refused = pytest.raises(UnsupportedError, match="there is too little memory for this")
+    with refused as told, told_out_of_memory("effect", "batch=1"):
+        raise error
+    assert "batch=1" in str(told.value)
+
+
+def test_any_other_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), told_out_of_memory("effect", "batch=1"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
