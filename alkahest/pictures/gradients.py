@@ -152,7 +152,7 @@ class _Sums:
                     "gradient_signs", "a gradient is NaN or infinite", key=name, fix="dtype='fp32', or other pictures"
                 )
             if not self.kept:
-                self.found[name] = gradient > 0
+                self.found[name] = _packed(gradient)
                 return
             moved = gradient.float().cpu()
             self.found[name] = moved if name not in self.found else self.found[name].add_(moved)
@@ -166,7 +166,13 @@ class _Sums:
         packed, unreached = {}, []
         for key, target in places.items():
             found = self.found.get(names.get(target.data_ptr(), ""))
-            bits = np.zeros(target.numel(), bool) if found is None else (found > 0).flatten().cpu().numpy()
-            packed[key] = torch.from_numpy(np.packbits(bits, bitorder="little"))
-            unreached += [key] if found is None else []
+            if found is None:
+                unreached.append(key)
+                found = torch.zeros(target.numel())
+            packed[key] = found if found.dtype == torch.uint8 else _packed(found)
         return packed, unreached
+
+
+def _packed(gradient: Tensor) -> Tensor:
+    """Which are positive, eight in a byte."""
+    return torch.from_numpy(np.packbits((gradient > 0).flatten().cpu().numpy(), bitorder="little"))
