@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from alkahest.sources.checkpoint import open as open
     from alkahest.sources.lora import open_lora as open_lora
     from alkahest.sources.made_up_weights import made_up as made_up
+    from alkahest.sources.partial import open_part as open_part
     from alkahest.sources.signs import open_signs as open_signs
     from alkahest.training.config import read_config as read_config
     from alkahest.training.loop import finetune as finetune
@@ -123,6 +124,7 @@ _PUBLIC = {
     "nuslerp": "algebra.delta_methods",
     "open": "sources.checkpoint",
     "open_lora": "sources.lora",
+    "open_part": "sources.partial",
     "open_signs": "sources.signs",
     "param": "engine.scalars",
     "picture_difference": "pictures.quality",

@@ -184,6 +184,9 @@ def refuse(symbol: str, left: Expression, right: object) -> NoReturn:
     def shown(side: object) -> str:
         return in_parentheses(side, names, PRODUCT) if isinstance(side, Expression) else repr(side)
 
+    if any(isinstance(side, Expression) and side._kind == "part" for side in (left, right)):
+        fix = "a part is laid over a whole model: base.with_parts_of(part)"
+        raise AlgebraError(f"{kind(left)} {symbol} {kind(right)}", "a part is no model and no difference", fix=fix)
     lora = left.leaves()[0] if left.is_partial and not left.children else None
     raise AlgebraError(
         f"{kind(left)} {symbol} {kind(right)}",
@@ -200,11 +203,22 @@ def in_parentheses(expression: Expression, names: Names, least: int) -> str:
     return text if level >= least else f"({text})"
 
 
+# Names that say nothing, and those of the hub's cache: blobs and snapshots are called by hashes.
+_GENERIC = ("transformer", "diffusion_pytorch_model", "model")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def _in_hub(path: Path) -> str | None:
+    """The repository's name of a file in the hub's cache, ``models--OWNER--NAME/snapshots/HASH/...``."""
+    folders = [part for part in path.absolute().parts if part.startswith("models--")]
+    return folders[-1].rpartition("--")[2] if folders else None
+
+
 def identifier(source: str | Path) -> str:
     """A valid Python name for a file, as recipes call it."""
     stem = source if isinstance(source, str) else source.name.removesuffix(".safetensors")
-    if isinstance(source, Path) and stem in ("transformer", "diffusion_pytorch_model", "model"):
-        stem = source.resolve().parent.name
+    if isinstance(source, Path) and (stem in _GENERIC or _HASH.fullmatch(stem)):
+        stem = _in_hub(source) or source.resolve().parent.name
     # Python reads names in recipes in form NFKC, and not every letter or digit may stand in one.
     plain = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", stem))
     name = "".join(letter if f"a{letter}".isidentifier() else "_" for letter in plain).strip("_")

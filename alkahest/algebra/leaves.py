@@ -44,6 +44,15 @@ class Leaf(Leading, _Read, Weights):
         return terms.Source(self, key) if key in self.shapes else None
 
 
+class PartLeaf(_Read):
+    """Some tensors of a model, which are neither weights nor a difference: to be laid over weights."""
+
+    _kind = "part"
+
+    def leaves(self) -> tuple[Readable, ...]:
+        return (self,)
+
+
 class DeltaLeaf(_Read, Delta):
     """A delta that is read rather than computed: a LoRA."""
 

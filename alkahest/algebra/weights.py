@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from alkahest.algebra.deltas import Delta, Difference, OfDelta, sum_text
-from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Names, in_parentheses, refuse, require_same
+from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Expression, Names, in_parentheses, refuse, require_same
 from alkahest.engine import terms
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.load import stream_into
@@ -25,7 +25,7 @@ from alkahest.engine.readable import Leading, Shapes
 from alkahest.engine.save import Saved, stream
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
-from alkahest.errors import AlgebraError, refuse_unknown_options
+from alkahest.errors import AlgebraError, MismatchError, refuse_unknown_options
 from alkahest.model.keys import Pattern
 
 _NOT_A_DELTA = ": that is for deltas; choose before adding: bridge + (variant - base).only('layers')"
@@ -62,6 +62,22 @@ class Weights(AnyWeights):
         Holds for every delta added and for `lerp`, except deltas marked ``everywhere()``.
         """
         return Protected(self, Pattern(pattern, self.family).require_match(self.shapes, "protect").text)
+
+    def with_parts_of(self, part: Expression) -> Weights:
+        """These weights, with the tensors that a partial checkpoint holds in place of their own.
+
+        >>> base.with_parts_of(ak.open_part("refiners.safetensors")).save("whole.safetensors")
+
+        Protected tensors stay. Raises AlgebraError for anything but a part, MismatchError if its tensors do not fit.
+        """
+        if not isinstance(part, Expression) or part._kind != "part":
+            raise AlgebraError(
+                "with_parts_of",
+                "a part of a checkpoint is needed",
+                found=type(part).__name__,
+                fix="ak.open_part(path); of a whole model take a difference: base + (other - base).only('refiner')",
+            )
+        return Overlay(self, part)
 
     def __add__(self, other: object) -> Weights:
         if isinstance(other, Delta):
@@ -114,6 +130,7 @@ class Weights(AnyWeights):
         max_shard_size: int | str | None = None,
         allow_nonfinite: bool = False,
         metadata: Mapping[str, str] | None = None,
+        drop: str | None = None,
         threads: int | None = None,
         executor: Executor | None = None,
     ) -> Saved:
@@ -131,6 +148,8 @@ class Weights(AnyWeights):
         - ``device``: ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
         - ``comfy_compatible``: ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
         - ``metadata``: more text for the file's header, such as a title; not under ``format`` or ``alkahest``.
+        - ``drop``: a pattern of tensors beside the model (``extras``, and the companions of an all-in-one file) that
+          are not carried along, such as ``"model_ema, ema_decay"``.
         - ``max_shard_size``: bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
         - ``allow_nonfinite``: write NaN, infinity and overflow instead of refusing; the result counts them.
         - ``threads``: workers; the bytes do not depend on it. Default: the processors at hand, at most 8.
@@ -152,6 +171,7 @@ class Weights(AnyWeights):
                 max_shard_size=max_shard_size,
                 allow_nonfinite=allow_nonfinite,
                 metadata=metadata,
+                drop=drop,
                 threads=threads,
                 executor=executor,
             )
@@ -172,12 +192,23 @@ class Weights(AnyWeights):
         max_shard_size: int | str | None = None,
         allow_nonfinite: bool = False,
         metadata: Mapping[str, str] | None = None,
+        drop: str | None = None,
         threads: int | None = None,
         executor: Executor | None = None,
     ) -> Iterator[Event]:
         """Like `save`, as a generator of progress events; closing it stops and removes the partial file."""
         options = Options(
-            dtype, layout, rounding, seed, device, comfy_compatible, max_shard_size, allow_nonfinite, threads, metadata
+            dtype,
+            layout,
+            rounding,
+            seed,
+            device,
+            comfy_compatible,
+            max_shard_size,
+            allow_nonfinite,
+            threads,
+            metadata,
+            drop,
         ).require("save")
         return stream(self, path, options, executor)
 
@@ -252,6 +283,36 @@ class Protected(OfWeights):
 
     def _text(self, names: Names) -> tuple[str, int]:
         return f"{in_parentheses(self.weights, names, ATOM)}.protect({self.pattern!r})", ATOM
+
+
+@dataclass(frozen=True, repr=False)
+class Overlay(OfWeights):
+    """Weights with the tensors of a partial checkpoint in place of their own; protected ones stay."""
+
+    weights: Weights
+    part: Expression
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, shape in self.part.shapes.items():
+            if self.weights.shapes.get(key) != shape:
+                raise MismatchError(
+                    "with_parts_of",
+                    "a tensor of the part does not fit the model",
+                    key=key,
+                    expected=self.weights.shapes.get(key, "no such tensor"),
+                    found=shape,
+                    fix="use a part of this model",
+                )
+
+    def at(self, key: str, rules: Rules) -> Term | None:
+        part = self.part.leaves()[0]
+        if key in self.part.shapes and not self.is_protected(key):
+            return terms.Source(part, key)
+        return self.weights.at(key, rules)
+
+    def _text(self, names: Names) -> tuple[str, int]:
+        return f"{in_parentheses(self.weights, names, ATOM)}.with_parts_of({self.part._text(names)[0]})", ATOM
 
 
 @dataclass(frozen=True, repr=False)

@@ -154,6 +154,12 @@ def convert(
     seed: Seed = 0,
     max_shard_size: Shards = None,
     allow_nonfinite: AllowNonfinite = False,
+    drop: Annotated[
+        str | None, typer.Option(help="Leave out what lies beside the model, by pattern: model_ema, text_encoders.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Of a file that holds several models: the prefix of the one that is meant.")
+    ] = None,
     threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -167,9 +173,10 @@ def convert(
             seed=seed,
             max_shard_size=max_shard_size,
             allow_nonfinite=allow_nonfinite,
+            drop=drop,
             threads=threads,
         )
-        _save(alkahest.open(source), output, options, as_json, quiet)
+        _save(alkahest.open(source, prefix=prefix), output, options, as_json, quiet)
 
 
 @app.command()

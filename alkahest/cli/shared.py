@@ -13,6 +13,7 @@ import typer
 
 import alkahest
 from alkahest.errors import AlkahestError, OutputError, UnsupportedError
+from alkahest.files.paths import expanded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,7 +163,7 @@ def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> N
             raise UnsupportedError(
                 "save", f"this is to be a {suffix} file", file=path, fix=f"name it like {path.stem or 'delta'}{suffix}"
             )
-        if not path.expanduser().resolve().parent.is_dir():
+        if not expanded(path, "save").resolve().parent.is_dir():
             raise OutputError("save", "the output folder does not exist", file=path.parent, fix="create it first")
     if plot is not None or html is not None:
         try:

@@ -25,6 +25,7 @@ _RECORDED = (
     "max_shard_size",
     "allow_nonfinite",
     "metadata",
+    "drop",
 )
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -43,6 +44,7 @@ class Options:
     allow_nonfinite: bool = False
     threads: int | None = None
     metadata: Mapping[str, str] | None = None
+    drop: str | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any], operation: str = "save") -> Options:

@@ -15,8 +15,8 @@ from alkahest.engine.terms import Computable, Term
 from alkahest.errors import AlgebraError, OutputError, unknown
 from alkahest.files.header import BITS, Entry
 from alkahest.files.reader import Reader
-from alkahest.model.dtypes import FORMATS, FP8, SCALED, Format, storage_name
-from alkahest.model.packed import PACKED
+from alkahest.model.dtypes import FORMATS, FP8, FP64, SCALED, STORAGES, Format, storage_name
+from alkahest.model.keys import Pattern
 from alkahest.model.stored import MARKER, QUANTISATION, Slice, helper_bytes
 
 ALL_IN_ONE_PREFIX = "model.diffusion_model."
@@ -114,14 +114,20 @@ class Plan:
 
 
 def make_plan(
-    expression: Computable, rules: Rules, dtype: object, layout: str | None, max_shard_bytes: int | None = None
+    expression: Computable,
+    rules: Rules,
+    dtype: object,
+    layout: str | None,
+    max_shard_bytes: int | None = None,
+    drop: str | None = None,
 ) -> Plan:
     """Decide the storage of every tensor and whether its bytes can be copied.
 
     ``dtype`` None keeps each tensor's storage in the leading checkpoint; ``layout`` None is native,
-    or all-in-one if the leading checkpoint is.
+    or all-in-one if the leading checkpoint is. ``drop`` is a pattern of what lies beside the model and is left out.
     """
     leading = expression.leading
+    dropped = _dropped(leading, drop)
     chosen = _choose_layout(layout, leading)
     names = leading.family.layout(leading.family.default_layout if chosen == "all-in-one" else chosen)
     prefix = ALL_IN_ONE_PREFIX if chosen == "all-in-one" else ""
@@ -135,10 +141,14 @@ def make_plan(
     if any(item.name.endswith(".scale_weight") for group in groups for item in group):
         full = leading.full_precision
         groups.append([Constant(prefix + MARKER, "F8_E4M3", (2,) if full else (0,), b"\0\0" if full else b"")])
+    extras = {name: place for name, place in leading.extras.items() if name not in dropped}
+    groups += [[Carried(prefix + name, *place)] for name, place in extras.items()]
     if chosen == "all-in-one":
-        groups += [[Carried(name, *place)] for name, place in leading.companions.items()]
+        groups += [[Carried(n, *place)] for n, place in leading.companions.items() if n not in dropped]
     weights = [item for group in groups for item in group if isinstance(item, Weight)]
-    notes = _notes(expression, leading, chosen, weights)
+    notes = _notes(expression, leading, chosen, weights, list(extras))
+    if dropped:
+        notes.append(f"{len(dropped)} tensors beside the model are left out: {', '.join(sorted(dropped)[:3])}")
     metadata = _companion_metadata(leading) if chosen == "all-in-one" else {}
     return Plan([_in_file_order(group) for group in _shards(groups, max_shard_bytes)], chosen, notes, metadata)
 
@@ -174,10 +184,7 @@ def _choose_layout(layout: str | None, leading: Leading) -> str:
 def _storage(leading: Leading, keys: list[str], requested: str | None) -> tuple[Format, str | None]:
     if requested is None:
         # Parts of a fused tensor may be stored differently when they come from a split layout.
-        storages = [leading.storage[key] for key in keys]
-        wide = [name for name in storages if name not in (*FP8, *SCALED)]
-        name = wide[0] if wide else storages[0]
-        name = "bf16" if name in PACKED else name  # which is read, and never written
+        name = max((_written_as(leading.storage[key]) for key in keys), key=_WIDTHS.index)
     elif requested in (*FP8, *SCALED) and not all(map(leading.family.is_quantisable, keys)):
         name = "bf16"
     else:
@@ -188,12 +195,26 @@ def _storage(leading: Leading, keys: list[str], requested: str | None) -> tuple[
     return FORMATS["fp8_e4m3fn"] if held is None else held.stored.form, name
 
 
+# From the narrowest range to the widest: what a fused tensor is stored as whose parts differ.
+_WIDTHS = (*FP8, *SCALED, "fp16", "bf16", "fp32")
+
+
+def _written_as(storage: str) -> str:
+    """The form that stored numbers keep, or get if theirs is read and never written."""
+    return storage if storage in STORAGES else "fp32" if storage == FP64.name else "bf16"
+
+
 def _piece(expression: Computable, key: str, rules: Rules, form: Format, spelling: str | None) -> Piece:
     found = expression.at(key, rules)
     if found is None:
         raise AlgebraError("save", "no value for a tensor", key=key)
     held = _place_of(found)
-    same = held is not None and held.stored.form == form and (held.stored.spelling is None) == (spelling is None)
+    same = (
+        held is not None
+        and held.stored.is_plain
+        and held.stored.form == form
+        and (held.stored.spelling is None) == (spelling is None)
+    )
     return Piece(key, found, math.prod(expression.shapes[key]), held if same else None)
 
 
@@ -231,6 +252,16 @@ def _weight_items(
     return items
 
 
+def _joined_notes(leading: Leading, weights: list[Weight]) -> list[str]:
+    """What becomes of tensors that are written as one and were stored differently."""
+    joined: Counter[str] = Counter()
+    for weight in weights:
+        stored = dict.fromkeys(leading.storage[piece.key] for piece in weight.pieces)
+        if len(stored) > 1:
+            joined[f"{' and '.join(stored)} are written as {weight.storage}"] += 1
+    return [f"{count} fused tensors whose parts are stored as {change}" for change, count in joined.items()]
+
+
 def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     first = shapes[0]
     return first if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *first[1:])
@@ -260,7 +291,20 @@ def _in_file_order(items: list[Item]) -> list[Item]:
     return sorted(items, key=lambda item: -BITS[item.tag])
 
 
-def _notes(expression: Computable, leading: Leading, layout: str, weights: list[Weight]) -> list[str]:
+def _dropped(leading: Leading, drop: str | None) -> set[str]:
+    """What lies beside the model and a pattern leaves out. UnknownNameError if an item of it names none of that."""
+    if drop is None:
+        return set()
+    beside = [*leading.extras, *leading.companions]
+    if not beside:
+        raise OutputError("save", "nothing lies beside the model that could be dropped", found=drop, fix="leave it out")
+    pattern = Pattern(drop, leading.family).require_match(beside, "drop")
+    return {name for name in beside if pattern.matches(name)}
+
+
+def _notes(
+    expression: Computable, leading: Leading, layout: str, weights: list[Weight], extras: list[str]
+) -> list[str]:
     notes = []
     for change, count in count_restored(weights, expression.is_protected).items():
         notes.append(f"{count} protected tensors change storage ({change}): decoded and rounded once, not copied")
@@ -269,11 +313,14 @@ def _notes(expression: Computable, leading: Leading, layout: str, weights: list[
             f"{len(leading.companions)} tensors of other models in {leading.name} are left out; layout='all-in-one' "
             "keeps them"
         )
-    if leading.unknown:
+    if extras:
+        first = ", ".join(extras[:3]) + (", ..." if len(extras) > 3 else "")
         notes.append(
-            f"{len(leading.unknown)} tensors unknown to {leading.family.title} were handled like any other: "
-            f"{leading.unknown[0]}, ..."
+            f"{len(extras)} tensors that are no part of {leading.family.title} are carried along as they are: "
+            f"{first}; drop= leaves them out"
         )
+    notes += [f"{leading.name}: {text}" for text in leading.oddities]
+    notes += _joined_notes(leading, weights)
     whole = [piece.key for weight in weights for piece in weight.pieces if terms.needs_whole_tensor(piece.term)]
     if whole:
         largest = max(math.prod(expression.shapes[key]) for key in whole) * 4

@@ -122,5 +122,6 @@ class Leading(Readable):
     layout: str = ""  # how its files name the tensors; empty if it is in none
     metadata: Mapping[str, str] = {}
     companions: Mapping[str, tuple[Reader, Entry]] = {}  # tensors of other models in the same file
-    unknown: Sequence[str] = ()  # tensors that the family does not have
+    extras: Mapping[str, tuple[Reader, Entry]] = {}  # tensors beside the model's that are no part of it, prefix removed
+    oddities: Sequence[str] = ()  # what is unusual about the files, in words
     full_precision = False  # what a scaled fp8 file says of its arithmetic

@@ -82,7 +82,7 @@ class Recipe:
 def plan_of(expression: Computable, options: Options) -> Plan:
     """The output's tensors under these options."""
     rules = Rules(comfy_compatible=options.comfy_compatible)
-    plan = make_plan(expression, rules, options.dtype, options.layout, options.shard_bytes())
+    plan = make_plan(expression, rules, options.dtype, options.layout, options.shard_bytes(), options.drop)
     return replace(plan, metadata={**(options.metadata or {}), **plan.metadata})
 
 

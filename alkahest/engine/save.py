@@ -24,6 +24,7 @@ from alkahest.engine.terms import Computable
 from alkahest.engine.workers import Run
 from alkahest.errors import AlgebraError, OutputError
 from alkahest.files.hashes import blake3_of
+from alkahest.files.paths import expanded
 from alkahest.files.reader import same_file, size_text
 from alkahest.files.whole import Writer, as_output_error, whole_file, whole_folder
 
@@ -68,7 +69,7 @@ def stream(
 
     Closing the generator, or any exception, stops the work and removes the partial file.
     """
-    target = Path(path).expanduser()
+    target = expanded(path, "save")
     check_target(expression, target, options)
     plan = plan_of(expression, options)
     if executor is None:

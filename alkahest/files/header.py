@@ -95,7 +95,8 @@ def read_header(reader: Reader) -> Header:
             reader, "the header is longer than the file", f"at least {8 + length:,} bytes", f"{reader.size:,} bytes"
         )
     parsed = parse_json(reader.read(8, length), reader)
-    metadata = parsed.pop("__metadata__", {})
+    metadata = parsed.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is none, to the safetensors library too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad(reader, "__metadata__ is not a map of strings", "strings", type(metadata).__name__)
     data_start = 8 + length
@@ -116,6 +117,8 @@ def parse_json(text: bytes, reader: Reader) -> dict[str, Any]:
 
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
+        if b"\\u" in text:  # half of a surrogate pair is no text, to the safetensors library neither
+            json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _bad(reader, "this is not valid JSON", "a JSON object", str(error) or "nesting too deep") from None
     if not isinstance(parsed, dict):

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alkahest.errors import AlkahestError, FileFormatError, UnsupportedError, nearest
-from alkahest.files.header import MAX_HEADER, Entry, parse_json, read_header
+from alkahest.errors import AlkahestError, FileFormatError, UnsupportedError, nearest, reason
+from alkahest.files.header import read_header
+from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
+from alkahest.files.shards import Located, choose_in_folder, open_index, open_shard_files, read_json, shards_with
 
 _HUB_ID = re.compile(r"(\w[\w.-]*)/\w[\w.-]*(?<!\.safetensors)(/.+\.safetensors)?")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-
-
-@dataclass(frozen=True)
-class Located:
-    """The tensors of one checkpoint: name -> file and entry, with the files' metadata."""
-
-    path: Path
-    files: tuple[Reader, ...]
-    tensors: dict[str, tuple[Reader, Entry]]
-    metadata: dict[str, str]
-    config: dict[str, Any] | None = field(default=None)
 
 
 def locate(source: str | os.PathLike[str]) -> Located:
@@ -36,22 +27,23 @@ def locate(source: str | os.PathLike[str]) -> Located:
     """
     if not str(source):
         raise FileFormatError("open", "an empty path", fix="name a file, a folder or a hub id")
-    path = Path(source).expanduser()
-    try:
-        path.exists()
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
-        raise FileFormatError(
-            "open", "this cannot be a file's name", file=str(source)[:300], found=str(error)[:60]
-        ) from None
-    hub_id = _HUB_ID.fullmatch(str(source))
+    path = expanded(source, "open")
+    hub_id = _HUB_ID.fullmatch(str(source).strip())
     if hub_id and not path.exists() and not Path(hub_id[1]).is_dir():
-        path = _from_hub(str(source))
+        path = _from_hub(str(source).strip())
+    try:
+        return _open(path, source)
+    except OSError as error:  # a folder that may not be read, a link that leads in a circle
+        raise FileFormatError("open", reason(error), file=path, fix="check who may read it") from None
+
+
+def _open(path: Path, source: object) -> Located:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise FileFormatError("open", "no such file or folder", file=source, fix=_nearby(path))
-    if path.name.endswith(".index.json"):
-        return _open_shards(path)
+        raise FileFormatError("open", "no such file or folder", file=str(source), fix=_nearby(path))
+    if path.name.endswith(".json"):
+        return open_index(path)
     if path.suffix.lower() == ".gguf":
         read_header(Reader(path))
         raise UnsupportedError("open", "GGUF files are not supported", file=path, fix="use the .safetensors file")
@@ -67,11 +59,8 @@ def locate(source: str | os.PathLike[str]) -> Located:
 
 
 def _open_single(path: Path, config: dict[str, Any] | None = None) -> Located:
-    shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
-    if shard and int(shard[1]) > 1:
-        raise FileFormatError(
-            "open", "this is one shard of several", file=path, fix="open its folder or its index.json"
-        )
+    if len(shards := shards_with(path)) > 1:
+        return open_shard_files(shards, config)
     reader = Reader(path)
     header = read_header(reader)
     tensors = {name: (reader, entry) for name, entry in header.entries.items()}
@@ -82,74 +71,13 @@ def _open_folder(path: Path) -> Located:
     if (path / "transformer").is_dir():
         path = path / "transformer"
     config_file = path / "config.json"
-    config = _json_file(config_file) if config_file.is_file() else None
-    indexes = sorted(path.glob("*.safetensors.index.json"), key=lambda p: (len(p.name), p.name))
-    singles = sorted(path.glob("*.safetensors"))
-    named = [p for p in singles if p.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
-    if named or (len(singles) == 1 and not indexes):
-        return _open_single((named or singles)[0], config)
-    if indexes:
-        return _open_shards(indexes[0], config)
-    if singles:
-        names = ", ".join(p.name for p in singles[:5])
-        raise FileFormatError("open", "the folder holds several models", file=path, found=names, fix="name one file")
-    raise FileFormatError(
-        "open",
-        "the folder holds no .safetensors",
-        file=path,
-        expected="a transformer/ folder, a pipeline folder or a sharded checkpoint",
-        found=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
-    )
-
-
-def _open_shards(index: Path, config: dict[str, Any] | None = None) -> Located:
-    weight_map = _json_file(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FileFormatError("open", "the index has no weight_map", file=index, fix="get the index again")
-    readers: dict[str, Reader] = {}
-    tensors: dict[str, tuple[Reader, Entry]] = {}
-    metadata: dict[str, str] = {}
-    for name in dict.fromkeys(weight_map.values()):
-        # A shard is a plain file name: an index must not reach outside its folder.
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
-            raise FileFormatError("open", "the index names an impossible file", file=index, found=repr(name))
-        if not (index.parent / name).is_file():
-            raise FileFormatError(
-                "open", "a shard is missing", file=index.parent / name, fix="download the missing file"
-            )
-        readers[name] = Reader(index.parent / name)
-        header = read_header(readers[name])
-        metadata |= header.metadata
-        for key, entry in header.entries.items():
-            if weight_map.get(key) != name:
-                raise FileFormatError(
-                    "open",
-                    "a shard holds a tensor that the index puts elsewhere",
-                    file=readers[name].path,
-                    key=key,
-                    expected=weight_map.get(key, "not in the index"),
-                    found=name,
-                    fix="get index and shards again",
-                )
-            tensors[key] = (readers[name], entry)
-    if absent := [key for key in weight_map if key not in tensors]:
-        raise FileFormatError(
-            "open",
-            "the index names a tensor that its shard does not have",
-            file=index,
-            key=absent[0],
-            expected=f"in {weight_map[absent[0]]}",
-            found="not there",
-            fix="get index and shards again",
-        )
-    return Located(index.parent, tuple(readers.values()), tensors, metadata, config)
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    reader = Reader(path)
-    if reader.size > MAX_HEADER:
-        raise FileFormatError("open", "the JSON file is too long", file=path, found=f"{reader.size:,} bytes")
-    return parse_json(reader.read(0, reader.size), reader)
+    config = read_json(config_file) if config_file.is_file() else None
+    chosen, beside = choose_in_folder(path)
+    located = open_index(chosen, config) if chosen.suffix == ".json" else _open_single(chosen, config)
+    read = {reader.path.name for reader in located.files}
+    others = [one.name for one in beside if one.name not in read]
+    told = (f"also there and not read: {', '.join(others)}",) if others else ()
+    return replace(located, beside=(*located.beside, *told))
 
 
 def _from_hub(source: str) -> Path:

@@ -13,6 +13,7 @@ import ipywidgets as widgets
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
 from alkahest.errors import AlkahestError
+from alkahest.files.paths import expanded
 from alkahest.files.reader import size_text
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, reason_of
@@ -63,7 +64,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
 
     def look(self) -> None:
         """Read the folder again."""
-        place = Path(self.folder.value).expanduser()
+        place = expanded(self.folder.value, "open")
         looked_at = count()
         found = list(checkpoints_in(place, looked_at=looked_at))
         options = [(f"{path.relative_to(place)}, {size_text(size)}", path) for path, size in found]
@@ -90,7 +91,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
     def _guess_lineage(self) -> Iterator[Event]:
         if self.checkpoint is None:
             raise AlkahestError("guess lineage", "no checkpoint is chosen", fix="choose one in the first list")
-        place = Path(self.folder.value).expanduser()
+        place = expanded(self.folder.value, "open")
         marked = {str(path.relative_to(place)): open_checkpoint(path) for path in self.candidates.value}
         self._asked = self.checkpoint
         tried = {name: one for name, one in {**self._bases, **marked}.items() if one != self.checkpoint}

@@ -6,7 +6,6 @@ import html
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -19,6 +18,7 @@ from alkahest.engine.options import Options
 from alkahest.engine.record import readers_of, recipe_of
 from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options, unknown
 from alkahest.files.hashes import blake3_of
+from alkahest.files.paths import expanded
 from alkahest.files.whole import write_file
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
@@ -270,7 +270,7 @@ class LiveMerge(Panel):
         self.comparison.value = "".join(figures)
 
     def _recipe_saved(self) -> Iterator[Event]:
-        expression, path = self.expression, Path(self.recipe_path.value).expanduser()
+        expression, path = self.expression, expanded(self.recipe_path.value, "save")
         if path.suffix != ".json":
             raise OutputError("save recipe", "a recipe is a .json file", file=path, fix=str(path.with_suffix(".json")))
         readers, hashes = readers_of(expression), {}

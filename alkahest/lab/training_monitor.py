@@ -12,6 +12,7 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
+from alkahest.files.paths import expanded
 from alkahest.lab.figure import image_tag, png
 from alkahest.lab.panel import STYLE, Panel, Redraw
 from alkahest.lab.run_plots import MEASURES, training_curve
@@ -29,7 +30,7 @@ def training_monitor(folder: str | Path, seconds: float = 2.0) -> TrainingMonito
     While *follow* is on, the folder is looked at every so many ``seconds`` and drawn when a measurement
     has come; a folder that is not there yet is waited for. ``.history`` is the table.
     """
-    return TrainingMonitor(Path(folder).expanduser(), seconds)
+    return TrainingMonitor(expanded(folder, "training_monitor"), seconds)
 
 
 class TrainingMonitor(Panel):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alkahest.errors import OutputError, UnsupportedError, refuse_unknown_options, unknown
 from alkahest.files.header import build_header
+from alkahest.files.paths import expanded
 from alkahest.files.reader import same_file
 from alkahest.files.whole import as_output_error, whole_file
 from alkahest.model.dtypes import BY_TAG, FORMATS
@@ -97,7 +98,7 @@ def check_target(path: str | os.PathLike[str], flavour: str, full: bool = False,
             found=f"flavour {flavour!r}",
             fix="flavour='comfyui', or leave them out",
         )
-    target = Path(path).expanduser()
+    target = expanded(path, "save")
     if target.suffix.lower() != ".safetensors":
         raise OutputError(
             "save", "a LoRA is one .safetensors file", file=target, fix="name it like supplement.safetensors"

@@ -371,7 +371,7 @@ def unit_of(where: Term | None) -> tuple[Format, float] | None:
         return None
     held, storage = where.leaf.stored(where.key), where.leaf.storage.get(where.key)
     if held is not None:
-        return None if held.stored.packed else (held.stored.form, held.stored.scale)
+        return (held.stored.form, held.stored.scale) if held.stored.is_plain else None
     return None if storage is None else (FORMATS[storage], 1.0)
 
 

@@ -43,7 +43,9 @@ FORMATS = {
         Format("fp8_e5m2", "F8_E5M2", torch.float8_e5m2, 2, -14, 57344.0),
     )
 }
-BY_TAG = {form.tag: form for form in FORMATS.values()}
+# Read and rounded once, never written.
+FP64 = Format("fp64", "F64", torch.float64, 52, -1022, torch.finfo(torch.float64).max)
+BY_TAG = {form.tag: form for form in (*FORMATS.values(), FP64)}
 FORMAT_OF = {form.torch: form for form in FORMATS.values()}
 FP8 = ("fp8_e4m3fn", "fp8_e5m2")
 

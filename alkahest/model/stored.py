@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,14 +19,14 @@ import torch
 from alkahest.errors import FileFormatError, UnsupportedError
 from alkahest.files.header import Entry
 from alkahest.files.reader import Reader
-from alkahest.model.dtypes import BY_TAG, FP8, Format
+from alkahest.model.dtypes import BY_TAG, FP8, Format, decode
 from alkahest.model.packed import PACKED, Packed, packed_of, unpack
+from alkahest.model.scales import SCALES, Grid, read_scale, refuse_unknown_beside
 
 MARKER = "scaled_fp8"
 QUANTISATION = "_quantization_metadata"
-_SCALES = ("weight_scale", "scale_weight")
 _INPUT_SCALES = ("input_scale", "scale_input")
-_HELPERS = (*_SCALES, *_INPUT_SCALES, "comfy_quant", "weight_scale_2")
+_HELPERS = (*SCALES, *_INPUT_SCALES, "comfy_quant", "weight_scale_2")
 _FORMATS = {"float8_e4m3fn": "fp8_e4m3fn", "float8_e5m2": "fp8_e5m2"}
 _CONVERT = (
     "use the bf16, fp16, fp8, nvfp4, mxfp8 or int8 file of the same model; GGUF can be dequantised with the gguf "
@@ -46,11 +46,23 @@ class Stored:
     spelling: str | None = None  # "comfy_quant", "scaled_fp8", or None if there is no scale
     helpers: tuple[tuple[str, Entry], ...] = field(default=(), compare=False)
     packed: Packed | None = None
+    grid: Grid | None = None  # a scale for each row or block
 
     @property
     def storage(self) -> str:
-        """The storage form's name: one of `dtypes.STORAGES`, or of `packed.PACKED`."""
-        return self.spelling or self.form.name
+        """The storage form's name: one of `dtypes.STORAGES`, or of what is read and never written."""
+        return self.grid.storage if self.grid else self.spelling or self.form.name
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file's numbers, times one scale, are the weight's."""
+        return self.packed is None and self.grid is None
+
+    def decode(self, raw: torch.Tensor, start: int, out: torch.Tensor) -> None:
+        """Numbers of a weight that is not packed, from their bytes: float32, from element ``start`` on."""
+        decode(raw, self.form, out, self.scale)
+        if self.grid is not None:
+            self.grid.apply(out, start)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,7 +91,7 @@ class Slice:
     @cached_property
     def is_bf16(self) -> bool:
         """Whether its numbers are bf16 as they stand."""
-        return self.stored.packed is None and self.stored.form.name == "bf16" and self.stored.scale == 1.0
+        return self.stored.is_plain and self.stored.form.name == "bf16" and self.stored.scale == 1.0
 
     @property
     def nbytes(self) -> int:
@@ -92,26 +104,38 @@ class Slice:
         return self.stored.entry.offset + self.start * self.stored.form.itemsize
 
 
-def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, str], prefix: str) -> dict[str, Stored]:
-    """Stored weights by name (prefix removed), their helper tensors folded in.
+@dataclass(frozen=True)
+class Resolved:
+    """What a file holds of one model: stored weights by name, and the rest, which no part of it is."""
 
-    Raises UnsupportedError for unknown formats and dtypes, and for packed ones without comfy-kitchen;
-    FileFormatError if a scale is missing, orphaned, of the wrong shape, or not a positive number.
+    weights: dict[str, Stored]
+    extras: dict[str, tuple[Reader, Entry]]
+
+
+def resolve(
+    tensors: Mapping[str, tuple[Reader, Entry]],
+    metadata: Mapping[str, str],
+    prefix: str,
+    is_known: Callable[[str], bool],
+    block: tuple[int, int] | None = None,
+) -> Resolved:
+    """Stored weights by name (prefix removed), their helper tensors folded in; what is not known stays apart.
+
+    ``block`` are the sides of fp8 blocks, if the model's configuration names them. Raises UnsupportedError for unknown
+    formats and dtypes, for packed ones without comfy-kitchen, and for what lies beside an fp8 weight without being
+    understood; FileFormatError if a scale is missing, orphaned, of the wrong shape, or not a positive number.
     """
     bare = {name.removeprefix(prefix): place for name, place in tensors.items()}
     marker = bare.pop(MARKER, None)
+    helpers_of, extras = _sorted(bare, is_known)
     layers = _header_formats(metadata, prefix, bare)
-    weights = {name: place for name, place in bare.items() if name.rpartition(".")[2] not in _HELPERS}
-    scaled = marker is not None or layers or any(name.endswith((".comfy_quant", *_SCALES)) for name in bare)
+    scaled = (
+        marker is not None or layers or any({"comfy_quant", *SCALES} & given.keys() for given in helpers_of.values())
+    )
     found: dict[str, Stored] = {}
-    used = {MARKER}
-    for name, (reader, entry) in weights.items():
-        module = name.removesuffix(".weight")
-        helpers = {helper: bare[f"{module}.{helper}"] for helper in _HELPERS if f"{module}.{helper}" in bare}
-        used |= {f"{module}.{helper}" for helper in helpers} if name.endswith(".weight") else set()
-        if not name.endswith(".weight"):
-            helpers = {}
-        about = layers.get(module) or _declaration(helpers, reader, name)
+    for name, helpers in helpers_of.items():
+        reader, entry = bare[name]
+        about = layers.get(name.removesuffix(".weight")) or _declaration(helpers, reader, name)
         declared = str(about["format"]) if about else None
         kind = declared or ("nvfp4" if "weight_scale_2" in helpers else None)
         kept = tuple((helper, place[1]) for helper, place in helpers.items())
@@ -120,18 +144,45 @@ def resolve(tensors: Mapping[str, tuple[Reader, Entry]], metadata: Mapping[str, 
             found[name] = Stored(reader, name, entry, PACKED[kind], 1.0, None, kept, packed)
             continue
         form = _form(name, entry, reader, declared)
-        scale, spelling = _scale(name, form, helpers, reader, required=bool(scaled and len(entry.shape) == 2))
-        found[name] = Stored(reader, name, entry, form, scale, spelling, kept)
-    orphans = [name for name in bare if name.rpartition(".")[2] in _HELPERS and name not in used]
-    if orphans:
-        raise FileFormatError(
-            "open",
-            "a scale without its weight",
-            file=next(iter(bare.values()))[0].path,
-            key=orphans[0],
-            fix="the file is incomplete; get it again",
-        )
-    return found
+        required = bool(scaled and len(entry.shape) == 2)
+        scale, spelling = _scale(name, form, entry.shape, helpers, reader, required, block)
+        single, grid = (1.0, scale) if isinstance(scale, Grid) else (scale, None)
+        found[name] = Stored(reader, name, entry, form, single, spelling, kept, grid=grid)
+    fp8 = [name for name, one in found.items() if one.packed is None and one.form.name in FP8]
+    refuse_unknown_beside(fp8, {n for n in fp8 if found[n].spelling}, extras, _file_of(bare))
+    return Resolved(found, extras)
+
+
+def _sorted(
+    bare: Mapping[str, tuple[Reader, Entry]], is_known: Callable[[str], bool]
+) -> tuple[dict[str, dict[str, tuple[Reader, Entry]]], dict[str, tuple[Reader, Entry]]]:
+    """Known weights with their helper tensors, and what is neither. FileFormatError for a scale without its weight."""
+    weights: dict[str, dict[str, tuple[Reader, Entry]]] = {
+        name: {} for name in bare if name.rpartition(".")[2] not in _HELPERS and is_known(name)
+    }
+    extras: dict[str, tuple[Reader, Entry]] = {}
+    for name, place in bare.items():
+        module, _, helper = name.rpartition(".")
+        weight = f"{module}.weight"
+        if name in weights:
+            continue
+        if helper in _HELPERS and weight in weights:
+            weights[weight][helper] = place
+        elif helper in _HELPERS and weight not in bare and is_known(weight):
+            raise FileFormatError(
+                "open",
+                "a scale without its weight",
+                file=place[0].path,
+                key=name,
+                fix="the file is incomplete; get it again",
+            )
+        else:
+            extras[name] = place
+    return weights, extras
+
+
+def _file_of(bare: Mapping[str, tuple[Reader, Entry]]) -> object:
+    return next(iter(bare.values()))[0].path if bare else None
 
 
 def helper_bytes(stored: Stored, helper: str) -> bytes | None:
@@ -221,9 +272,25 @@ def _form(name: str, entry: Entry, reader: Reader, declared: str | None) -> Form
 
 
 def _scale(
-    name: str, form: Format, helpers: Mapping[str, tuple[Reader, Entry]], reader: Reader, required: bool
-) -> tuple[float, str | None]:
-    present = [helper for helper in _SCALES if helper in helpers]
+    name: str,
+    form: Format,
+    shape: tuple[int, ...],
+    helpers: Mapping[str, tuple[Reader, Entry]],
+    reader: Reader,
+    required: bool,
+    block: tuple[int, int] | None,
+) -> tuple[float | Grid, str | None]:
+    """A weight's scale, and the spelling that it is written in; a weight without one has 1 and None."""
+    present = [helper for helper in SCALES if helper in helpers]
+    if len(present) > 1:
+        raise FileFormatError(
+            "open",
+            "an fp8 weight has two scales",
+            file=reader.path,
+            key=name,
+            found=" and ".join(present),
+            fix="get another file of the same model",
+        )
     if not present:
         if "comfy_quant" in helpers or (required and form.name in FP8):
             raise FileFormatError(
@@ -236,27 +303,5 @@ def _scale(
                 fix="get the file again",
             )
         return 1.0, None
-    scale_reader, entry = helpers[present[0]]
-    if math.prod(entry.shape) != 1 or entry.dtype not in ("F32", "F16", "BF16"):
-        raise FileFormatError(
-            "open",
-            "a scale has the wrong shape or dtype",
-            file=reader.path,
-            key=f"{name} ({present[0]})",
-            expected="one float32",
-            found=f"{entry.dtype} {entry.shape}",
-            fix=_CONVERT,
-        )
-    raw = bytearray(scale_reader.read(entry.offset, entry.nbytes))
-    scale = float(torch.frombuffer(raw, dtype=BY_TAG[entry.dtype].torch).float())
-    if not (math.isfinite(scale) and scale > 0):
-        raise FileFormatError(
-            "open",
-            "a scale is not a positive number",
-            file=reader.path,
-            key=f"{name} ({present[0]})",
-            expected="a positive number",
-            found=scale,
-            fix="get the file again",
-        )
-    return scale, "comfy_quant" if present[0] == "weight_scale" else "scaled_fp8"
+    scale = read_scale(name, present[0], helpers[present[0]], shape, block)
+    return scale, "scaled_fp8" if present[0] == "scale_weight" else "comfy_quant"

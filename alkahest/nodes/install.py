@@ -9,6 +9,7 @@ from pathlib import Path
 
 import alkahest
 from alkahest.errors import OutputError
+from alkahest.files.paths import expanded
 from alkahest.files.whole import write_file
 from alkahest.nodes.running import NEEDED
 
@@ -60,7 +61,7 @@ def uninstall(comfyui: str | os.PathLike[str]) -> Path:
 
 def find_lacking(comfyui: str | os.PathLike[str]) -> tuple[str | None, list[str]]:
     """ComfyUI's Python, if it can be found, and the packages that the nodes need and it lacks."""
-    root = Path(comfyui).expanduser()
+    root = expanded(comfyui, "install")
     names = [root / one / place for one in ("venv", ".venv") for place in ("bin/python", "Scripts/python.exe")]
     names += [root / "python_embeded/python.exe", root.parent / "python_embeded/python.exe"]
     python = next((str(name) for name in names if name.is_file()), None)
@@ -75,7 +76,7 @@ def find_lacking(comfyui: str | os.PathLike[str]) -> tuple[str | None, list[str]
 
 
 def _folder(comfyui: str | os.PathLike[str]) -> Path:
-    root = Path(comfyui).expanduser()
+    root = expanded(comfyui, "install")
     for place in (root, root / "ComfyUI"):  # the portable edition has it one further down
         if (place / "custom_nodes").is_dir():
             return place / "custom_nodes" / "alkahest"

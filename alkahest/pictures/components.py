@@ -17,8 +17,8 @@ from alkahest import mini
 from alkahest.algebra.weights import Weights
 from alkahest.errors import FileFormatError, MismatchError, unknown
 from alkahest.files.header import read_header
+from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
-from alkahest.model.dtypes import decode
 from alkahest.model.stored import resolve, whole_packed
 
 NAMES = ("text_encoder", "tokenizer", "vae", "scheduler")
@@ -104,7 +104,7 @@ def _from_mapping(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
     loaders = {"text_encoder": _text_encoder, "tokenizer": _tokenizer, "vae": _vae}
     for name, load in loaders.items():
         if isinstance(parts.get(name), (str, os.PathLike)):
-            path = Path(parts[name]).expanduser()
+            path = expanded(parts[name], "components")
             if not path.exists():
                 raise FileFormatError("components", "no such file or folder", file=path, key=name)
             parts[name] = load(path, dtype)
@@ -188,7 +188,9 @@ def _strip_prefix(path: Path, prefixes: tuple[str, ...], landmark: str, dtype: t
         raise FileFormatError("components", "this is another kind of file", file=path, expected=f"a tensor {landmark}")
     mine = {name: (reader, entry) for name, entry in header.entries.items() if name.startswith(prefix)}
     state: dict[str, Tensor] = {}
-    for name, stored in resolve(mine, header.metadata, prefix).items():
+    # What else a text encoder's file may hold, a scale of an unknown kind among it, is not taken for a weight.
+    found = resolve(mine, header.metadata, prefix, lambda name: name.endswith((".weight", ".bias")))
+    for name, stored in found.weights.items():
         if stored.packed is not None:
             state[name] = whole_packed(stored).to(dtype).view(stored.shape)
             continue
@@ -196,7 +198,7 @@ def _strip_prefix(path: Path, prefixes: tuple[str, ...], landmark: str, dtype: t
         raw = torch.empty(elements * stored.form.itemsize, dtype=torch.uint8)
         reader.read_into(raw.numpy().data, stored.entry.offset)
         values = torch.empty(elements)
-        decode(raw, stored.form, values, stored.scale)
+        stored.decode(raw, 0, values)
         state[name] = values.to(dtype).view(stored.entry.shape)
     return state
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from alkahest.engine.events import Event
 from alkahest.errors import AlkahestError, FileFormatError, refuse_unknown_options
 from alkahest.files.hashes import blake3_of
+from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
 from alkahest.files.whole import write_file
 from alkahest.mini.drawing import draw
@@ -74,7 +75,7 @@ def from_folder(folder: str | Path) -> Dataset:
     Hugging Face's image folders. Pictures without a caption are skipped and reported. Raises
     FileFormatError if the folder is missing or holds no picture with a caption.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder, "dataset")
     if not path.is_dir():
         raise FileFormatError("dataset", "no such folder", file=path, fix="name a folder of pictures")
     told = _table(path)
@@ -168,7 +169,7 @@ def make_dataset(
     for all that name none of their own. Writes ``NAME-00000.png`` and ``.txt``; pictures that are there are not
     drawn again.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder, "dataset")
     if not prompts:
         raise AlkahestError("make_dataset", "there are no prompts", fix="a file with a prompt a line")
     path.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,6 @@ from alkahest.engine.scalars import Rules, number
 from alkahest.engine.terms import Apply, Minus, Plus, Source, Term, Times
 from alkahest.errors import UnsupportedError, refuse_unknown_options, unknown
 from alkahest.files.reader import size_text
-from alkahest.model.dtypes import decode
 from alkahest.model.stored import Slice
 from alkahest.pictures.pipelines import pipeline
 from alkahest.pictures.sampler import set_lora_strengths
@@ -281,7 +280,7 @@ class _Holding(Readable):
             self.leaf.read(key, start, stop, out, workspace)
         else:
             size = piece.stored.form.itemsize
-            decode(raw[start * size : stop * size], piece.stored.form, out, piece.stored.scale)
+            piece.stored.decode(raw[start * size : stop * size], piece.start + start, out)
 
     @contextmanager
     def bits(self, key: str, start: int, stop: int, workspace: Workspace) -> Iterator[Bits]:

@@ -12,9 +12,10 @@ from alkahest.algebra.weights import Weights
 from alkahest.engine.record import Recipe
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
 from alkahest.files.hashes import blake3_of, known_paths
-from alkahest.recipes.text import names_in, parse
+from alkahest.recipes.text import names_in, parse, parts_in
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.lora import Lora, open_input
+from alkahest.sources.partial import PartialCheckpoint, open_part
 from alkahest.sources.signs import Signs
 from alkahest.workflow.translate import WorkflowRecipe
 
@@ -83,7 +84,7 @@ def _parse(recipe: Recipe, given: Mapping[str, Any], beside: Path | None, option
         if isinstance(value, (int, float)):
             names[name] = value
         elif value is not None:
-            names[name] = require_match(open_input(value, name=name), recipe, name)
+            names[name] = require_match(_open(value, name, recipe), recipe, name)
         elif name in recipe.inputs:
             names[name] = found_input(recipe, name, beside)
         else:
@@ -109,7 +110,17 @@ def require_wanted(given: Mapping[str, Any], recipe: Recipe, options: Sequence[s
     return wanted
 
 
-def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | Lora | Signs:
+Input = Checkpoint | Lora | Signs | PartialCheckpoint
+
+
+def _open(source: Any, name: str, recipe: Recipe) -> Input:
+    """An input as the recipe uses it: a part of a checkpoint where it is laid over another."""
+    if recipe.text and name in parts_in(recipe.text):
+        return open_part(source, name=name)
+    return open_input(source, name=name)
+
+
+def found_input(recipe: Recipe, name: str, beside: Path | None) -> Input:
     """The recorded input by its name in a folder, or by its hash wherever it was seen before."""
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
@@ -121,7 +132,7 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | 
             continue
         in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
         try:
-            return require_match(open_input(path.parent if in_folder else path, name=name), recipe, name)
+            return require_match(_open(path.parent if in_folder else path, name, recipe), recipe, name)
         except (FileFormatError, UnsupportedError):  # another file of that name
             continue
         except RecipeError as error:
@@ -135,7 +146,7 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Checkpoint | 
     )
 
 
-def require_match(checkpoint: Checkpoint | Lora | Signs, recipe: Recipe, name: str) -> Checkpoint | Lora | Signs:
+def require_match(checkpoint: Input, recipe: Recipe, name: str) -> Input:
     """An opened input, if it is the one that the recipe was made with; RecipeError otherwise."""
     recorded = recipe.inputs.get(name)
     if recorded is None:

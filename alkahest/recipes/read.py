@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from alkahest.engine.record import MAX_TEXT, METADATA_KEY, Recipe
 from alkahest.errors import RecipeError, refuse_unknown_options
 from alkahest.files.locate import locate
+from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
 from alkahest.recipes.text import names_in
 from alkahest.sources.lora_names import is_lora
@@ -44,7 +44,7 @@ def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[
 
 def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Sequence[Recipe]]:
     """`read_recipe` with all recipes that a workflow has."""
-    path = Path(path).expanduser()
+    path = expanded(path, "recipe")
     if path.is_dir() or path.suffix == ".safetensors":
         located = locate(path)
         metadata = located.metadata

@@ -22,9 +22,12 @@ from alkahest.errors import AlkahestError, RecipeError, nearest
 from alkahest.lora.apply import apply_lora
 from alkahest.sources.made_up_weights import made_up
 
-_GRAMMAR = "checkpoints, numbers, + - * /, protect, only, without, scaled, agreeing, everywhere, lerp, methods"
+_GRAMMAR = (
+    "checkpoints, numbers, + - * /, protect, with_parts_of, only, without, scaled, agreeing, everywhere, lerp, methods"
+)
 _METHODS = {
     "protect": Weights,
+    "with_parts_of": Weights,
     "only": Delta,
     "without": Delta,
     "everywhere": Delta,
@@ -79,6 +82,18 @@ def names_in(text: str) -> list[str]:
     called |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_package(node)}
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called]
     return list(dict.fromkeys(node.id for node in sorted(names, key=lambda n: (n.lineno, n.col_offset))))
+
+
+def parts_in(text: str) -> set[str]:
+    """The names in a recipe text that stand for parts of checkpoints: arguments of ``with_parts_of``."""
+    calls = (node for node in ast.walk(_tree(text)) if isinstance(node, ast.Call))
+    return {
+        argument.id
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "with_parts_of"
+        for argument in call.args
+        if isinstance(argument, ast.Name)
+    }
 
 
 def _tree(text: str) -> ast.Expression:

@@ -27,8 +27,9 @@ from alkahest.errors import (
     refuse_unknown_options,
 )
 from alkahest.files.header import Entry
-from alkahest.files.locate import Located, locate
+from alkahest.files.locate import locate
 from alkahest.files.reader import Reader, size_text
+from alkahest.files.shards import Located
 from alkahest.model.dtypes import BY_TAG, decode
 from alkahest.model.families import Family, holds_model
 from alkahest.sources.checkpoint import Checkpoint
@@ -214,7 +215,9 @@ def open_input(source: str | os.PathLike[str], name: str | None = None) -> Check
     located = locate(source)
     if holds_signs(located):
         return signs_of(located, name)
-    return Lora(located, name) if any(map(is_lora, located.tensors)) else open_checkpoint(source, name=name)
+    if any(map(is_lora, located.tensors)) and not holds_model(located.tensors):
+        return Lora(located, name)
+    return open_checkpoint(source, name=name)
 
 
 def _updates(

@@ -17,8 +17,9 @@ from alkahest.algebra.leaves import DeltaLeaf
 from alkahest.engine.readable import Workspace
 from alkahest.errors import AlgebraError, FileFormatError, UnsupportedError, refuse_unknown_options
 from alkahest.files.header import Entry, parse_json
-from alkahest.files.locate import Located, locate
+from alkahest.files.locate import locate
 from alkahest.files.reader import Reader, size_text
+from alkahest.files.shards import Located
 from alkahest.files.whole import write_file
 from alkahest.model.families import Family, family_of
 

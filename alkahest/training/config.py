@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from alkahest.errors import FileFormatError, UnsupportedError, refuse_unknown_options, unknown
+from alkahest.files.paths import expanded
 from alkahest.files.toml import Bounds, dataclass_of, read_toml, value_of
 from alkahest.mini.scenes import ATTRIBUTES
 from alkahest.model.families import Family
@@ -148,7 +149,7 @@ class Config:
 @refuse_unknown_options
 def read_config(path: str | Path) -> Config:
     """Read a run from a TOML file. FileFormatError if it is none, UnknownNameError for a key that means nothing."""
-    path = Path(path).expanduser()
+    path = expanded(path, "finetune")
     return config_of(read_toml(path, "finetune"), path.resolve().parent, path)
 
 

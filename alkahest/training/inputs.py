@@ -15,6 +15,7 @@ from alkahest.engine.load import fill
 from alkahest.engine.options import Options
 from alkahest.engine.scalars import Rules
 from alkahest.errors import FileFormatError, RecipeError
+from alkahest.files.paths import expanded
 from alkahest.model import seeded
 from alkahest.model.dtypes import FORMATS
 from alkahest.model.families import Family
@@ -43,7 +44,7 @@ def open_inputs(config: Config) -> dict[str, Checkpoint]:
         if source.startswith(_MINI):
             inputs[name] = mini.load(source.removeprefix(_MINI))
         else:
-            found = config.folder / Path(source).expanduser()
+            found = config.folder / expanded(source, "finetune")
             inputs[name] = open_checkpoint(found if found.exists() else source, name=name)
     return inputs
 
@@ -52,7 +53,7 @@ def _components(config: Config) -> str | None:
     """A folder beside the configuration, or a hub id."""
     if config.components is None:
         return None
-    found = config.folder / Path(config.components).expanduser()
+    found = config.folder / expanded(config.components, "finetune")
     return str(found) if found.exists() else config.components
 
 
@@ -151,13 +152,13 @@ def _shard(start: Weights, config: Config, form: torch.dtype, device: str) -> An
 def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[TrainingStep, None, Dataset]:
     ((kind, given),) = config.data[name].items()
     if kind == "folder":
-        return from_folder(config.folder / Path(str(given)).expanduser())
+        return from_folder(config.folder / expanded(str(given), "finetune"))
     if kind == "scenes":
         return _scenes(given)
     if "scenes" in given:
         prompts = [example.caption for example in _scenes(given["scenes"]).examples]
     else:
-        path = config.folder / Path(str(given["prompts"])).expanduser()
+        path = config.folder / expanded(str(given["prompts"]), "finetune")
         try:
             prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from alkahest.algebra.weights import Weights
 from alkahest.engine.events import result_of
 from alkahest.engine.options import existing_device
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError, refuse_unknown_options
+from alkahest.files.paths import expanded
 from alkahest.model.keys import Pattern
 from alkahest.pictures.encoded import Encoded
 from alkahest.pictures.flow import Arithmetic, losses
@@ -74,7 +75,7 @@ def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
 @refuse_unknown_options
 def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> Iterator[TrainingStep]:
     """`finetune` as a generator of events; closing it leaves the last checkpoint to go on from."""
-    path = Path(folder).expanduser()
+    path = expanded(folder, "finetune")
     start = start_of(config)
     existing_device(device, "finetune")
     _check_processes(config)

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from alkahest.errors import FileFormatError, RecipeError, nearest
+from alkahest.files.paths import expanded
 
 # Loader's kind of file -> ComfyUI's folders for it (folder_paths.py); "unet" is the older name.
 FOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "checkpoints": ("checkpoints",), "loras": ("loras",)}
@@ -35,7 +36,7 @@ def find_model(file: ModelFile, models: str | os.PathLike[str], workflow: object
     Raises RecipeError for a name that leads out of the folder, FileFormatError with the nearest name if the file is
     not there.
     """
-    root = Path(models).expanduser()
+    root = expanded(models, "open")
     if not root.is_dir():
         raise FileFormatError(
             "workflow",

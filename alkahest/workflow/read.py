@@ -10,6 +10,7 @@ from pathlib import Path
 
 from alkahest.errors import RecipeError, refuse_unknown_options
 from alkahest.files.locate import locate
+from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
 from alkahest.workflow.graph import Graph, json_in, parsed_json, read_graph
 from alkahest.workflow.translate import WorkflowRecipe, recipes_of
@@ -31,7 +32,7 @@ def read_workflow(path: str | os.PathLike[str], node: str | None = None) -> list
     saved, of which only the recipe of that very file is given. ``node`` is the id of the one node that is asked for.
     Raises RecipeError that names the node, for whatever cannot be said in a recipe.
     """
-    path = Path(path).expanduser()
+    path = expanded(path, "recipe")
     if path.suffix == ".safetensors" or path.is_dir():
         found = recipes_of(graph_in(locate(path).metadata, path), path, node)
         return _own(found, path) if node is None else found

@@ -47,6 +47,12 @@ class Sizes:
     def guesses(self) -> list[str]:
         return []
 
+    def lacks(self, config: Mapping[str, Any] | None) -> list[str]:
+        return []
+
+    def oddities(self) -> list[str]:
+        return []
+
 
 def infer(shapes: Shapes, file: object) -> Sizes:
     found = Sizes(layers=count_blocks(shapes, "tower"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from alkahest.errors import FileFormatError, UnsupportedError
+from alkahest.errors import FileFormatError, UnsupportedError, unknown
 from alkahest.model.families import zimage
 from alkahest.model.families.family import Family, Part, Sizes
 
@@ -12,30 +12,44 @@ __all__ = ["FAMILIES", "Family", "Part", "Sizes", "best_family", "family_of", "h
 FAMILIES: tuple[Family, ...] = (zimage.FAMILY,)
 
 
-def recognise(names: Collection[str], file: object) -> tuple[Family, str]:
+def recognise(names: Collection[str], file: object, prefix: str | None = None) -> tuple[Family, str]:
     """The family of a file with these names, and the prefix of its model's tensors.
+
+    A file may hold one model under a published prefix, or under any one wrapper's (``module.``); ``prefix`` says which,
+    where it holds several.
 
     >>> family, prefix = recognise(ak.open("z_image_bf16.safetensors").keys(), "z_image_bf16.safetensors")
     >>> family.title
     'Z-Image'
 
-    Raises FileFormatError if the file holds two, UnsupportedError, saying what it is instead, if it holds none.
+    Raises FileFormatError if the file holds several, UnknownNameError for a ``prefix`` that holds none,
+    UnsupportedError, saying what it is instead, if it holds no model.
     """
     names = set(names)
     for family in FAMILIES:
-        prefixes = family.prefix_in(names)
-        if len(prefixes) > 1:
+        prefixes = [one for one in family.prefixes_in(names) if family.recognises(_under(one, names))]
+        published = [one for one in prefixes if one in family.prefixes]
+        if prefix is not None and prefix in prefixes:
+            return family, prefix
+        if prefix is not None and prefixes:
+            raise unknown("open", "no model lies under this prefix", prefix, prefixes)
+        found = published or prefixes
+        if len(found) > 1:
             raise FileFormatError(
                 "open",
-                "the file holds two transformers",
+                f"the file holds {'two' if len(found) == 2 else len(found)} transformers",
                 file=file,
-                found=" and ".join(map(repr, prefixes)),
-                fix="split the file, then open one of them",
+                found=" and ".join(map(repr, found)),
+                fix=f"say which: ak.open(path, prefix={found[0]!r}), on the command line convert --prefix {found[0]!r}",
             )
-        for prefix in prefixes:
-            if family.recognises([name.removeprefix(prefix) for name in names if name.startswith(prefix)]):
-                return family, prefix
+        if found:
+            return family, found[0]
     raise _other_model(sorted(names), file)
+
+
+def _under(prefix: str, names: Iterable[str]) -> list[str]:
+    """The names under a prefix, without it."""
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def family_of(keys: Iterable[str]) -> Family:
@@ -51,7 +65,7 @@ def best_family(score: Callable[[Family], int]) -> Family:
 
 def holds_model(names: Collection[str]) -> bool:
     """Whether a file with these names holds a model of some family."""
-    return any(family.prefix_in(names) for family in FAMILIES)
+    return any(family.prefixes_in(names) for family in FAMILIES)
 
 
 def _other_model(names: list[str], file: object) -> UnsupportedError:

@@ -12,6 +12,8 @@ from alkahest.errors import MismatchError, unknown
 from alkahest.model.layouts import Layout
 
 Shape = tuple[int, ...]
+# What to do with an incomplete file.
+AS_A_PART = "get the file again, or lay what it holds over a whole model: base.with_parts_of(ak.open_part(path))"
 Shapes = Mapping[str, Shape]
 
 
@@ -40,6 +42,14 @@ class Sizes(Protocol):
 
     def guesses(self) -> list[str]:
         """What of that configuration does not follow from the weights, in words."""
+        ...
+
+    def lacks(self, config: Mapping[str, Any] | None) -> list[str]:
+        """Which blocks are surely missing, in words: of an incomplete file. ``config`` is diffusers', if there is one."""
+        ...
+
+    def oddities(self) -> list[str]:
+        """How it differs from the published models of its width, in words."""
         ...
 
 
@@ -124,9 +134,16 @@ class Family:
             for mark in self.landmarks
         )
 
-    def prefix_in(self, names: Collection[str]) -> list[str]:
-        """Prefixes under which the names hold such a model: none, or one, or the file has two."""
-        return [prefix for prefix in self.prefixes if prefix + self.landmarks[0] in names]
+    def prefixes_in(self, names: Collection[str]) -> list[str]:
+        """Prefixes under which the names may hold such a model, published ones first: none, one, or several."""
+        mark = self.landmarks[0]
+        found = [name.removesuffix(mark) for name in names if name == mark or name.endswith(f".{mark}")]
+        rank = {prefix: number for number, prefix in enumerate(self.prefixes)}
+        return sorted(found, key=lambda prefix: (rank.get(prefix, len(rank)), prefix))
+
+    def has(self, stored: str) -> bool:
+        """Whether a stored name, prefix removed, is that of a tensor of such a model."""
+        return all(self.template(key) in self.templates or self.is_optional(key) for key in self.canonical(stored))
 
     def canonical(self, stored: str) -> tuple[str, ...]:
         """Canonical names of one stored tensor, prefix removed; several for a fused one, whose rows they are.
@@ -195,11 +212,6 @@ class Family:
     def is_scale(self, key: str) -> bool:
         """Whether a tensor multiplies what a norm gives, and so lies around 1."""
         return "norm" in key or key in self.scales
-
-    def unknown_in(self, shapes: Shapes, sizes: Sizes) -> list[str]:
-        """Names that the family does not have, not even optionally."""
-        expected = sizes.shapes()
-        return [key for key in shapes if key not in expected and not self.is_optional(key)]
 
     def depth(self, shapes: Shapes) -> int:
         """How many blocks the main stack has, by its names."""

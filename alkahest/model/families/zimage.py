@@ -7,11 +7,12 @@ Sources: Tongyi-MAI's files, ComfyUI's ``comfy/ldm/lumina/model.py`` (NextDiT), 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from alkahest.errors import FileFormatError
-from alkahest.model.families.family import Family, Part, Shape, Shapes, count_blocks
+from alkahest.model.families.family import AS_A_PART, Family, Part, Shape, Shapes, count_blocks
 from alkahest.model.layouts import Fused, Layout
 
 _PADS = ("x_pad_token", "cap_pad_token")
@@ -49,6 +50,28 @@ class Architecture:
     def guesses(self) -> list[str]:
         """What of the configuration does not follow from the weights."""
         return [] if self.head == 128 else ["rotary axes are not in the weights; guessed from the head size"]
+
+    def lacks(self, config: Mapping[str, Any] | None) -> list[str]:
+        """Which blocks are surely missing, in words. There are as many noise refiners as context refiners."""
+        counts = {"noise_refiner": self.noise_refiners, "context_refiner": self.context_refiners}
+        wanted = dict.fromkeys(counts, max(1, *counts.values())) | {"layers": self.layers}
+        given = config or {}
+        for name, stacks in (("n_layers", ("layers",)), ("n_refiner_layers", tuple(counts))):
+            if type(given.get(name)) is int:
+                wanted |= {stack: max(wanted[stack], given[name]) for stack in stacks}
+        counts["layers"] = self.layers
+        return [
+            f"{counts[stack]} of {count} blocks of {stack}" for stack, count in wanted.items() if counts[stack] < count
+        ]
+
+    def oddities(self) -> list[str]:
+        """How it differs from the published models, in words."""
+        if self.width != 3840 or (self.layers, self.noise_refiners) == (30, 2):
+            return []
+        return [
+            f"{self.layers} layers and {self.noise_refiners} refiners a stream; the published models of this width have "
+            "30 and 2"
+        ]
 
     def shapes(self) -> dict[str, Shape]:
         """Canonical name -> shape, in model order.
@@ -183,7 +206,7 @@ def _missing_error(keys: list[str], file: object) -> FileFormatError:
         file=file,
         key=", ".join(keys[:3]) + (", ..." if len(keys) > 3 else ""),
         expected="a complete transformer",
-        fix="the file is incomplete, or another model of the family: Lumina 2 has no pad tokens",
+        fix=f"{AS_A_PART}; another model of the family is none: Lumina 2 has no pad tokens",
     )
 
 

@@ -1,0 +1,49 @@
+"""Paths as people type and paste them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from alkahest.errors import FileFormatError, OutputError
+
+_QUOTES = "\"'"
+
+
+def expanded(source: str | os.PathLike[str], operation: str) -> Path:
+    """A path with ``~`` resolved, and quotes and spaces of copying taken off where nothing has that very name.
+
+    >>> expanded('"~/models/a.safetensors"', "open")
+    PosixPath('/home/ada/models/a.safetensors')
+
+    Raises FileFormatError (OutputError for an output) for what can be no path: a NUL, a user that does not exist, a name that is too long.
+    """
+    text = os.fspath(source)
+    if not isinstance(text, str):  # bytes
+        text = os.fsdecode(text)
+    try:
+        if "\0" in text:
+            raise ValueError("it holds a NUL")
+        path = Path(text)
+        if not os.path.lexists(path):
+            path = Path(_bare(text)).expanduser()
+        os.path.lexists(path)
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        kind = OutputError if operation == "save" else FileFormatError
+        raise kind(
+            operation,
+            "this cannot be a file's name",
+            file=repr(text[:300]),
+            found=str(error)[:60],
+            fix="check the path; ~name is the home of a user of this machine",
+        ) from None
+    return path
+
+
+def _bare(text: str) -> str:
+    """Text without spaces and a pair of quotes around it, as a file manager copies paths."""
+    inner = text.strip()
+    if len(inner) > 1 and inner[0] == inner[-1] and inner[0] in _QUOTES:
+        return inner[1:-1]
+    return inner or text
