@@ -37,6 +37,10 @@ class Leaf(Leading, _Read, Weights):
     def leading(self) -> Leaf:
         return self
 
+    @property
+    def merges(self) -> bool:
+        return False
+
     def leaves(self) -> tuple[Readable, ...]:
         return (self,)
 

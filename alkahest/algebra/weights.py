@@ -51,6 +51,10 @@ class Weights(AnyWeights):
         """Patterns that `protect` was called with."""
         return ()
 
+    @property
+    def merges(self) -> bool:
+        return True
+
     def is_protected(self, key: str) -> bool:
         return any(Pattern(text, self.family).matches(key) for text in self.protection)
 
@@ -277,6 +281,10 @@ class Protected(OfWeights):
     @property
     def protection(self) -> tuple[str, ...]:
         return (*self.weights.protection, self.pattern)
+
+    @property
+    def merges(self) -> bool:
+        return self.weights.merges
 
     def at(self, key: str, rules: Rules) -> Term | None:
         return self.weights.at(key, rules)

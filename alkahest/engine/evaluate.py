@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from alkahest.engine.readable import Workspace
-from alkahest.engine.terms import Apply, Minus, Plus, Source, Tensor, Term, Times
+from alkahest.engine.terms import Apply, Minus, Plus, Source, Tensor, Term, Times, sources
+from alkahest.errors import NonFiniteError
+from alkahest.model.dtypes import is_finite
 
 
 def evaluate(term: Term, start: int, stop: int, out: Tensor, workspace: Workspace) -> None:
@@ -51,7 +53,24 @@ def _apply(term: Apply, start: int, stop: int, out: Tensor, workspace: Workspace
     for operand in term.operands:
         values = torch.empty(stop - start, dtype=torch.float32, device=out.device)
         evaluate(operand, start, stop, values, workspace)
+        _require_finite(values, operand, term.key, workspace)
         operands.append(values)
     arguments = [operands] if term.many else operands
     settings = {name: value(term.key, start, stop) if callable(value) else value for name, value in term.settings}
     out.copy_(term.function(*arguments, **settings))
+
+
+def _require_finite(values: Tensor, operand: Term, key: str, workspace: Workspace) -> None:
+    """A method may select, and so hide what is NaN in what it reads: finiteness is of what is read."""
+    if values.numel() == 0 or is_finite(values):
+        return
+    if workspace.watch is None:
+        raise why_nonfinite(operand, key)
+    workspace.watch(key, int((~torch.isfinite(values)).sum()))
+
+
+def why_nonfinite(term: Term, key: str, operation: str = "save") -> NonFiniteError:
+    """The error for a term with NaN or infinity: the input that holds it, or the arithmetic."""
+    for source in sources(term):
+        source.leaf.check_finite(source.key, operation)
+    return NonFiniteError(operation, "the result overflows float32", key=key, fix="use a smaller multiplier")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -60,10 +61,14 @@ def _plain_block(
 ) -> Callable[[Workspace], None]:
     def work(workspace: Workspace) -> None:
         if piece.copied is not None:
+            run.nothing_changed &= piece.before is None  # another file's tensor in its place
             _copy(run, workspace, writer, form, piece, start, stop, offset)
             return
         with workspace.raw((stop - start) * form.itemsize, offset) as raw:
-            run.compute(piece.term, piece.key, start, stop, workspace, raw.view(form.torch))
+            out = raw.view(form.torch)
+            run.compute(piece.term, piece.key, start, stop, workspace, out)
+            if run.nothing_changed and piece.before is not None:
+                run.note_change(piece.before, piece.key, start, stop, workspace, out)
             writer.write(_bytes(raw), offset)
 
     return work
@@ -96,7 +101,15 @@ def _work_on_scaled(
                     workspace.raw(stop - start, position) as raw,
                 ):
                     values.div_(scale).clamp_(-item.form.largest, item.form.largest)
-                    run.round(values, piece.key, start, raw.view(item.form.torch))
+                    out = raw.view(item.form.torch)
+                    run.round(values, piece.key, start, out)
+                    if run.nothing_changed and piece.before is not None:
+                        original = replace(piece, term=piece.before)
+                        with _values(run, workspace, original, start, stop) as before:
+                            before.div_(scale).clamp_(-item.form.largest, item.form.largest)
+                            rounded = torch.empty_like(out)
+                            run.round(before, piece.key, start, rounded)
+                        run.tell_apart(rounded, out)
                     writer.write(_bytes(raw), position)
             position += stop - start
         writer.write(_bytes(torch.tensor([scale], dtype=torch.float32)), scale_offset)

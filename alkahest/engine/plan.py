@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from alkahest.engine import terms
 from alkahest.engine.readable import Leading
@@ -31,6 +31,7 @@ class Piece:
     term: Term
     elements: int
     copied: Slice | None = None
+    before: Term | None = None  # what the leading checkpoint holds there, where the term is another
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,9 @@ def _piece(expression: Computable, key: str, rules: Rules, form: Format, spellin
         and held.stored.form == form
         and (held.stored.spelling is None) == (spelling is None)
     )
-    return Piece(key, found, math.prod(expression.shapes[key]), held if same else None)
+    leading = terms.Source(expression.leading, key)
+    before = leading if found != leading and key in expression.leading.shapes else None
+    return Piece(key, found, math.prod(expression.shapes[key]), held if same else None, before)
 
 
 def _place_of(found: Term) -> Slice | None:
@@ -233,7 +236,7 @@ def _weight_items(
     scales = {piece.copied.stored.scale if piece.copied else None for piece in pieces}
     scale = scales.pop() if len(scales) == 1 else None
     if scale is None:  # one scale for all rows: a piece can be copied only if all can, with the same scale
-        pieces = tuple(Piece(piece.key, piece.term, piece.elements) for piece in pieces)
+        pieces = tuple(replace(piece, copied=None) for piece in pieces)
     scale_name = f"{module}.{scale_suffix}"
     place = leading.stored(pieces[0].key)
     held = None if place is None else place.stored

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,8 @@ class Workspace:
         self.device = device
         self._free: list[torch.Tensor] = []
         self._raw: list[torch.Tensor] = []
+        # What NaN and infinity in a merge method's operand are told to, by tensor and count; None: they are an error.
+        self.watch: Callable[[str, int], None] | None = None
 
     @contextmanager
     def raw(self, nbytes: int, offset: int) -> Iterator[torch.Tensor]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from alkahest.engine.events import Event
 from alkahest.engine.jobs import jobs_of
 from alkahest.engine.options import Options, names_file
-from alkahest.engine.plan import Plan, count_restored
+from alkahest.engine.plan import Piece, Plan, count_restored
 from alkahest.engine.record import headers_of, plan_of, readers_of, recipe_of
 from alkahest.engine.shards import file_names, write_json, write_shards
 from alkahest.engine.terms import Computable
@@ -186,6 +186,22 @@ def _unrepeatable(expression: Computable) -> list[str]:
     return [f"no recipe: what is called {', '.join(names)} is in no file; save it first"] if names else []
 
 
+def _unchanged(expression: Computable, pieces: list[Piece], run: Run) -> list[str]:
+    """That a merge made no difference, in words."""
+    if not expression.merges or not run.nothing_changed:
+        return []
+    computed = sum(piece.before is not None for piece in pieces)
+    why = (
+        "all that it would change is protected, or the same file"
+        if not computed
+        else (
+            f"{computed} tensors were computed, and each came out as it was; are two of the files the same, or is the "
+            "multiplier too small for the output's form?"
+        )
+    )
+    return [f"nothing changed: every tensor is {expression.leading.name}'s, as written in this form: {why}"]
+
+
 def _result(
     expression: Computable,
     target: Path,
@@ -211,5 +227,10 @@ def _result(
         restored=changes,
         nonfinite=dict(run.nonfinite),
         overflowed=dict(run.overflowed),
-        notes=[*plan.notes, *expression.protection_notes(), *_unrepeatable(expression)],
+        notes=[
+            *_unchanged(expression, pieces, run),
+            *plan.notes,
+            *expression.protection_notes(),
+            *_unrepeatable(expression),
+        ],
     )

@@ -61,8 +61,9 @@ def write_shards(expression: Computable, target: Path, run: Run, plan: Plan, exe
     names, total, done = file_names(plan), sum(map(len, headers_of(plan, recipe))) + plan.nbytes, 0
     with whole_folder(target, total) as folder:
         calls = {name: (expression, run.options, recipe, folder, name, target) for name in names}
-        for name, (nbytes, nonfinite, overflowed) in spread(executor, write_shard, calls):
+        for name, (nbytes, nonfinite, overflowed, nothing_changed) in spread(executor, write_shard, calls):
             done += nbytes
+            run.nothing_changed &= nothing_changed
             run.nonfinite.update(nonfinite)
             run.overflowed.update(overflowed)
             yield Event(done, total, name)
@@ -77,8 +78,10 @@ def write_shards(expression: Computable, target: Path, run: Run, plan: Plan, exe
 
 def write_shard(
     expression: Computable, options: Options, recipe: Recipe, folder: Path, name: str, target: Path
-) -> tuple[int, Counter[str], Counter[str]]:
-    """Write one file of a folder, whole or not at all, from any process; its size and what `Saved` counts by tensor."""
+) -> tuple[int, Counter[str], Counter[str], bool]:
+    """Write one file of a folder, whole or not at all, from any process: its size, what `Saved` counts by tensor, and
+    whether nothing changed.
+    """
     plan = plan_of(expression, options)
     number = file_names(plan).index(name)
     header, items, run = headers_of(plan, recipe)[number], plan.files[number], Run(options)
@@ -99,4 +102,4 @@ def write_shard(
             writer.sync()
             writer.close()
             os.replace(unfinished, folder / name)
-    return size, run.nonfinite, run.overflowed
+    return size, run.nonfinite, run.overflowed, run.nothing_changed

@@ -130,6 +130,11 @@ class Computable(Protocol):
         """Canonical recipe text."""
         ...
 
+    @property
+    def merges(self) -> bool:
+        """Whether it does anything to its leading checkpoint but keep it."""
+        ...
+
     def is_protected(self, key: str) -> bool: ...
 
     def protection_notes(self) -> list[str]:

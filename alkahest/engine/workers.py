@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from alkahest.engine.evaluate import evaluate
+from alkahest.engine.evaluate import evaluate, why_nonfinite
 from alkahest.engine.events import Event
 from alkahest.engine.loops import Kernels, combine, kernels
 from alkahest.engine.options import Options
@@ -63,6 +63,7 @@ class Run:
         self.cancelled = threading.Event()
         self.whole_tensor = threading.Lock()  # one at a time: memory, not speed, is scarce there
         self.nonfinite: Counter[str] = Counter()
+        self.nothing_changed = True  # as far as `note_change` was told
         self.overflowed: Counter[str] = Counter()
         self._device = options.torch_device()
         self._often, self._is_large = often, False
@@ -117,6 +118,25 @@ class Run:
             self.check(values, key, form, term)
             self.round(values, key, start, out)
 
+    def note_change(
+        self, before: Term, key: str, start: int, stop: int, workspace: Workspace, out: torch.Tensor
+    ) -> None:
+        """Learn whether computing made any difference: whether ``out`` is other than ``before``, rounded alike."""
+        with workspace.block(stop - start) as values:
+            evaluate(before, start, stop, values, workspace)
+            rounded = torch.empty_like(out)
+            self.round(values, key, start, rounded)
+        self.tell_apart(rounded, out)
+
+    def tell_apart(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """`note_change` for numbers that are there."""
+        if not torch.equal(before.contiguous().view(torch.uint8), after.contiguous().view(torch.uint8)):
+            self.nothing_changed = False
+
+    def _count_read(self, key: str, count: int) -> None:
+        with self._lock:
+            self.nonfinite[f"{key}, as read"] += count
+
     def _kernels(self) -> Kernels | None:
         if not self._is_large or self.options.rounding != "nearest" or self._device.type != "cpu":
             return None
@@ -159,6 +179,8 @@ class Run:
         # One thread per worker: torch's own threads would fight with ours for the processors.
         torch.set_num_threads(1)
         self._local.workspace = Workspace(self._device)
+        if self.options.allow_nonfinite:
+            self._local.workspace.watch = self._count_read
         if caller is not None:  # a stream for each worker: one's transfers run beside another's arithmetic
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             stream.wait_stream(caller)
@@ -221,13 +243,6 @@ def place_of(term: Term | None, start: int = 0, otherwise: tuple[int, int] = (0,
 def half_step(form: Format) -> float:
     """Half the distance between the two largest numbers: from there on rounding overflows."""
     return float(2.0 ** (math.floor(math.log2(form.largest)) - form.mantissa - 1))
-
-
-def why_nonfinite(term: Term, key: str, operation: str = "save") -> NonFiniteError:
-    """The error for a term with NaN or infinity: the input that holds it, or the arithmetic."""
-    for source in sources(term):
-        source.leaf.check_finite(source.key, operation)
-    return NonFiniteError(operation, "the result overflows float32", key=key, fix="use a smaller multiplier")
 
 
 def _overflow(key: str, form: Format, magnitude: float) -> NonFiniteError:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alkahest.engine.evaluate import why_nonfinite
 from alkahest.engine.terms import Minus, Plus, Source, Term, Times
-from alkahest.engine.workers import why_nonfinite
 from alkahest.lora.rank import RankRule, Values
 from alkahest.measure.spectrum import randomised_svd
 from alkahest.sources.lora import Lora

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from alkahest.algebra.deltas import Delta
-from alkahest.engine.evaluate import evaluate
+from alkahest.engine.evaluate import evaluate, why_nonfinite
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
-from alkahest.engine.workers import Run, blocks, why_nonfinite
+from alkahest.engine.workers import Run, blocks
 from alkahest.errors import AlgebraError, NonFiniteError
 from alkahest.lora.decompose import Decomposition, decompose, of_loras
 from alkahest.lora.noise import Noise, noise_of

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import require_same
+from alkahest.engine.evaluate import why_nonfinite
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
-from alkahest.engine.workers import BLOCK, Run, why_nonfinite
+from alkahest.engine.workers import BLOCK, Run
 from alkahest.errors import AlgebraError, refuse_unknown_options, unknown
 from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.spectrum import matrix_of, randomised_svd

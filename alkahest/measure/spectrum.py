@@ -14,13 +14,13 @@ from torch import Tensor
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import require_same
 from alkahest.algebra.weights import Weights, ends
-from alkahest.engine.evaluate import evaluate
+from alkahest.engine.evaluate import evaluate, why_nonfinite
 from alkahest.engine.events import Event, result_of
 from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
 from alkahest.engine.terms import Term
-from alkahest.engine.workers import Run, blocks, place_of, why_nonfinite
+from alkahest.engine.workers import Run, blocks, place_of
 from alkahest.errors import AlgebraError, refuse_unknown_options
 from alkahest.measure.remembered import Kind, stream_table
 from alkahest.measure.table import names_of
