@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,6 +83,9 @@ def extract_lora(
     include: Include = None,
     exclude: Exclude = None,
     full: Full = None,
+    rounding: Annotated[
+        bool, typer.Option("--rounding", help="Take also what is nothing but rounding of the variant's file.")
+    ] = False,
     min_dim: MinDim = None,
     alpha: Alpha = None,
     dtype: LoraDtype = None,
@@ -115,6 +119,7 @@ def extract_lora(
             "include": include,
             "exclude": exclude,
             "full": full,
+            "rounding": rounding,
             "min_dim": min_dim,
             "alpha": alpha,
             "dtype": dtype,
@@ -130,15 +135,27 @@ def extract_lora(
 def inspect_lora(source: Source, as_json: AsJson = False) -> None:
     """Show what a LoRA is, from its header: kind, names, targets, ranks, scales."""
     with exit_on_error():
-        lora = alkahest.open_lora(source)
-        print(json.dumps(lora.summary(), indent=2) if as_json else lora)
+        from alkahest.sources.lora_contents import contents_of, contents_text
+
+        found = contents_of(source)
+        print(json.dumps(found, indent=2) if as_json else contents_text(found))
 
 
 @loras.command("convert")
-def convert_lora(source: Source, output: Output, flavour: Flavour = "comfyui") -> None:
+def convert_lora(
+    source: Source,
+    output: Output,
+    flavour: Flavour = "comfyui",
+    only: Annotated[
+        str | None, typer.Option(help="transformer: leave out what the file holds for other models, and say what.")
+    ] = None,
+) -> None:
     """Write a LoRA under another program's names, number for number."""
     with exit_on_error():
-        print(alkahest.convert_lora(alkahest.open_lora(source), output, flavour))
+        lora = alkahest.open_lora(source, only=only)
+        print(alkahest.convert_lora(lora, output, flavour))
+        for why, names in lora.left.items():
+            print(f"{len(names)} tensors {why} are left out: {names[0]}, ...", file=sys.stderr)
 
 
 @loras.command("resize")

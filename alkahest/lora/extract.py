@@ -55,6 +55,7 @@ def extract_lora(
     include: str | None = None,
     exclude: str | None = None,
     full: str | None = None,
+    rounding: bool = False,
     min_dim: int | None = None,
     alpha: float | None = None,
     dtype: str | torch.dtype | None = None,
@@ -96,6 +97,7 @@ def extract_lora(
             include=include,
             exclude=exclude,
             full=full,
+            rounding=rounding,
             min_dim=min_dim,
             alpha=alpha,
             dtype=dtype,
@@ -122,6 +124,7 @@ def stream_extract_lora(
     include: str | None = None,
     exclude: str | None = None,
     full: str | None = None,
+    rounding: bool = False,
     min_dim: int | None = None,
     alpha: float | None = None,
     dtype: str | torch.dtype | None = None,
@@ -157,7 +160,7 @@ def stream_extract_lora(
         from_loras,
         delta.family,
     )
-    asked = Extraction(delta, rule, kept, alpha, _dtype(dtype, delta), method, seed)
+    asked = Extraction(delta, rule, kept, alpha, _dtype(dtype, delta), method, seed, rounding)
     return _Work(asked, Options(device=device, threads=threads).require("extract_lora")).events(executor)
 
 
@@ -181,7 +184,15 @@ class _Work:
         name = content_key(
             "extract_lora",
             [delta],
-            [KINDS["extractions"].format(), asked.rule, asked.alpha, asked.dtype, asked.method, asked.seed],
+            [
+                KINDS["extractions"].format(),
+                asked.rule,
+                asked.alpha,
+                asked.dtype,
+                asked.method,
+                asked.seed,
+                asked.rounding,
+            ],
         )
         self.parts = Parts(name)
         todo = {key: size for key, size in sizes.items() if not self._was_done(key)}
@@ -249,11 +260,12 @@ class _Work:
                 "extract_lora",
                 "nothing is left to extract",
                 found=f"{len(self.rows)} changed tensors, all left out: {reasons}",
-                fix="change include, exclude, min_dim or noise_edge",
+                fix="change include, exclude, min_dim, rounding or noise_edge",
             )
         report = pd.DataFrame([self.rows[key] for key in asked.delta.shapes if key in self.rows])
         report.attrs["of"] = title_of(asked.delta)
         text = f"{asked.rule.text}{asked.choice.text}" + (f", alpha={asked.alpha:g}" if asked.alpha else "")
+        text += ", rounding=True" if asked.rounding else ""
         names = name_leaves(asked.delta)
         recipe = Recipe(
             f"extract_lora({asked.delta.text(names)}, {text})",

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Column -> what it is, beside the names that a delta table has.
 REPORT = {
-    "kept": "LoRA, full (stored whole), or why it is left out: excluded, no matrix, too small, noise",
+    "kept": "LoRA, full (stored whole), or why it is left out: excluded, no matrix, too small, noise, rounding "
+    "(the variant is the base rounded to its file's format)",
     "rank": "columns of up, rows of down",
     "energy": "1 - |d - what the stored factors make|^2 / |d|^2",
     "delta_norm": "|d|",

@@ -13,15 +13,16 @@ from alkahest.algebra.deltas import Delta
 from alkahest.engine.evaluate import evaluate, why_nonfinite
 from alkahest.engine.readable import Workspace
 from alkahest.engine.scalars import Rules
-from alkahest.engine.terms import Term
+from alkahest.engine.terms import Minus, Term
 from alkahest.engine.workers import Run, blocks
 from alkahest.errors import AlgebraError, NonFiniteError
 from alkahest.lora.decompose import Decomposition, decompose, of_loras
 from alkahest.lora.noise import Noise, noise_of
 from alkahest.lora.rank import MIN_DIM, RankRule
 from alkahest.lora.write import Pair
+from alkahest.measure.rounding import is_rounding
 from alkahest.measure.spectrum import matrix_of
-from alkahest.measure.table import names_of
+from alkahest.measure.table import names_of, unit_of, without_factor
 from alkahest.measure.tally import count_changed, sum_of_squares
 from alkahest.model.dtypes import FORMATS
 from alkahest.model.families import Family
@@ -79,12 +80,15 @@ class Extraction:
     dtype: str
     method: str
     seed: int
+    rounding: bool = False  # whether what is nothing but rounding of the variant's file is extracted too
 
     def of(self, key: str, run: Run, workspace: Workspace) -> Done:
         """One tensor's share."""
         term = self.delta.at(key, Rules())
         assert term is not None, "a tensor that the delta leaves alone"
         kept = self.choice.of(key, self.delta.shapes[key])
+        if kept == "LoRA" and not self.rounding and is_only_rounding(term, self.delta.shapes[key], workspace):
+            kept = "rounding"
         if kept == "LoRA":
             with run.alone():
                 done = self._thin(key, term, workspace)
@@ -170,6 +174,25 @@ class Extraction:
                 found=self.delta.text(),
                 fix="leave noise_edge out, and choose energy= or rank=",
             )
+
+
+def is_only_rounding(term: Term, shape: tuple[int, ...], workspace: Workspace) -> bool:
+    """Whether a delta's variant is its base rounded to the variant's format, at every element, and differs."""
+    _, difference = without_factor(term)
+    if not isinstance(difference, Minus):
+        return False
+    variant, base = unit_of(difference.left), unit_of(difference.right)
+    if variant is None or base is None or variant == base:
+        return False
+    differs = False
+    for start, stop in blocks(difference, math.prod(shape)):
+        with workspace.block(stop - start) as v, workspace.block(stop - start) as b:
+            evaluate(difference.left, start, stop, v, workspace)
+            evaluate(difference.right, start, stop, b, workspace)
+            if not (torch.isfinite(v).all() and is_rounding(v, b, variant)):
+                return False
+            differs = differs or not torch.equal(v, b)
+    return differs
 
 
 def _row(

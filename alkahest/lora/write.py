@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alkahest.errors import OutputError, UnsupportedError, refuse_unknown_options, unknown
-from alkahest.files.header import build_header
+from alkahest.errors import NonFiniteError, OutputError, UnsupportedError, refuse_unknown_options, unknown
+from alkahest.files.header import Entry, build_header
 from alkahest.files.paths import expanded
 from alkahest.files.reader import same_file
 from alkahest.files.whole import as_output_error, whole_file
 from alkahest.model.dtypes import BY_TAG, FORMATS
 from alkahest.model.families import Family
 from alkahest.sources.factors import NAMES, Update
-from alkahest.sources.lora import ADAPTER, Lora, open_lora
+from alkahest.sources.lora import Lora, open_lora
+from alkahest.sources.lora_settings import ADAPTER
 
 # Name -> (prefix, fused qkv and ComfyUI's names, underscores, names of the halves), in the order down, up.
 _PEFT, _KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
@@ -49,10 +50,45 @@ class Pair:
         return self.down.shape[0]
 
     def fold(self) -> Pair:
-        """The same with a scale of 1, rounded once where the scale is no power of two."""
+        """The same with a scale of 1: exact where the scale is a power of two, else rounded once.
+
+        Powers of two go to one factor, or to both where one would leave its format's range; factors whose format
+        cannot hold the result become wider.
+        """
         if self.scale == 1.0:
             return self
-        return Pair((self.up.float() * self.scale).to(self.up.dtype), self.down)
+        if self.scale == 0.0:
+            return Pair(torch.zeros_like(self.up), self.down)
+        mantissa, exponent = math.frexp(self.scale)
+        mantissa, exponent = 2 * mantissa, exponent - 1  # 1 <= |mantissa| < 2
+        balance = round((_exponent(self.down) + exponent - _exponent(self.up)) / 2)
+        for dtype in dict.fromkeys((self.up.dtype, torch.bfloat16, torch.float32)):
+            if dtype.itemsize < self.up.dtype.itemsize:
+                continue
+            for share in (exponent, balance):
+                up, lost = _rounded(self.up, math.ldexp(mantissa, share), dtype)
+                down, also = _rounded(self.down, math.ldexp(1.0, exponent - share), dtype)
+                if max(lost, also) <= (0.0 if abs(mantissa) == 1.0 else _ROUNDED.get(dtype, 0.0)):
+                    return Pair(up, down)
+        return Pair(up, down)  # in fp32: checked when it is written
+
+
+# The relative error (L2) that one rounding to a format costs at most; a narrower format's is too much.
+_ROUNDED = {torch.float16: 3e-4, torch.bfloat16: 2e-3, torch.float32: 1e-6}
+
+
+def _exponent(values: Tensor) -> int:
+    """Of the largest magnitude, in powers of two."""
+    return math.frexp(float(values.float().abs().max()))[1] if values.numel() else 0
+
+
+def _rounded(values: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Values times a factor in a format, and the relative error that this costs; infinite for an overflow."""
+    exact = values.double() * factor
+    found = exact.to(dtype)
+    length = float(exact.norm())
+    error = float((found.double() - exact).norm()) / length if length else 0.0
+    return found, error if math.isfinite(error) else math.inf
 
 
 def save_lora(
@@ -71,6 +107,16 @@ def save_lora(
     """
     target = check_target(path, flavour, bool(full))
     tensors = dict(named_tensors(pairs, full, flavour, family))
+    for name, tensor in tensors.items():
+        if bad := int((~torch.isfinite(tensor.float())).sum()):
+            raise NonFiniteError(
+                "save",
+                "the LoRA holds NaN or infinity",
+                file=target,
+                key=name,
+                found=f"{bad:,} of them",
+                fix="dtype='fp32'",
+            )
     header = build_header(
         ((name, _TAGS[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()),
         {"format": "pt", **(metadata or {})},
@@ -122,7 +168,7 @@ def named_tensors(
     """Stored names and tensors of a LoRA in some program's flavour."""
     prefix, fused, flat, (down, up) = FLAVOURS[flavour]
     thin, whole = _groups(pairs, fused, family), _groups(full, fused, family)
-    if both := sorted(thin.keys() & whole.keys()):
+    if both := sorted(thin.keys() & whole.keys()) if fused else []:
         raise UnsupportedError(
             "save", "of q, k and v some are stored whole, so they cannot be fused", key=both[0], fix="flavour='comfyui'"
         )
@@ -184,21 +230,22 @@ def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfy
     factors are 16 bits wide.
     Raises UnsupportedError for a DoRA, and for a LoKr that is no smaller as a LoRA.
     """
-    if lora.is_dora:
+    if lora.needs_weights:
         raise UnsupportedError(
             "convert_lora",
-            "a DoRA cannot be converted",
+            f"a {lora.dependent_kinds} cannot be converted",
             file=lora.path,
             fix="apply it, and extract what it changed: ak.extract_lora(ak.apply_lora(w, lora) - w)",
         )
-    has_full = any(update.kind == "diff" for update in lora.updates.values())
+    has_full = any(one.kind == "diff" for u in lora.updates.values() for one in (u, u.also) if one is not None)
     target = check_target(path, flavour, has_full, [reader.path for reader in lora.files])
     pairs, full = {}, {}
     for key, update in lora.updates.items():
-        if update.kind == "diff":
-            full[key] = _whole(lora, update)
-        else:
-            pairs[key] = _pair(lora, key, update)
+        for one in (update, update.also):
+            if one is not None and one.kind == "diff":
+                full[key] = _whole(lora, one)
+            elif one is not None:
+                pairs[key] = _pair(lora, key, one)
     metadata = {name: text for name, text in lora.metadata.items() if name != ADAPTER}
     return open_lora(save_lora(target, pairs, full, flavour, metadata, family=lora.family))
 
@@ -219,11 +266,17 @@ def _pair(lora: Lora, key: str, update: Update) -> Pair:
     used = up.any(0)
     if update.kind == "lora" and rows < update.entries["up"].shape[0] and used.any():
         up, down = up[:, used], down[used]
-    dtype = BY_TAG[update.entries["up"].dtype].torch if update.kind == "lora" else torch.float32
+    dtype = _dtype_of(update.entries["up"]) if update.kind == "lora" else torch.float32
     return Pair(up.to(dtype).contiguous(), down.to(dtype).contiguous(), update.scale)
 
 
 def _whole(lora: Lora, update: Update) -> Tensor:
     role = "diff" if "diff" in update.entries else "bias"
     values = lora.factor(update, role)[update.first_row : update.first_row + update.shape[0]]
-    return values.to(BY_TAG[update.entries[role].dtype].torch).view(update.shape)
+    return values.to(_dtype_of(update.entries[role])).view(update.shape)
+
+
+def _dtype_of(entry: Entry) -> torch.dtype:
+    """The dtype that a factor keeps; fp64 is read and rounded once, never written."""
+    found = BY_TAG[entry.dtype].torch
+    return torch.float32 if found == torch.float64 else found

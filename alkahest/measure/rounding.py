@@ -53,6 +53,12 @@ def ulp(weights: Tensor, form: Format, scale: float = 1.0) -> Tensor:
     return powers.mul_(scale * 2.0**-form.mantissa)
 
 
+def is_rounding(variant: Tensor, base: Tensor, unit: tuple[Format, float]) -> bool:
+    """Whether v is nowhere farther from b than rounding b to v's format puts it: half an ulp, up to float32's own."""
+    half = ulp(variant, *unit).mul_(0.5 * (1 + 1e-3))
+    return not bool(((variant - base).abs_() > half).any())
+
+
 def nearest_error(moves: Energies) -> Energies:
     """Mean square error, in ulp squared, of adding ``moves`` ulp to a stored number and rounding to nearest.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alkahest.engine.loops import RUN, Kernels, Numbers
-from alkahest.measure.rounding import ULPS, Counts, Energies, ulp, ulp_counts
+from alkahest.measure.rounding import ULPS, Counts, Energies, is_rounding, ulp, ulp_counts
 from alkahest.model.dtypes import Format
 
 _RUN = 4096  # float32 sums this long stay within 1e-7; longer ones are added up in float64
@@ -97,10 +97,9 @@ class Tally:
         return True
 
     def _compare_rounded(self, variant: Tensor, base: Tensor, units: dict[str, tuple[Format, float]]) -> None:
-        """Note where v is farther from b than rounding b to v's format puts it: half an ulp, up to float32's own."""
+        """Note where v is not b rounded to v's format."""
         if self.is_rounded and units["variant"] != units["base"]:
-            half = ulp(variant, *units["variant"]).mul_(0.5 * (1 + 1e-3))
-            self.is_rounded = not bool(((variant - base).abs_() > half).any())
+            self.is_rounded = is_rounding(variant, base, units["variant"])
 
     def _sample(self, values: dict[str, Tensor], units: dict[str, tuple[Format, float]], stride: int) -> None:
         delta = values["delta"]

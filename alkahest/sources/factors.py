@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,22 @@ _PAIRS = {
     "hada": (("w1_a", "w1_b"), ("w2_a", "w2_b")),
     "lokr": (("w1_a", "w1_b"), ("w2_a", "w2_b")),
 }
-NAMES = {"lora": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "full difference"}
+# Kinds that depend on the weights that they meet: see `alkahest.sources.transforms`.
+TRANSFORMS = ("oft", "peft_oft", "peft_boft", "ia3", "whole")
+NAMES = {
+    "lora": "LoRA",
+    "hada": "LoHa",
+    "lokr": "LoKr",
+    "diff": "full difference",
+    "oft": "OFT",
+    "peft_oft": "OFT",
+    "boft": "BOFT",
+    "peft_boft": "BOFT",
+    "ia3": "IA3",
+    "whole": "whole tensor",
+}
+
+_FACTORS = ("up", "down", "w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b")
 
 Read = Callable[[str], Tensor]  # a factor by its role, float32, as a matrix
 
@@ -43,11 +58,19 @@ class Update:
     scale: float
     first_row: int = 0
     dora: bool = False
+    also: Update | None = None  # a difference on the same weight
+    fused: tuple[str, ...] = ()  # the weights whose rows the factors make together
+    given: tuple[tuple[str, float], ...] = ()  # settings that its kind may need
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether what it adds depends on the weights that it meets."""
+        return self.dora or self.kind in TRANSFORMS
 
     @property
     def rank(self) -> int | None:
         """The most that the rank of the update can be, as its file spells it; None for a full difference."""
-        if self.kind == "diff":
+        if self.kind not in _PAIRS:
             return None
         inner = [self.entries[pair[1]].shape[0] for pair in _PAIRS[self.kind] if pair[1] in self.entries]
         if self.kind == "lokr":  # a whole factor's rank is at most its smaller side
@@ -56,9 +79,11 @@ class Update:
 
     def rows(self, start: int, stop: int, read: Read) -> Tensor:
         """Rows ``start`` to ``stop`` of the update, float32."""
+        if self.also is not None:
+            return replace(self, also=None).rows(start, stop, read).add_(self.also.rows(start, stop, read))
         rows = slice(self.first_row + start, self.first_row + stop)
-        if self.kind == "diff":
-            return read("diff")[rows]
+        if self.kind in ("diff", "whole"):
+            return read(next(role for role in ("diff", "bias", "whole", "whole_bias") if role in self.entries))[rows]
         if self.kind == "lora":
             return (read("up")[rows] @ read("down")).mul_(self.scale)
         if self.kind == "hada":
@@ -109,9 +134,10 @@ def side(entries: Mapping[str, Entry], name: str, which: int) -> int:
 def shape_of(kind: str, entries: Mapping[str, Entry], names: Mapping[str, str], file: object) -> tuple[int, ...]:
     """The shape of what factors make together; FileFormatError if one is missing or they do not fit."""
     _require_pairs(kind, entries, names, file)
-    if kind == "diff":
-        role = "diff" if "diff" in entries else "bias"
-        return entries[role].shape
+    if kind in ("diff", "whole"):
+        return next(entries[role].shape for role in ("diff", "bias", "whole", "whole_bias") if role in entries)
+    if kind in TRANSFORMS:
+        return ()
     for left, right in _PAIRS[kind]:
         if left in entries:
             inner = (_matrix(entries[left].shape)[1], _matrix(entries[right].shape)[0])
@@ -153,10 +179,9 @@ def shape_of(kind: str, entries: Mapping[str, Entry], names: Mapping[str, str], 
     return shape
 
 
-def scale_of(kind: str, entries: Mapping[str, Entry], alpha: float | None) -> float:
-    """alpha / rank, 1 without an alpha. A LoKr of two whole factors has no rank, and its alpha means nothing."""
-    ranks = [entries[pair[1]].shape[0] for pair in _PAIRS.get(kind, ()) if pair[1] in entries]
-    return 1.0 if alpha is None or not ranks else alpha / ranks[-1]
+def ranks_of(kind: str, entries: Mapping[str, Entry]) -> list[int]:
+    """The ranks of a module's products; a LoKr of two whole factors has none."""
+    return [entries[pair[1]].shape[0] for pair in _PAIRS.get(kind, ()) if pair[1] in entries]
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -190,9 +215,7 @@ def _require_pairs(kind: str, entries: Mapping[str, Entry], names: Mapping[str, 
                     fix="the file is damaged; get it again",
                 )
     for role, entry in entries.items():
-        if role not in ("alpha", "magnitude", "diff", "bias") and (
-            len(entry.shape) < 2 or math.prod(entry.shape[2:]) != 1
-        ):
+        if role in _FACTORS and (len(entry.shape) < 2 or math.prod(entry.shape[2:]) != 1):
             raise FileFormatError(
                 "open_lora",
                 "a factor must be a matrix",
@@ -201,7 +224,7 @@ def _require_pairs(kind: str, entries: Mapping[str, Entry], names: Mapping[str, 
                 expected="2 dimensions",
                 found=entry.shape,
             )
-        if role in ("diff", "bias") and not entry.shape:
+        if role in ("diff", "bias", "whole", "whole_bias") and not entry.shape:
             raise FileFormatError(
                 "open_lora", "a difference must have a shape", file=file, key=names[role], found="a single number"
             )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import html
-import json
 import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,54 +19,61 @@ from alkahest.algebra.leaves import DeltaLeaf
 from alkahest.engine.readable import Workspace
 from alkahest.errors import (
     AlgebraError,
-    FileFormatError,
     NonFiniteError,
-    UnknownNameError,
     UnsupportedError,
     refuse_unknown_options,
+    unknown,
 )
 from alkahest.files.header import Entry
 from alkahest.files.locate import locate
-from alkahest.files.reader import Reader, size_text
+from alkahest.files.reader import size_text
 from alkahest.files.shards import Located
 from alkahest.model.dtypes import BY_TAG, decode
-from alkahest.model.families import Family, holds_model
+from alkahest.model.families import holds_model
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
-from alkahest.sources.factors import NAMES, Update, scale_of, shape_of
-from alkahest.sources.lora_names import Name, family_of, is_lora, parse_name
+from alkahest.sources.factors import NAMES, Update
+from alkahest.sources.lora_modules import find_updates, one_copy
+from alkahest.sources.lora_names import family_of, is_lora
+from alkahest.sources.lora_settings import settings_of
 from alkahest.sources.signs import Signs, holds_signs, signs_of
 
 _ROWS = 32  # computed at a time, whatever is asked for, so that no bit depends on where a block ends
 _KEPT = 8  # factors kept in memory: those of the tensor at hand, for every worker
-_NUMBERS = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32}  # that an alpha may be besides
-ADAPTER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
 
 
 class Lora(DeltaLeaf):
     """A LoRA file as a delta on the weights it names; see `open_lora`."""
 
-    def __init__(self, located: Located, name: str | None = None) -> None:
+    def __init__(self, located: Located, name: str | None = None, only: str | None = None) -> None:
+        if only not in (None, "transformer"):
+            raise unknown("open_lora", "only='transformer' is the part that can be taken", only, ("transformer",))
         self.path = located.path
         self.files = located.files
         self.metadata = located.metadata
         self.file_names = {reader: reader.path.name for reader in self.files}
         self.name = name or identifier(located.path)
-        self.settings = _settings(located)
-        self.flavours: Counter[str] = Counter()
+        self.settings = settings_of(located)
         self.family = family_of(located.tensors)
-        found = dict(_updates(located, self.family, self.settings, self.flavours))
-        self.updates: dict[str, Update] = {key: found[key] for key in self.family.in_model_order(found)}
         self._places = {entry: reader for reader, entry in located.tensors.values()}
         self._kept: dict[Entry, torch.Tensor] = {}
         self._lock = threading.Lock()
+        found = find_updates(located, self.family, self.settings, only)
+        chosen = one_copy(found, located, self._is_same)
+        self.updates: dict[str, Update] = {key: chosen[key] for key in self.family.in_model_order(chosen)}
+        self.flavours, self.left = found.flavours, found.left
+        self.notes = [*self.settings.notes, *found.notes]
+        if not self.updates:
+            raise UnsupportedError(
+                "open_lora", "nothing in this file is for the transformer", file=located.path, found=_left(self.left)
+            )
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        if self.is_dora:
+        if self.needs_weights:
             raise AlgebraError(
                 "open_lora",
-                "a DoRA depends on the weights that it meets, so it is no delta",
+                f"{self.dependent_kinds} depends on the weights that it meets, so it is no delta",
                 file=self.path,
                 fix="ak.apply_lora(weights, lora, strength)",
             )
@@ -84,10 +90,24 @@ class Lora(DeltaLeaf):
         return any(update.dora for update in self.updates.values())
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether what it does depends on the weights that it meets, so that only `ak.apply_lora` can add it."""
+        return any(update.needs_weights for update in self.updates.values())
+
+    @property
+    def dependent_kinds(self) -> str:
+        """The kinds in it that depend on the weights, in words."""
+        kinds = ("DoRA" if one.dora else NAMES[one.kind] for one in self.updates.values() if one.needs_weights)
+        return " and ".join(dict.fromkeys(kinds))
+
+    @property
     def factor_dtype(self) -> str:
         """The dtype of its first factor, as safetensors names it."""
         return next(
-            entry.dtype for update in self.updates.values() for role, entry in update.entries.items() if role != "alpha"
+            entry.dtype
+            for update in self.updates.values()
+            for role, entry in update.entries.items()
+            if role not in ("alpha", "scalar", "reshape")
         )
 
     @property
@@ -110,7 +130,7 @@ class Lora(DeltaLeaf):
 
     def factor(self, update: Update, role: str) -> torch.Tensor:
         """One stored factor, float32, as a matrix."""
-        entry = update.entries.get(role) or update.entries["bias"]
+        entry = update.entries[role] if role in update.entries else update.entries["bias"]
         with self._lock:
             known = self._kept.get(entry)
         if known is None:
@@ -129,7 +149,9 @@ class Lora(DeltaLeaf):
         """Raise NonFiniteError if a factor of this weight holds NaN or infinity."""
         update = self.updates[key]
         for role, name in update.names.items():
-            if role != "alpha" and (bad := int((~torch.isfinite(self.factor(update, role))).sum())):
+            if role not in ("alpha", "scalar", "reshape") and (
+                bad := int((~torch.isfinite(self.factor(update, role))).sum())
+            ):
                 raise NonFiniteError(
                     operation,
                     "a LoRA holds NaN or infinity",
@@ -139,6 +161,15 @@ class Lora(DeltaLeaf):
                     found=f"{bad:,} of them in this tensor",
                     fix="get the file again",
                 )
+
+    def _is_same(self, one: Update, other: Update) -> bool:
+        """Whether two updates of one weight have equal numbers, by what they make."""
+        if one.shape != other.shape or one.needs_weights or other.needs_weights:
+            return False
+        left, right = (
+            update.rows(0, update.shape[0], functools.partial(self.factor, update)) for update in (one, other)
+        )
+        return bool((left - right).abs().max() <= 1e-6 * left.abs().max())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Lora) and self._identity == other._identity
@@ -170,8 +201,11 @@ class Lora(DeltaLeaf):
             "ranks": [min(ranks), max(ranks)] if ranks else None,
             "scales": sorted({round(update.scale, 6) for update in self.updates.values()}),
             "without_alpha": sum("alpha" not in u.entries and u.kind in ("lora", "hada") for u in self.updates.values())
-            if not self.settings["known"]
+            if self.settings.source is None
             else 0,
+            "settings": self.settings.source,
+            "notes": self.notes,
+            "left": {why: len(names) for why, names in self.left.items()},
             "parts": dict(Counter(self.family.part_of(key).split(".")[0] for key in self.updates)),
             "recipe": "alkahest" in self.metadata,
         }
@@ -187,15 +221,17 @@ class Lora(DeltaLeaf):
 
 
 @refuse_unknown_options
-def open_lora(source: str | os.PathLike[str], *, name: str | None = None) -> Lora:
+def open_lora(source: str | os.PathLike[str], *, name: str | None = None, only: str | None = None) -> Lora:
     """Open a LoRA by reading its header: a delta on the weights that it names.
 
     >>> bridge.protect("refiner") + 0.1 * ak.open_lora("supplement.safetensors")
 
     Takes LoRA, LoHa, LoKr, DoRA and full differences, fused or split qkv, with the names of ComfyUI,
     diffusers, PEFT (with its folder's adapter_config.json), kohya, musubi, OneTrainer and LyCORIS. Strength 1 is
-    alpha / rank. ``name`` is what recipes call it. Raises FileFormatError for incomplete, ambiguous or damaged
-    files, UnknownNameError for a tensor that fits nothing, UnsupportedError for checkpoints and other adapters.
+    alpha / rank. OFT, BOFT, IA3 and whole tensors, which depend on the weights that they meet, are for `ak.apply_lora`.
+    ``name`` is what recipes call it; ``only="transformer"`` leaves out what is for other models (``left`` says what).
+    Raises FileFormatError for incomplete, ambiguous or damaged files, UnknownNameError for a tensor that fits nothing,
+    UnsupportedError for checkpoints, other adapters, and settings that are not understood.
     """
     located = locate(source)
     if not any(map(is_lora, located.tensors)):
@@ -207,7 +243,7 @@ def open_lora(source: str | os.PathLike[str], *, name: str | None = None) -> Lor
             found=", ".join(list(located.tensors)[:3]) or "nothing",
             fix="ak.open(path); a LoRA of it is ak.extract_lora(variant - base)" if checkpoint else "name a LoRA file",
         )
-    return Lora(located, name)
+    return Lora(located, name, only)
 
 
 def open_input(source: str | os.PathLike[str], name: str | None = None) -> Checkpoint | Lora | Signs:
@@ -218,172 +254,6 @@ def open_input(source: str | os.PathLike[str], name: str | None = None) -> Check
     if any(map(is_lora, located.tensors)) and not holds_model(located.tensors):
         return Lora(located, name)
     return open_checkpoint(source, name=name)
-
-
-def _updates(
-    located: Located, family: Family, settings: Mapping[str, Any], flavours: Counter[str]
-) -> Iterator[tuple[str, Update]]:
-    modules: dict[tuple[tuple[str, ...], str], dict[str, tuple[str, Entry, Name]]] = {}
-    for stored, (_, entry) in located.tensors.items():
-        name = _parse_name(stored, family, located.path)
-        # A bias's difference is a target of its own; everything else of a module belongs together.
-        module = modules.setdefault((name.keys, "bias" if name.role == "bias" else ""), {})
-        if name.role in module:
-            raise _twice(name.keys[0], module[name.role][0], stored, located.path)
-        module[name.role] = (stored, entry, name)
-    seen: dict[str, str] = {}
-    for (keys, _), found in modules.items():
-        for key, update in _of_module(keys, found, located, family, settings):
-            stored = next(iter(update.names.values()))
-            if key in seen:
-                raise _twice(key, seen[key], stored, located.path)
-            seen[key] = stored
-            yield key, update
-        flavours.update({next(iter(found.values()))[2].flavour})
-
-
-def _of_module(
-    keys: tuple[str, ...],
-    found: dict[str, tuple[str, Entry, Name]],
-    located: Located,
-    family: Family,
-    settings: Mapping[str, Any],
-) -> Iterator[tuple[str, Update]]:
-    names = {role: stored for role, (stored, _, _) in found.items()}
-    entries = {role: entry for role, (_, entry, _) in found.items()}
-    kinds = sorted({name.kind for _, _, name in found.values()} - {""})
-    if len(kinds) != 1:
-        raise FileFormatError(
-            "open_lora",
-            "a module has two kinds of update" if kinds else "an alpha without its LoRA",
-            file=located.path,
-            key=", ".join(names.values()),
-            found=" and ".join(NAMES[kind] for kind in kinds) or None,
-            fix="the file is damaged or was put together wrongly; get it again",
-        )
-    for role, entry in entries.items():
-        if entry.dtype not in BY_TAG and not (role == "alpha" and entry.dtype in _NUMBERS):
-            raise UnsupportedError(
-                "open_lora",
-                "this number format is not handled",
-                file=located.path,
-                key=names[role],
-                expected=", ".join(BY_TAG),
-                found=entry.dtype,
-            )
-    (kind,) = kinds
-    rows, *rest = shape_of(kind, entries, names, located.path)
-    heights = family.rows(keys, rows)
-    if heights is None:
-        raise FileFormatError(
-            "open_lora",
-            "a fused qkv whose rows cannot be split into its parts",
-            file=located.path,
-            key=next(iter(names.values())),
-            found=f"{rows} rows",
-            fix="the file is damaged; get it again",
-        )
-    scale = scale_of(kind, entries, _alpha(located, entries, names, keys[0], settings))
-    if settings["use_rslora"] and "alpha" not in entries and kind == "lora":
-        scale *= math.sqrt(entries["down"].shape[0])
-    first = 0
-    for key, height in zip(keys, heights, strict=True):
-        yield key, Update(kind, entries, names, (height, *rest), scale, first, "magnitude" in entries)
-        first += height
-
-
-def _alpha(
-    located: Located, entries: Mapping[str, Entry], names: Mapping[str, str], key: str, settings: Mapping[str, Any]
-) -> float | None:
-    if "alpha" not in entries:
-        module = key.removesuffix(".weight")
-        patterns = {name: value for name, value in settings["alpha_pattern"].items() if module.endswith(name)}
-        chosen = next(iter(patterns.values()), settings["lora_alpha"])
-        return None if chosen is None else float(chosen)
-    entry = entries["alpha"]
-    if math.prod(entry.shape) != 1:
-        raise FileFormatError(
-            "open_lora", "alpha must be one number", file=located.path, key=names["alpha"], found=f"shape {entry.shape}"
-        )
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    reader = next(reader for reader, one in located.tensors.values() if one is entry)
-    reader.read_into(raw.numpy().data, entry.offset)
-    if entry.dtype in _NUMBERS:
-        value = raw.view(_NUMBERS[entry.dtype]).double()
-    else:
-        value = torch.empty(1)
-        decode(raw, BY_TAG[entry.dtype], value)
-    if not math.isfinite(float(value)):
-        raise FileFormatError(
-            "open_lora", "alpha is not a finite number", file=located.path, key=names["alpha"], found=float(value)
-        )
-    return float(value)
-
-
-def _settings(located: Located) -> dict[str, Any]:
-    """PEFT's own settings, which hold alpha: in the metadata as diffusers writes them, or beside the file as PEFT
-    does.
-    """
-    found: Any = None
-    try:
-        if ADAPTER in located.metadata:
-            found = json.loads(located.metadata[ADAPTER])
-        elif (beside := located.files[0].path.parent / "adapter_config.json").is_file() and located.files[
-            0
-        ].path.name.startswith("adapter_model"):
-            reader = Reader(beside)
-            found = json.loads(reader.read(0, min(reader.size, 1 << 20)))
-    except (ValueError, RecursionError):
-        raise FileFormatError(
-            "open_lora",
-            "the adapter's settings cannot be read",
-            file=located.path,
-            expected="JSON",
-            fix="get the file again",
-        ) from None
-    given = (
-        {str(name).removeprefix("transformer."): value for name, value in found.items()}
-        if isinstance(found, dict)
-        else {}
-    )
-    patterns = given.get("alpha_pattern") or {}
-    numbers = [given.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [math.nan])]
-    if not all(one is None or (isinstance(one, (int, float)) and math.isfinite(one)) for one in numbers):
-        raise FileFormatError(
-            "open_lora",
-            "the adapter's settings make no sense",
-            file=located.path,
-            key="lora_alpha, alpha_pattern",
-            expected="finite numbers",
-            found=str(numbers)[:80],
-            fix="get the file again",
-        )
-    return {
-        "lora_alpha": given.get("lora_alpha"),
-        "use_rslora": bool(given.get("use_rslora")),
-        "known": bool(given),
-        "alpha_pattern": {str(name): value for name, value in patterns.items() if value is not None},
-    }
-
-
-def _parse_name(stored: str, family: Family, file: Path) -> Name:
-    try:
-        return parse_name(stored, family)
-    except (UnknownNameError, UnsupportedError) as error:
-        raise type(error)(
-            error.operation, error.problem, file=file, key=error.key, found=error.found, fix=error.fix
-        ) from None
-
-
-def _twice(key: str, first: str, second: str, file: Path) -> FileFormatError:
-    return FileFormatError(
-        "open_lora",
-        "two tensors of the file mean the same thing",
-        file=file,
-        key=key,
-        found=f"{first} and {second}",
-        fix="two LoRAs were put into one file; add them up instead: a + b",
-    )
 
 
 def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -400,6 +270,8 @@ def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
             "scale",
             ", ".join(f"{scale:g}" for scale in about["scales"][:4]) + (", ..." if len(about["scales"]) > 4 else ""),
         ),
+        *(("note", note) for note in about["notes"]),
+        *(("left", f"{count} tensors {why} are left out") for why, count in about["left"].items()),
         ("size", size_text(about["bytes"])),
     ]
     if about["without_alpha"]:
@@ -407,3 +279,7 @@ def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("alpha", f"missing in {about['without_alpha']} targets: taken to be the rank, as ComfyUI and diffusers do")
         )
     return facts
+
+
+def _left(left: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{len(names)} tensors {why}" for why, names in left.items()) or "nothing"

@@ -23,14 +23,15 @@ DOTTED = {
     "model.diffusion_model.": "ComfyUI",
     "diffusion_model.": "ComfyUI",
     "transformer.": "diffusers",
+    "pipe.dit.": "DiffSynth",
+    # Wrappers of trainers, which say nothing.
+    **dict.fromkeys(("module.", "model.", "net.", "dit.", "unet."), "wrapped"),
 }
 FLAT = {"lora_unet_": "kohya", "lora_transformer_": "OneTrainer", "lycoris_": "LyCORIS"}
 # What stands after the module's name -> the part that the tensor plays. Pairs multiply: up @ down and so on.
 ROLES = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
-    "lora_A.default.weight": "down",
-    "lora_B.default.weight": "up",
     "lora_down.weight": "down",
     "lora_up.weight": "up",
     "lora.down.weight": "down",
@@ -53,25 +54,62 @@ ROLES = {
     "dora_scale": "magnitude",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "lora_magnitude_vector.default.weight": "magnitude",
+    "magnitude": "magnitude",
+    "scalar": "scalar",
+    "reshape_weight": "reshape",
+    "oft_blocks": "blocks",
+    "rescale": "rescale",
+    "oft_R.weight": "rotation",
+    "boft_R": "butterfly",
+    "boft_s": "stretch",
+    "ia3_l": "ia3",
 }
+# Roles that tell the kind by themselves; of the rest the suffix does.
+_KIND_OF = {
+    "diff": "diff",
+    "bias": "diff",
+    "whole": "whole",
+    "whole_bias": "whole",
+    "blocks": "oft",
+    "rotation": "peft_oft",
+    "butterfly": "peft_boft",
+    "ia3": "ia3",
+}
+# Suffixes that PEFT writes with an adapter's name in them.
+_ADAPTED = re.compile(
+    r"\.(?P<start>lora_[AB]|lora_magnitude_vector|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|oft_R|boft_R|boft_s|ia3_l|"
+    r"modules_to_save)\.(?P<adapter>[^.]+)(?P<end>(?:\.weight|\.bias)?)"
+)
 REFUSED = {
     "lora_mid.weight": "a convolution's LoRA",
     "hada_t1": "a convolution's LoHa",
     "hada_t2": "a convolution's LoHa",
     "lokr_t2": "a convolution's LoKr",
-    "oft_blocks": "OFT",
-    "oft_diag": "OFT",
-    "boft_blocks": "BOFT",
+    "oft_diag": "kohya's OFT",
+    "oft_r": "OFT of PEFT before 0.16",
+    "oft_s": "OFT of PEFT before 0.16",
     "set_weight": "a replacement of weights",
-    "reshape_weight": "a change of shape",
     "lora_B.bias": "a LoRA with biases",
     "lora_up.bias": "a LoRA with biases",
-    "scalar": "a learned scalar",
     "a1.weight": "GLoRA",
     "a2.weight": "GLoRA",
     "b1.weight": "GLoRA",
     "b2.weight": "GLoRA",
+    "vera_lambda_b": "VeRA",
+    "vera_lambda_d": "VeRA",
+    "vera_A": "VeRA",
+    "vera_B": "VeRA",
+    "up_list.0": "DyLoRA",
+    "down_list.0": "DyLoRA",
+    "lora_E": "AdaLoRA",
+    "hra_u": "HRA",
+    "on_input": "LyCORIS' IA3",
+}
+_OWN = ("base_layer", "original_module")  # what PEFT keeps of the model's own weights
+# Fused Linears that no layout of a file has -> what their rows are.
+_FUSED = {
+    ".attention.to_qkv": (".attention.to_q", ".attention.to_k", ".attention.to_v"),
+    ".feed_forward.w13": (".feed_forward.w1", ".feed_forward.w3"),
 }
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_encoders.", "te_", "lora_prior_te")
 
@@ -82,53 +120,89 @@ class Name:
 
     flavour: str
     keys: tuple[str, ...]  # canonical names of the weights it changes; several are equal row slices of a fused one
-    kind: str  # lora, hada (LoHa), lokr, diff, or "" where the suffix does not tell
+    kind: str  # lora, hada (LoHa), lokr, diff, a kind that needs the weights, or "" where the suffix does not tell
     role: str
+    module: str  # the module's name as it is stored, without prefixes
+    copy: str  # what the tensors of one module and one copy of it have in common
+    adapter: str = ""  # PEFT's name for it
 
 
 def parse_name(stored: str, family: Family) -> Name:
     """What a stored name means.
 
-    >>> name = parsed("lora_unet_layers_0_attention_qkv.alpha", zimage.FAMILY); name.keys[0], name.role
+    >>> name = parse_name("lora_unet_layers_0_attention_qkv.alpha", zimage.FAMILY); name.keys[0], name.role
     ('layers.0.attention.to_q.weight', 'alpha')
 
     Raises UnknownNameError with the nearest name if it fits nothing, UnsupportedError for what is known but not
     handled.
     """
-    rest, suffix = _without_suffix(stored)
-    if suffix in REFUSED:
-        raise UnsupportedError(
-            "open_lora",
-            f"{REFUSED[suffix]} is not handled",
-            key=stored,
-            fix="LoRA, LoHa, LoKr, DoRA and full differences are",
-        )
+    rest, suffix, adapter = _split(stored)
     flavour, module = _without_prefix(rest)
     if module.startswith(_TEXT_ENCODER):
         raise UnsupportedError(
             "open_lora",
             "this part is for a text encoder, and would be lost",
             key=stored,
-            fix="remove the text encoder's tensors from the file",
+            fix=ONLY,
         )
-    keys = _keys(module, ROLES.get(suffix, ""), family)
-    if suffix not in ROLES or not keys:
+    module = ".".join(part for part in module.split(".") if part not in _OWN)
+    role = _role(rest, suffix, flavour)
+    keys = _keys(module, role, family)
+    if suffix in REFUSED and (keys or not _in_another_model(module)):
+        raise UnsupportedError(
+            "open_lora",
+            f"{REFUSED[suffix]} is not handled",
+            key=stored,
+            fix="LoRA, LoHa, LoKr, DoRA, OFT, BOFT, IA3 and full differences are",
+        )
+    if not role or not keys:
         raise UnknownNameError(
             "open_lora",
-            f"this name fits no module of {family.title}" if suffix in ROLES else "this is no tensor of a LoRA",
+            f"this name fits no module of {family.title}" if role else "this is no tensor of a LoRA",
             key=stored,
             found=module,
-            fix=nearest(_with_dots(module, family), _known_near(module, family))
-            if suffix in ROLES
-            else nearest(suffix, ROLES),
+            fix=(nearest(_with_dots(module, family), _known_near(module, family)) if role else nearest(suffix, ROLES))
+            + f"; or {ONLY}",
         )
     kind = next((kind for kind in ("hada", "lokr", "lora") if suffix.startswith(kind)), "")
-    return Name(flavour, keys, "diff" if ROLES[suffix] in ("diff", "bias") else kind, ROLES[suffix])
+    kind = kind if role in ("up", "down", "w1", "w2") or "_" in role else ""
+    return Name(flavour, keys, _KIND_OF.get(role, kind), role, module, rest, adapter)
+
+
+ONLY = "open_lora(path, only='transformer'), which leaves out what is of other models and says so"
+
+
+def _split(stored: str) -> tuple[str, str, str]:
+    """A stored name's module, suffix, and PEFT's name for the adapter if the suffix holds one."""
+    found = _ADAPTED.search(stored)
+    if found is not None and found.end() == len(stored):
+        if found["start"] == "modules_to_save":
+            return stored[: found.start()], f"modules_to_save{found['end']}", found["adapter"]
+        plain = found["start"] + (found["end"] or "")
+        if found["adapter"] != "weight" and (plain in ROLES or found["start"] in ROLES):
+            return stored[: found.start()], plain if plain in ROLES else found["start"], found["adapter"]
+    return (*_without_suffix(stored), "")
+
+
+def _role(rest: str, suffix: str, flavour: str) -> str:
+    """The part that a tensor plays; empty for none of a LoRA's. PEFT stores some modules whole."""
+    if suffix in ROLES:
+        return ROLES[suffix]
+    own = rest.rpartition(".")[2] in _OWN
+    if suffix in ("weight", "bias") and own:
+        return "own"
+    whole = suffix.startswith("modules_to_save.") or (suffix in ("weight", "bias") and flavour == "PEFT")
+    return "" if not whole else "whole_bias" if suffix.endswith("bias") else "whole"
+
+
+def _in_another_model(module: str) -> bool:
+    """Whether a module is surely of another model than the transformer."""
+    return module.startswith((*_TEXT_ENCODER, "control"))
 
 
 def is_lora(stored: str) -> bool:
     """Whether a stored name is one of a LoRA's, as far as its end tells."""
-    return _without_suffix(stored)[1] in {**ROLES, **REFUSED}
+    return _split(stored)[1] in {**ROLES, **REFUSED}
 
 
 def _without_suffix(stored: str) -> tuple[str, str]:
@@ -154,16 +228,20 @@ def family_of(names: Iterable[str]) -> Family:
     """The family that a LoRA's names are of: the one that understands most of them."""
 
     def understood(family: Family) -> int:
-        return sum(bool(_keys(_without_prefix(_without_suffix(name)[0])[1], "", family)) for name in names)
+        return sum(bool(_keys(_without_prefix(_split(name)[0])[1], "", family)) for name in names)
 
     return best_family(understood)
 
 
 def _keys(module: str, role: str, family: Family) -> tuple[str, ...]:
     name = _with_dots(module, family)
-    for end in (".bias",) if role == "bias" else (".weight", ""):
-        keys = family.canonical(name + end)
-        if all(family.template(key) in family.templates for key in keys):
+    for end in (".bias",) if role in ("bias", "whole_bias") else (".weight", ""):
+        fused = next((fused for fused in _FUSED if f".{name}".endswith(fused)), None)
+        if fused:
+            keys = tuple(name.removesuffix(fused[1:]) + part[1:] + end for part in _FUSED[fused])
+        else:
+            keys = family.canonical(name + end)
+        if all(family.template(key) in family.templates or (end and family.is_optional(key)) for key in keys):
             return keys if end or name in family.pads else ()
     return ()
 
@@ -193,7 +271,7 @@ def _flat(family: Family) -> dict[str, str]:
         for name in (key, *(layout.stored(key) for layout in family.layouts)):
             head, _, tail = _module(name).partition(".N.")
             found[(tail or head).replace(".", "_")] = tail or head
-    return found
+    return found | {fused[1:].replace(".", "_"): fused[1:] for fused in _FUSED}
 
 
 def _known_near(module: str, family: Family) -> list[str]:

@@ -94,7 +94,7 @@ def test_a_fused_dora_takes_its_rows(model: ak.Checkpoint, tmp_path: Path) -> No
             after[key].double(), magnitude[rows].double() * whole / whole.norm(dim=1, keepdim=True), atol=1e-6
         )
     with pytest.raises(UnsupportedError, match="magnitudes fit neither"):
-        ak.apply_lora(model, ak.open_lora(dora(tmp_path, random(1, 96), name, 288)))
+        ak.apply_lora(model, ak.open_lora(dora(tmp_path, random(1, 95), name, 288)))
 
 
 def test_it_is_an_expression(model: ak.Checkpoint, tmp_path: Path) -> None:

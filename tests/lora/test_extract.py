@@ -375,3 +375,28 @@ def test_it_does_not_write_over_its_inputs(tmp_path: Path) -> None:
         "link.safetensors",
         "variant.safetensors",
     ]
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_what_is_only_rounding_is_left_out_and_counted(kind: torch.dtype, tmp_path: Path) -> None:
+    base = {name: value.bfloat16().float() for name, value in tiny.state(1).items()}
+    learned = ["layers.0.attention.to_out.0.weight", "layers.1.feed_forward.w2.weight"]
+    changed = {name: value + 0.3 * value.std() * torch.randn_like(value) for name, value in base.items()}
+    variant = {name: (changed if name in learned else base)[name] for name in base}
+    matrices = [name for name, value in base.items() if value.dim() == 2 and min(value.shape) >= 32]
+    stored = {n: v.to(kind) if n in matrices else v.bfloat16() for n, v in variant.items()}
+    save_file(stored, tmp_path / "variant.safetensors")
+    tiny.write(tmp_path / "base.safetensors", base)
+    delta = ak.open(tmp_path / "variant.safetensors") - ak.open(tmp_path / "base.safetensors")
+    found = ak.extract_lora(delta, energy=0.9)
+    assert sorted(found.pairs) == sorted(learned)
+    left = found.summary()["left_out"]["rounding"]["tensors"]
+    differing = [n for n in matrices if n not in learned and not torch.equal(stored[n].float(), base[n])]
+    assert left == len(differing) > 10
+    assert f"{left} tensors (rounding)" in repr(found)
+    everything = ak.extract_lora(delta, energy=0.9, rounding=True)
+    assert len(everything.pairs) == len(learned) + left
+    assert "rounding=True" in everything.recipe.text
+    only = ak.open(tmp_path / "variant.safetensors") - ak.open(tmp_path / "base.safetensors")
+    with pytest.raises(AlgebraError, match=r"(?s)nothing is left to extract.*rounding"):
+        ak.extract_lora(only, exclude=", ".join(name.removesuffix(".weight") for name in learned))

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import alkahest as ak
-from alkahest.errors import OutputError, UnsupportedError
+from alkahest.errors import NonFiniteError, OutputError, UnsupportedError
 from alkahest.lora.write import FLAVOURS, Pair, save_lora
 from alkahest.model.families.zimage import FAMILY
 
@@ -138,3 +138,41 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError):
         save_lora(path, {}, {"layers.0.ffn_norm1.weight": random(96)}, "peft", family=FAMILY)
     assert path.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "allowed"),
+    [
+        (torch.float16, 100.0, 4e-4),  # wrote infinity
+        (torch.float16, 1 / 64, 0.0),  # rank 64, alpha 1: fell below what fp16 resolves
+        (torch.float16, 2.0**-14, 0.0),
+        (torch.float16, 2.0**12, 0.0),
+        (torch.float16, 0.7, 4e-4),
+        (torch.float8_e4m3fn, 0.7, 2e-3),  # lost 2.8 %
+        (torch.float8_e4m3fn, 0.25, 0.0),
+        (torch.bfloat16, 1 / 3, 2e-3),
+        (torch.float32, 1e-9, 1e-6),
+        (torch.float32, -2.5, 1e-6),
+    ],
+)
+def test_folding_a_scale_keeps_the_numbers(dtype: torch.dtype, scale: float, allowed: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    up = (torch.randn(64, 8, generator=generator) * (800 if scale == 100 else 0.003)).to(dtype)
+    down = torch.randn(8, 64, generator=generator).to(dtype)
+    folded = Pair(up, down, scale).fold()
+    assert folded.scale == 1
+    right = scale * up.double() @ down.double()
+    found = folded.up.double() @ folded.down.double()
+    assert torch.isfinite(found).all()
+    assert float((found - right).norm() / right.norm()) <= allowed
+    if dtype is torch.bfloat16 or scale == 2.0**12:
+        assert folded.up.dtype == dtype  # no wider than it need be
+    zero = Pair(up, down, 0.0).fold()
+    assert not zero.up.float().any()
+
+
+def test_what_is_written_is_finite(tmp_path: Path) -> None:
+    bad = Pair(torch.full((8, 2), float("nan")), torch.ones(2, 8))
+    with pytest.raises(NonFiniteError, match=r"(?s)holds NaN or infinity.*to_q"):
+        save_lora(tmp_path / "x.safetensors", {"layers.0.attention.to_q.weight": bad}, {}, family=FAMILY)
+    assert not (tmp_path / "x.safetensors").exists()
