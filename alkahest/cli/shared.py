@@ -92,6 +92,8 @@ def drain(events: Iterator[Any], quiet: bool, unit: str = "B") -> Any:
             bar.total = event.total
             bar.set_postfix_str(event.key[:32], refresh=False)
             bar.update(event.done - bar.n)
+            if note := getattr(event, "note", ""):
+                tqdm.write(note, file=sys.stderr)
     return event
 
 

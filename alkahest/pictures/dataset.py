@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,16 +20,40 @@ from alkahest.files.reader import Reader
 from alkahest.files.whole import write_file
 from alkahest.mini.drawing import draw
 from alkahest.mini.scenes import Choice, scenes
+from alkahest.pictures.captions import TABLES, beside, read_tables
+from alkahest.pictures.fingerprints import fingerprint
+from alkahest.pictures.picture_files import FORMATS, read_picture
 from alkahest.pictures.sampler import sample
 from alkahest.pictures.settings import SHIFT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_TABLES = ("metadata.jsonl", "metadata.csv")
-_CAPTIONS = ("text", "caption", "prompt")  # columns that a metadata table may keep them in
-_MAX_CAPTION = 1 << 16  # bytes of a caption file
+_KEY = "alkahest"  # of a drawn PNG's text: what it depends on
+# Endings of what lies beside pictures without being one.
+_OTHERS = frozenset(
+    [
+        ".txt",
+        ".caption",
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".tsv",
+        ".md",
+        ".toml",
+        ".yaml",
+        ".yml",
+        ".npz",
+        ".npy",
+        ".safetensors",
+        ".html",
+        ".log",
+        ".ini",
+        ".db",
+        ".py",
+        ".xml",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -65,41 +89,91 @@ class Dataset:
         return "\n".join(lines)
 
 
-def from_folder(folder: str | Path) -> Dataset:
+@refuse_unknown_options
+def from_folder(folder: str | Path, *, strict: bool = False, background: str = "white", frame: int = 0) -> Dataset:
     """Pictures of a folder and the folders in it, with a caption in a ``.txt`` beside each, or in a metadata table.
 
     >>> from_folder("people")
     people: 412 pictures with captions
+      3 skipped: no caption (a.png, b.png, c.jpg)
 
-    The table is ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text`` (or ``caption``, ``prompt``), as
-    Hugging Face's image folders. Pictures without a caption are skipped and reported. Raises
-    FileFormatError if the folder is missing or holds no picture with a caption.
+    Beside a picture ``.txt``, ``.caption`` or ``.json`` are looked for, in this order; tables are ``metadata`` or
+    ``captions`` in ``.jsonl``, ``.csv``, ``.tsv`` or ``.json``, with a column of file names and one of captions, as
+    Hugging Face's image folders and other trainers have them. Transparency is laid on ``background``, of animations
+    ``frame`` is taken. What is left out is told in ``skipped``, by file and reason, or refused with ``strict``. Raises
+    FileFormatError if the folder is missing, or holds no picture with a caption.
     """
     path = expanded(folder, "dataset")
     if not path.is_dir():
         raise FileFormatError("dataset", "no such folder", file=path, fix="name a folder of pictures")
-    told = _table(path)
-    examples, skipped = [], {}
-    for picture in sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file()):
+    _require_colour(background)
+    table = read_tables(path)
+    examples: list[Example] = []
+    skipped: dict[str, str] = {}
+    used: set[str] = set()
+    for picture in sorted(path.rglob("*")):
         name = picture.relative_to(path).as_posix()
-        caption = told.get(name) or _beside(picture)
-        if not caption:
-            skipped[name] = "no caption"
+        why = _why_not(picture)
+        if why is not None:
+            skipped |= {name: why} if why else {}
             continue
-        examples.append(Example(name, caption, "", partial(_open, picture)))
-    if not examples:
-        found = f"{len(skipped)} pictures without a caption" if skipped else "no pictures"
-        raise FileFormatError(
-            "dataset",
-            "there are no pictures with captions",
-            file=path,
-            expected=f"{', '.join(SUFFIXES)} with a .txt beside each, or {_TABLES[0]}",
-            found=found,
-        )
+        used.add(name)
+        caption, problem = (table.captions[name], None) if name in table.captions else beside(picture)
+        if not caption:
+            skipped[name] = problem or "no caption"
+            continue
+        how = partial(_open, picture, background, frame)
+        examples.append(Example(name, caption, "", how))
+    skipped |= {row: f"a row of {of} names no picture" for row, of in table.of.items() if row not in used}
+    if not examples or (strict and skipped):
+        raise _left_out(path, skipped, bool(examples))
     readers = [Reader(path / example.name) for example in examples]
     hashes = blake3_of(readers)
-    named = [Example(e.name, e.caption, digest, e.open) for e, digest in zip(examples, hashes, strict=True)]
+    ground = "" if (background, frame) == ("white", 0) else f" {background} {frame}"
+    named = [Example(e.name, e.caption, digest + ground, e.open) for e, digest in zip(examples, hashes, strict=True)]
     return Dataset(path.name, named, skipped)
+
+
+def _why_not(path: Path) -> str | None:
+    """Why a file is no picture that can be taken: None for one that can, nothing for what is no picture at all."""
+    if path.is_symlink() and not path.exists():
+        return "a link that leads nowhere"
+    if path.is_dir() or any(part.startswith(".") for part in path.parts[-1:]):
+        return ""
+    suffix = path.suffix.lower()
+    if suffix in FORMATS:
+        if not path.is_file():
+            return "not a regular file"
+        return "empty file" if path.stat().st_size == 0 else None
+    if suffix in _OTHERS or path.name.lower() in ("thumbs.db", "license", "readme"):
+        return ""
+    return f"unknown ending {suffix}" if suffix else "no ending"
+
+
+def _left_out(path: Path, skipped: Mapping[str, str], some: bool) -> FileFormatError:
+    reasons = Counter(skipped.values())
+    found = "; ".join(f"{count}: {why}" for why, count in reasons.most_common(4)) or "no pictures"
+    first = next(iter(skipped), None)
+    return FileFormatError(
+        "dataset",
+        "pictures are left out, which strict refuses" if some else "there are no pictures with captions",
+        file=path,
+        key=first,
+        expected=f"{', '.join(FORMATS)} with a .txt beside each, or {TABLES[0]}",
+        found=found,
+        fix="mend them, or leave strict out" if some else None,
+    )
+
+
+def _require_colour(background: str) -> None:
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(background)
+    except (ValueError, AttributeError, TypeError):
+        raise FileFormatError(
+            "dataset", "background is a colour", found=repr(background)[:60], fix="background='white', or '#808080'"
+        ) from None
 
 
 @refuse_unknown_options
@@ -167,12 +241,14 @@ def make_dataset(
 
     ``models`` are pipelines or (pipeline, settings of `ak.sample`) by name; the other settings are
     for all that name none of their own. Writes ``NAME-00000.png`` and ``.txt``; pictures that are there are not
-    drawn again.
+    drawn again if model, prompt, seed and settings are those that they were drawn with, and are drawn anew if not.
+    What else lies in the folder is no part of the dataset.
     """
     path = expanded(folder, "dataset")
     if not prompts:
         raise AlkahestError("make_dataset", "there are no prompts", fix="a file with a prompt a line")
     path.mkdir(parents=True, exist_ok=True)
+    wanted: list[str] = []
     how = {
         "negative_prompt": negative_prompt,
         "steps": steps,
@@ -186,67 +262,58 @@ def make_dataset(
     total, done = len(models) * len(prompts), 0
     for name, model in models.items():
         pipe, its = model if isinstance(model, tuple) else (model, {})
+        of = " ".join(fingerprint(getattr(pipe, part)) for part in ("transformer", "text_encoder", "vae"))
+        keys = [_drawn_key(of, prompt, n, {**how, **its}) for n, prompt in enumerate(prompts)]
+        wanted += [f"{name}-{n:05}.png" for n in range(len(prompts))]
         for first in range(0, len(prompts), batch):
             numbers = range(first, min(first + batch, len(prompts)))
-            missing = [n for n in numbers if not (path / f"{name}-{n:05}.txt").exists()]
+            missing = [n for n in numbers if not _is_drawn(path / f"{name}-{n:05}", keys[n], prompts[n])]
             if missing:
                 drawn = sample(
                     pipe, [prompts[n] for n in missing], **{**how, **its, "seed": missing, "batch": batch}
                 ).images
                 for number, image in zip(missing, drawn, strict=True):
                     buffer = io.BytesIO()
-                    image.save(buffer, "PNG")
+                    image.save(buffer, "PNG", pnginfo=_png_text(keys[number]))
                     # The caption last: a picture counts as drawn when it has one.
                     write_file(path / f"{name}-{number:05}.png", buffer.getvalue())
                     write_file(path / f"{name}-{number:05}.txt", prompts[number].encode())
             done += len(numbers)
             yield Event(done, total, name)
-    yield Event(total, total, "done", from_folder(path))
+    found = from_folder(path)
+    mine = [example for example in found.examples if example.name in set(wanted)]
+    other = {e.name: "not of this dataset: it was in the folder" for e in found.examples if e.name not in set(wanted)}
+    yield Event(total, total, "done", Dataset(path.name, mine, {**found.skipped, **other}))
 
 
-def _table(folder: Path) -> dict[str, str]:
-    """Captions by file name, from the first metadata table that is there."""
-    for name in _TABLES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            with path.open(encoding="utf-8", newline="") as lines:
-                rows = (
-                    [json.loads(line) for line in lines if line.strip()]
-                    if path.suffix == ".jsonl"
-                    else list(csv.DictReader(lines))
-                )
-            return {
-                str(row["file_name"]): str(next(row[column] for column in _CAPTIONS if row.get(column)))
-                for row in rows
-                if any(map(row.get, _CAPTIONS))
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
-            raise FileFormatError(
-                "dataset",
-                "the metadata table cannot be read",
-                file=path,
-                expected=f"file_name and one of {', '.join(_CAPTIONS)}",
-                found=error,
-            ) from None
-    return {}
+def _drawn_key(of: str, prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
+    """What a drawn picture depends on: the model, the prompt, the seed and every setting."""
+    text = json.dumps([of, prompt, seed, sorted((name, str(value)) for name, value in settings.items())])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _beside(picture: Path) -> str:
-    path = picture.with_suffix(".txt")
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return file.read(_MAX_CAPTION).decode(errors="replace").strip()
+def _png_text(key: str) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(_KEY, key)
+    return info
 
 
-def _open(path: Path) -> Image:
-    from PIL import Image, ImageOps
+def _is_drawn(stem: Path, key: str, prompt: str) -> bool:
+    """Whether the picture of this name, and its caption, are those that would be drawn now."""
+    from PIL import Image
 
-    with Image.open(path) as image:
-        image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with Image.open(stem.with_suffix(".png"), formats=["PNG"]) as image:
+            known = image.info.get(_KEY)
+        return known == key and stem.with_suffix(".txt").read_bytes() == prompt.encode()
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def _open(path: Path, background: str, frame: int) -> Image:
+    return read_picture(path, background, frame)[0]
 
 
 def _draw(scene: Any) -> Image:

@@ -23,6 +23,7 @@ from alkahest.files.cache import KINDS, cache_folder
 from alkahest.files.whole import as_output_error
 from alkahest.model.families.zimage import FAMILY
 from alkahest.pictures.dataset import Dataset, Example
+from alkahest.pictures.fingerprints import fingerprint as fingerprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,7 +85,9 @@ class Encoded:
         return known
 
 
-def encode(dataset: Dataset, pipe: Any, resolution: int, multiple: int | None = None) -> Iterator[Event]:
+def encode(
+    dataset: Dataset, pipe: Any, resolution: int, multiple: int | None = None, strict: bool = False
+) -> Iterator[Event]:
     """Encode what the cache does not hold yet: a generator of events, the result is `Encoded`.
 
     >>> *_, last = encode(from_folder("people"), pipe, 1024); last.result
@@ -92,7 +95,7 @@ def encode(dataset: Dataset, pipe: Any, resolution: int, multiple: int | None = 
     Pictures are scaled and cropped to the bucket of their shape: about ``resolution`` squared pixels, sides a
     ``multiple`` (default 64, 16 below 512). Latents are the posterior's mode, shifted and scaled as the transformer
     sees them; embeddings are what ``encode_prompt`` gives. Entries belong to one VAE or text encoder, whatever
-    its file. Unreadable pictures are skipped and reported; FileFormatError if none is left.
+    its file. Unreadable pictures are skipped and reported, or refused with ``strict``; FileFormatError if none is left.
     """
     step = multiple or (64 if resolution >= 512 else 16)
     if resolution % 16 or step % 16 or resolution < step:
@@ -114,8 +117,10 @@ def encode(dataset: Dataset, pipe: Any, resolution: int, multiple: int | None = 
     for number, example in enumerate(dataset.examples):
         try:
             placed = waiting.add(example, resolution, step)
-        except (OSError, ValueError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
-            skipped[example.name] = f"unreadable: {str(error)[:80]}"
+        except FileFormatError as error:
+            if strict:
+                raise
+            skipped[example.name] = error.problem
             continue
         items.append((example, *placed))
         if number % 32 == 0:
@@ -183,19 +188,6 @@ def embeddings(tokenizer: Any, encoder: nn.Module, captions: Sequence[str]) -> l
         for text, state, mask in zip(chosen, states, tokens.attention_mask.bool(), strict=True):
             found[text] = state[mask].clone()
     return [found[text] for text in captions]
-
-
-def fingerprint(module: nn.Module) -> str:
-    """What tells one VAE or text encoder from another: the ends of every tensor, and how latents are scaled."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict().items():
-        flat = value.detach().reshape(-1)
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(ends.numpy().tobytes())
-    for name in ("scaling_factor", "shift_factor"):
-        digest.update(str(getattr(getattr(module, "config", None), name, "")).encode())
-    return digest.hexdigest()
 
 
 class _Waiting:

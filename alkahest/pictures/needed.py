@@ -72,7 +72,8 @@ def needed_multiplier(
     (`ak.cached`).
 
     On the real model plan for the transformer (12.3 GB in bf16, 6.2 GB with ``storage="fp8_e4m3fn"``) and text encoder
-    and VAE beside it (8.4 GB, or on the CPU with ``offload=True``), which fits 24 GB (a plan: no card was at hand). In
+    and VAE beside it (8.4 GB, or on the CPU with ``offload=True``), which fits 24 GB (a plan: no card was
+    at hand; on a CPU, all 6.15 billion parameters made up and one small picture of each kind, it peaked at 8.4 GB). In
     time, evaluations of the model: 1152 to draw 48 pictures in 12 steps with guidance, and about 1500 to 2200 for the
     losses: 216 of variant and base, and 144 for each of nine to fourteen k (1512 counted for cyan on TB-1).
 

@@ -106,11 +106,6 @@ REFUSED = {
     "on_input": "LyCORIS' IA3",
 }
 _OWN = ("base_layer", "original_module")  # what PEFT keeps of the model's own weights
-# Fused Linears that no layout of a file has -> what their rows are.
-_FUSED = {
-    ".attention.to_qkv": (".attention.to_q", ".attention.to_k", ".attention.to_v"),
-    ".feed_forward.w13": (".feed_forward.w1", ".feed_forward.w3"),
-}
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_encoders.", "te_", "lora_prior_te")
 
 
@@ -236,9 +231,9 @@ def family_of(names: Iterable[str]) -> Family:
 def _keys(module: str, role: str, family: Family) -> tuple[str, ...]:
     name = _with_dots(module, family)
     for end in (".bias",) if role in ("bias", "whole_bias") else (".weight", ""):
-        fused = next((fused for fused in _FUSED if f".{name}".endswith(fused)), None)
+        fused = next((fused for fused in family.fused_modules if f".{name}".endswith(fused)), None)
         if fused:
-            keys = tuple(name.removesuffix(fused[1:]) + part[1:] + end for part in _FUSED[fused])
+            keys = tuple(name.removesuffix(fused[1:]) + part[1:] + end for part in family.fused_modules[fused])
         else:
             keys = family.canonical(name + end)
         if all(family.template(key) in family.templates or (end and family.is_optional(key)) for key in keys):
@@ -271,7 +266,7 @@ def _flat(family: Family) -> dict[str, str]:
         for name in (key, *(layout.stored(key) for layout in family.layouts)):
             head, _, tail = _module(name).partition(".N.")
             found[(tail or head).replace(".", "_")] = tail or head
-    return found | {fused[1:].replace(".", "_"): fused[1:] for fused in _FUSED}
+    return found | {fused[1:].replace(".", "_"): fused[1:] for fused in family.fused_modules}
 
 
 def _known_near(module: str, family: Family) -> list[str]:

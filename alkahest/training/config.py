@@ -111,6 +111,8 @@ class Config:
     log: str = ""  # tensorboard or wandb, beside the history that is always written
     prompts: tuple[str, ...] = ()  # drawn at every measurement
     sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `ak.sample` for them
+    strict: bool = False  # refuse a picture that cannot be taken, rather than leave it out and say so
+    background: str = "white"  # what transparent pictures are laid on
     folder: Path = Path()
 
     def frozen_pattern(self, family: Family) -> Pattern | None:
@@ -140,7 +142,8 @@ class Config:
     @property
     def digest(self) -> str:
         """What tells one run from another: everything but how often it saves and measures."""
-        apart = {"save_every", "measure_every", "prompts", "sampling", "export", "log", "folder"}
+        apart = {"save_every", "measure_every", "prompts", "sampling", "export", "log", "folder", "strict"}
+        apart |= {"background"} if self.background == "white" else set()  # which earlier versions did not have
         kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in apart}
         text = json.dumps(kept, default=lambda value: vars(value) if isinstance(value, Stage) else str(value))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -16,3 +16,4 @@ class TrainingStep(Event):
 
     loss: float = math.nan
     row: Mapping[str, Any] | None = None
+    note: str = ""  # what to tell a person: pictures that are left out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,11 @@ def prepare(
                 if name not in datasets:
                     datasets[name] = yield from _dataset(name, config, folder, pipe)
                 if (name, stage.resolution) not in encoded:
-                    encoded[name, stage.resolution] = yield from _relay(
-                        config, f"encoding {name}", encode(datasets[name], pipe, stage.resolution)
-                    )
+                    encoding = encode(datasets[name], pipe, stage.resolution, strict=config.strict)
+                    found = yield from _relay(config, f"encoding {name}", encoding)
+                    encoded[name, stage.resolution] = found
+                    if note := left_out_words(name, found.skipped):
+                        yield TrainingStep(0, config.steps, note, note=note)
     for prompt in (*config.prompts, "", str(config.sampling.get("negative_prompt", ""))):
         embed(pipe, prompt)  # remembered for the pictures to come
     pipe.text_encoder.to("cpu")
@@ -152,7 +155,8 @@ def _shard(start: Weights, config: Config, form: torch.dtype, device: str) -> An
 def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[TrainingStep, None, Dataset]:
     ((kind, given),) = config.data[name].items()
     if kind == "folder":
-        return from_folder(config.folder / expanded(str(given), "finetune"))
+        place = config.folder / expanded(str(given), "finetune")
+        return from_folder(place, strict=config.strict, background=config.background)
     if kind == "scenes":
         return _scenes(given)
     if "scenes" in given:
@@ -168,6 +172,15 @@ def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[Tr
     models = _Models(given["models"], open_inputs(config), pipe)
     found: Dataset = yield from _relay(config, f"drawing {name}", make_dataset(models, prompts, folder / "data" / name))
     return found
+
+
+def left_out_words(name: str, skipped: Mapping[str, str]) -> str:
+    """What a dataset leaves out, in one line; empty for nothing."""
+    if not skipped:
+        return ""
+    reasons = Counter(skipped.values()).most_common()
+    told = "; ".join(f"{count}: {why}" for why, count in reasons[:4]) + ("; ..." if len(reasons) > 4 else "")
+    return f"{name}: {len(skipped)} files are left out ({told})"
 
 
 class _Models(Mapping[str, Any]):

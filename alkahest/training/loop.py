@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from alkahest.training import parallel
 from alkahest.training.adapter import add_lora, save_adapter
 from alkahest.training.config import Config, Stage
 from alkahest.training.events import TrainingStep
-from alkahest.training.inputs import prepare, reset_tensors, start_of
+from alkahest.training.inputs import left_out_words, prepare, reset_tensors, start_of
 from alkahest.training.memory import out_of_memory
-from alkahest.training.monitor import Monitor, read_history, split
+from alkahest.training.monitor import Monitor, read_history, read_left_out, split
 from alkahest.training.objective import add_noise
 from alkahest.training.optimise import Updates, rate_at
 from alkahest.training.order import Order
@@ -51,8 +52,14 @@ class Result:
         """A row for each measurement."""
         return read_history(self.folder)
 
+    @property
+    def left_out(self) -> dict[str, dict[str, str]]:
+        """What the datasets left out, by dataset and file, with the reason."""
+        return read_left_out(self.folder)
+
     def __repr__(self) -> str:
-        return f"{self.weights!r}\n  frozen tensors unchanged (digest {self.frozen})\n  {self.folder}"
+        lines = [f"{self.weights!r}", f"  frozen tensors unchanged (digest {self.frozen})", f"  {self.folder}"]
+        return "\n".join([*lines, *(f"  {left_out_words(name, files)}" for name, files in self.left_out.items())])
 
 
 @refuse_unknown_options
@@ -117,6 +124,16 @@ def _check_processes(config: Config) -> None:
             )
 
 
+def _digest_of(encoded: Mapping[tuple[str, int], Encoded]) -> str:
+    """What tells one set of data from another: every picture and caption, by content, in its order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for (name, resolution), one in sorted(encoded.items()):
+        digest.update(f"{name} {resolution} {len(one)}".encode())
+        for item in one.items:
+            digest.update(f" {item.latents.stem} {item.embedding.stem}".encode())
+    return digest.hexdigest()
+
+
 class _Training:
     """One process's share of a run."""
 
@@ -153,6 +170,8 @@ class _Training:
         self.data = {key: train for key, (train, _) in sides.items()}
         self.orders = [self._order(stage) for stage in config.stages]
         self.monitor = Monitor(config, folder, pipe, {key: held for key, (_, held) in sides.items()}, self.how)
+        self.left_out = {name: dict(one.skipped) for (name, _), one in encoded.items() if one.skipped}
+        self.data_digest = _digest_of(encoded)
         self.step = 0
 
     def run(self) -> Iterator[TrainingStep]:
@@ -237,6 +256,7 @@ class _Training:
         about = {
             "config": self.config.digest,
             "frozen": self.frozen.digest,
+            "data": self.data_digest,
             "orders": [order.state for order in self.orders],
         }
         state: dict[str, Tensor] = {f"trained|{name}": p for name, p in self.trained.items()}
@@ -262,6 +282,7 @@ class _Training:
         if saved:
             self._go_on(saved[-1])
         self.monitor.resume(self.step)
+        self.monitor.note_left_out(self.left_out)
 
     def _go_on(self, saved: Path) -> None:
         found = about_checkpoint(saved)
@@ -276,6 +297,15 @@ class _Training:
                 )
         needed = [f"trained|{name}" for name in self.trained] + [f"ema|{name}" for name in self.ema]
         needed += found.get("names", [])  # of the optimiser too
+        if found.get("data", self.data_digest) != self.data_digest:  # earlier versions did not write it
+            raise MismatchError(
+                "finetune",
+                "the data is other than when the run was stopped: pictures or captions changed, came or went",
+                file=saved,
+                expected=found["data"],
+                found=self.data_digest,
+                fix="restore the data, or start the changed one in another folder",
+            )
         state = load_checkpoint(saved, self._place, needed)
         for name, running in self.ema.items():
             running.copy_(parallel.local(state[f"ema|{name}"]))

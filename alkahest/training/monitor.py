@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from alkahest.errors import UnsupportedError, refuse_unknown_options
+from alkahest.errors import FileFormatError, UnsupportedError, refuse_unknown_options
 from alkahest.files.whole import write_file
 from alkahest.pictures.encoded import Encoded, Item
 from alkahest.pictures.flow import Arithmetic, losses
@@ -36,12 +36,48 @@ def read_history(folder: str | Path) -> pandas.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame(_rows(Path(folder) / "history.jsonl"))
+    rows = [row for row in _rows(Path(folder) / "history.jsonl") if "left_out" not in row]
+    return pd.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
+
+
+def read_left_out(folder: str | Path) -> dict[str, dict[str, str]]:
+    """What a run's datasets left out, by dataset and file, with the reason.
+
+    >>> read_left_out("runs/tb1")
+    {'people': {'a.png': 'no caption'}}
+    """
+    rows = _rows(Path(folder) / "history.jsonl")
+    return next((row["left_out"] for row in rows if isinstance(row.get("left_out"), dict)), {})
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The measurements in a file; a line that a kill cut off is none."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    """The lines of a history; one that a kill cut off is none. FileFormatError for one that is damaged otherwise."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = b""
+        if isinstance(row, dict) and ("left_out" in row or isinstance(row.get("step"), int)):
+            rows.append(row)
+        elif row is not None and number < len(lines) - 1:
+            raise FileFormatError(
+                "read_history",
+                f"line {number + 1} of the history is damaged",
+                file=path,
+                found=repr(line[:60]),
+                fix="delete that line: it is one measurement",
+            )
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as JSON, in which what is no number is null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 class Monitor:
@@ -54,8 +90,16 @@ class Monitor:
     def resume(self, step: int) -> None:
         """Forget what was measured after a step; the run comes by there again."""
         if parallel.rank() == 0 and (path := self.folder / "history.jsonl").exists():
-            kept = [row for row in _rows(path) if step and row["step"] <= step]
-            write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            kept = [row for row in _rows(path) if step and "left_out" not in row and row["step"] <= step]
+            write_file(path, "".join(_line(row) for row in kept).encode())
+
+    def note_left_out(self, left_out: Mapping[str, Mapping[str, str]]) -> None:
+        """Write down what the datasets leave out, by file and reason, before what is measured."""
+        if parallel.rank() == 0 and left_out:
+            path = self.folder / "history.jsonl"
+            measured = [_line(row) for row in _rows(path)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, "".join([_line({"left_out": left_out}), *measured]).encode())
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Note a step's loss where a tracker wants each."""
@@ -88,7 +132,7 @@ class Monitor:
         for n, image in enumerate(images):
             image.save(place / f"{row['step']:07}-{n:02}.png")
         with (self.folder / "history.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
         if self._tracker is not None:
             numbers = {name: value for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
             pictures = dict(zip(self.config.prompts, images, strict=False))

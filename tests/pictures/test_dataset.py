@@ -83,13 +83,39 @@ def test_models_draw_a_dataset_and_go_on(tmp_path: Path) -> None:
     assert np.abs(np.asarray(found.examples[5].open(), int) - np.asarray(expected)).max() <= 1
 
 
+def test_a_drawn_picture_is_known_by_what_it_depends_on(tmp_path: Path) -> None:
+    """Old pictures do not come back for other prompts, settings or models, whatever their number."""
+    base, turbo = (ak.pipeline(ak.mini.load(name)) for name in ("base", "turbo"))
+
+    def drawn(pipe: Any, prompts: list[str], **settings: Any) -> dict[str, bytes]:
+        found = list(make_dataset({"m": pipe}, prompts, tmp_path / "d", **{"steps": 1, "cfg": 1, **settings}))[
+            -1
+        ].result
+        assert [e.caption for e in found.examples] == prompts
+        return {e.name: (tmp_path / "d" / e.name).read_bytes() for e in found.examples}
+
+    first = drawn(base, ["a red ball", "a blue box", "a green tree"])
+    assert drawn(base, ["a red ball", "a blue box", "a green tree"]) == first
+    second = drawn(base, ["a yellow house", "a blue box"])
+    assert list(second) == ["m-00000.png", "m-00001.png"]  # the third is of no prompt any more
+    assert second["m-00000.png"] != first["m-00000.png"]
+    assert second["m-00001.png"] == first["m-00001.png"]
+    assert drawn(base, ["a yellow house", "a blue box"], shift=1.0) != second
+    assert drawn(turbo, ["a yellow house", "a blue box"], shift=1.0) != second
+    picture(tmp_path / "d" / "mine.png")
+    (tmp_path / "d" / "mine.txt").write_text("mine")
+    *_, last = make_dataset({"m": base}, ["a blue box"], tmp_path / "d", steps=1, cfg=1)
+    assert len(last.result) == 1
+    assert last.result.skipped["mine.png"] == "not of this dataset: it was in the folder"
+
+
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="no such folder"):
         from_folder(tmp_path / "nowhere")
     with pytest.raises(FileFormatError, match=r"(?s)no pictures with captions.*no pictures"):
         from_folder(tmp_path)
     picture(tmp_path / "a.png")
-    with pytest.raises(FileFormatError, match=r"(?s)no pictures with captions.*1 pictures without a caption"):
+    with pytest.raises(FileFormatError, match=r"(?s)no pictures with captions.*1: no caption"):
         from_folder(tmp_path)
     for text in ("not json", '["a list"]', '{"file_name": 3}\n{"text": "no name"}'):
         (tmp_path / "metadata.jsonl").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -335,6 +336,78 @@ def test_the_history_can_be_read_while_it_trains(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "pictures").glob("0000004-*.png"))) == 2
     events.close()
     assert len(read_history(tmp_path / "nowhere")) == 0
+
+
+def pictures_of(folder: Path, count: int = 6) -> dict[str, Any]:
+    """A folder of pictures of which some cannot be taken, and a run on it."""
+    folder.mkdir(exist_ok=True)
+    for number, example in enumerate(from_scenes(count, seed=3).examples):
+        example.open().save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(example.caption)
+    (folder / "none.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    (folder / "cut.txt").write_text("cut")
+    stage = {"name": "one", "mix": {"mine": 1.0}, "steps": 4, "lr": 1e-4, "batch": 2, "resolution": 64}
+    return {"data": {"mine": {"folder": str(folder)}}, "stage": [stage], "save_every": 2, "measure_every": 2}
+
+
+def test_what_is_left_out_is_told_at_the_start_at_the_end_and_in_the_history(tmp_path: Path) -> None:
+    changes = pictures_of(tmp_path / "mine")
+    events = list(stream_finetune(config(**changes), tmp_path / "run"))
+    (note,) = [event.note for event in events if event.note]
+    assert note.startswith("mine: 2 files are left out (1: no caption; 1: unreadable: ")
+    result = events[-1].result
+    assert result is not None
+    assert result.left_out["mine"]["none.png"] == "no caption"
+    assert "unreadable" in result.left_out["mine"]["cut.png"]
+    assert "mine: 2 files are left out" in repr(result)
+    lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert set(rows[0]["left_out"]["mine"]) == {"none.png", "cut.png"}
+    assert rows[1]["loss"] is None  # before the first step there is none
+    assert np.isnan(result.history.loss[0])
+    assert result.history.step.tolist() == [0, 2, 4]
+    assert len(list(stream_finetune(config(**changes), tmp_path / "run"))) > 0
+    assert (tmp_path / "run" / "history.jsonl").read_text().splitlines() == lines
+    with pytest.raises(FileFormatError, match="strict refuses"):
+        finetune(config(**changes, strict=True), tmp_path / "strict")
+
+
+@pytest.mark.parametrize("change", ["a caption", "a picture", "one more", "one less"])
+def test_a_resumed_run_notices_that_its_data_changed(change: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    changes = pictures_of(mine)
+    events = stream_finetune(config(**changes), tmp_path / "run")
+    for event in events:
+        if event.done == 3:
+            break
+    events.close()
+    match change:
+        case "a caption":
+            (mine / "1.txt").write_text("another caption")
+        case "a picture":
+            (mine / "1.png").write_bytes((mine / "2.png").read_bytes())
+        case "one more":
+            (mine / "none.txt").write_text("now with a caption")
+        case "one less":
+            (mine / "1.png").unlink()
+    with pytest.raises(MismatchError, match=r"(?s)the data is other than when the run was stopped.*another folder"):
+        finetune(config(**changes), tmp_path / "run")
+
+
+def test_a_damaged_history_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    good = '{"step": 0, "loss": 1.0}\n'
+    path.write_text(good + '{"step": 4, "lo')  # cut off by a kill
+    assert read_history(tmp_path).step.tolist() == [0]
+    for bad in (b"nonsense\n", b"\xff\xfe\n", b"[1]\n", b'{"loss": 3}\n', b"[" * 100_000 + b"\n"):
+        path.write_bytes(good.encode() + bad + good.encode())
+        with pytest.raises(FileFormatError, match="line 2 of the history is damaged"):
+            read_history(tmp_path)
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ class Family:
     # What a block could be permuted by: kind -> the size that says how many rows one has ("" for one), what reads into
     # it, and last what reads from it; see `alkahest.measure.units`.
     units: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    # Modules that other programs' LoRAs fuse and no layout of a file does -> what their rows are.
+    fused_modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     pads: tuple[str, ...] = ()  # learned tokens, which ComfyUI does not patch
     scales: tuple[str, ...] = ()  # scales of norms whose name does not say norm
     prefixes: tuple[str, ...] = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "")

@@ -246,6 +246,10 @@ FAMILY = Family(
         "hidden unit": ("", tuple(f"feed_forward.{which}.weight" for which in ("w1", "w3", "w2"))),
         "head": ("head", tuple(f"attention.to_{which}.weight" for which in ("q", "k", "v", "out.0"))),
     },
+    fused_modules={
+        ".attention.to_qkv": (".attention.to_q", ".attention.to_k", ".attention.to_v"),
+        ".feed_forward.w13": (".feed_forward.w1", ".feed_forward.w3"),
+    },
     pads=_PADS,
     scales=("cap_embedder.0.weight",),
     layouts=(
