@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +19,7 @@ from alkahest.errors import refuse_unknown_options, unknown
 
 if TYPE_CHECKING:
     import pandas
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,74 @@ def clear_cache(kind: str | None = None) -> int:
 
 
 def load(kind: str, name: str) -> Any:
-    """A stored JSON value; None if there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((cache_folder() / kind / f"{name}.json").read_text())
+    """A stored JSON value; None if there is none, or none that is whole: others may write, clear and damage it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads((cache_folder() / kind / f"{name}.json").read_bytes())
+        if found["sum"] == _sum_of(kind, name, found["value"]):
+            return found["value"]
     return None
 
 
 def store(kind: str, name: str, value: Any) -> None:
     """Store a JSON value, in one step. A cache that cannot be written costs time, nothing else."""
+    text = json.dumps({"value": value, "sum": _sum_of(kind, name, json.loads(json.dumps(value)))})
     with contextlib.suppress(OSError):
-        entry = cache_folder() / kind / f"{name}.json"
+        write_entry(cache_folder() / kind / f"{name}.json", text.encode())
+
+
+def write_entry(entry: Path, data: bytes) -> None:
+    """Write a file of the cache in one step; nothing of it stays if that fails. OSError, as the system has it."""
+    for tried in range(3):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        scratch = entry.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        scratch.write_text(json.dumps(value))
-        os.replace(scratch, entry)
+        scratch = entry.with_name(f".{entry.name[:100]}.{uuid.uuid4().hex[:8]}")
+        try:
+            scratch.write_bytes(data)
+            os.replace(scratch, entry)
+            return
+        except FileNotFoundError:  # another process cleared the folder meanwhile
+            if tried == 2:
+                raise
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def store_tensors(entry: Path, tensors: Mapping[str, Tensor], about: Any = None) -> None:
+    """Keep tensors and a JSON value with a checksum, in one step. OSError if that cannot be written."""
+    from safetensors.torch import save
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    told = json.dumps(about, sort_keys=True)
+    metadata = {"about": told, "sum": _tensor_sum(entry.stem, plain, told)}
+    write_entry(entry, save(plain, metadata))
+
+
+def load_tensors(entry: Path) -> tuple[dict[str, Tensor], Any] | None:
+    """What `store_tensors` kept; None if it is not there, or not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        with safe_open(entry, "pt") as stored:
+            metadata = stored.metadata() or {}
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        if metadata["sum"] == _tensor_sum(entry.stem, found, metadata["about"]):
+            return found, json.loads(metadata["about"])
+    return None
+
+
+def _sum_of(kind: str, name: str, value: Any) -> str:
+    """A checksum of a value and of where it stands, so that no entry is taken for another."""
+    text = json.dumps([kind, name, value], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _tensor_sum(name: str, tensors: Mapping[str, Tensor], about: str) -> str:
+    import torch
+
+    digest = hashlib.blake2b(f"{name} {about}".encode(), digest_size=16)
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str:

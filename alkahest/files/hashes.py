@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -16,20 +16,23 @@ from alkahest.errors import AlkahestError
 from alkahest.files import cache
 from alkahest.files.reader import Reader
 
+_HASH = re.compile(r"[0-9a-f]{64}")
 _RACY_SECONDS = 2.0
 _HASH_CHUNK = 4 << 20
 _QUICKLY_HASHED = 256 << 20  # bytes: a quarter of a second
 
 
-def blake3_of(readers: Sequence[Reader], cancelled: threading.Event | None = None) -> list[str]:
-    """BLAKE3 of each file as 64 hex digits, remembered in the user's cache folder by size and time.
+def blake3_of(readers: Sequence[Reader], cancelled: threading.Event | None = None, *, anew: bool = False) -> list[str]:
+    """BLAKE3 of each file as 64 hex digits, remembered in the user's cache folder by size, times and place.
+
+    With ``anew`` every byte is read, whatever is remembered: rot of a disk changes no times.
 
     Several files are read side by side, so that a merge that reads them too finds the same pages in
     memory. Setting ``cancelled`` makes it return early, with empty strings for what is not known.
     """
     from blake3 import blake3
 
-    digests = [_recall(reader) for reader in readers]
+    digests = ["" if anew else _recall(reader) for reader in readers]
     todo = {index: blake3(max_threads=1) for index, digest in enumerate(digests) if not digest}
     # A page-aligned buffer: the kernel copies to it six times as fast as to a bytearray's odd address.
     buffer = memoryview(mmap.mmap(-1, _HASH_CHUNK))
@@ -52,9 +55,9 @@ def known_paths(digest: str) -> list[Path]:
     found = []
     for entry in (cache.cache_folder() / "blake3").glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AlkahestError):
-            known = json.loads(entry.read_text())
+            known = cache.load("blake3", entry.stem)
             ours = known["format"] == cache.KINDS["blake3"].format()
-            if ours and known["blake3"] == digest and list(Reader(known["path"]).stamp) == known["stamp"]:
+            if ours and known["blake3"] == digest and list(Reader(known["path"]).full_stamp) == known["stamp"]:
                 found.append(Path(known["path"]))
     return sorted(found)
 
@@ -66,7 +69,7 @@ def identity(reader: Reader) -> str | None:
     """
     if reader.size <= _QUICKLY_HASHED or _recall(reader):
         return blake3_of([reader])[0]
-    return None if _is_young(reader) else f"{reader.path.resolve()} {reader.stamp}"
+    return None if _is_young(reader) else f"{reader.path.resolve()} {reader.full_stamp}"
 
 
 def _entry(reader: Reader) -> str:
@@ -76,7 +79,8 @@ def _entry(reader: Reader) -> str:
 def _recall(reader: Reader) -> str:
     with contextlib.suppress(KeyError, TypeError):
         known = cache.load("blake3", _entry(reader))
-        if known["stamp"] == list(reader.stamp) and known["format"] == cache.KINDS["blake3"].format():
+        same = known["stamp"] == list(reader.full_stamp) and known["format"] == cache.KINDS["blake3"].format()
+        if same and _HASH.fullmatch(known["blake3"]):
             return str(known["blake3"])
     return ""
 
@@ -86,7 +90,7 @@ def _keep(reader: Reader, digest: str) -> None:
     if not _is_young(reader):
         value = {
             "path": str(reader.path.resolve()),
-            "stamp": list(reader.stamp),
+            "stamp": list(reader.full_stamp),
             "blake3": digest,
             "format": cache.KINDS["blake3"].format(),
         }
@@ -95,4 +99,4 @@ def _keep(reader: Reader, digest: str) -> None:
 
 def _is_young(reader: Reader) -> bool:
     """Whether the file is younger than the clock's grain: it could still change without changing its time."""
-    return time.time() - reader.stamp[1] / 1e9 < _RACY_SECONDS
+    return time.time() - max(reader.full_stamp[1], reader.full_stamp[3]) / 1e9 < _RACY_SECONDS

@@ -42,6 +42,7 @@ class Reader:
             raise FileFormatError("open", "this is not a regular file", file=path, fix="name a file")
         self.size = status.st_size
         self.stamp = _stamp(status)
+        self.full_stamp = (*self.stamp, status.st_ctime_ns)  # which nobody can put back
         self._descriptor: int | None = None
         self._lock = threading.Lock()
         self._asked = threading.local()
@@ -97,8 +98,9 @@ class Reader:
     def check_unchanged(self) -> None:
         """Raise FileFormatError if the file was written to since it was opened."""
         now = os.fstat(self._descriptor) if self._descriptor is not None else _stat_or_none(self.path)
-        if now is None or _stamp(now) != self.stamp:
-            raise FileFormatError("read", "the file changed after it was opened", file=self.path, fix="open it again")
+        if now is None or (*_stamp(now), now.st_ctime_ns) != self.full_stamp:
+            fix = "open it again; a file that is moved or linked while it is read counts as changed too"
+            raise FileFormatError("read", "the file changed after it was opened", file=self.path, fix=fix)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -115,7 +117,7 @@ class Reader:
         return self._descriptor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "stamp": self.stamp}
+        return {"path": self.path, "size": self.size, "stamp": self.stamp, "full_stamp": self.full_stamp}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _descriptor=None, _lock=threading.Lock(), _asked=threading.local())

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -14,12 +15,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from alkahest.errors import OutputError, reason
+from alkahest.errors import AlkahestError, OutputError, reason
 from alkahest.files.reader import HAS_POSITIONAL
 
 PARTIAL = ".alkahest-partial"
 _GUARD = f".guard{PARTIAL}"
 _SYNC_EVERY = 256 << 20
+_TRIES = 20
 
 
 class Writer:
@@ -103,13 +105,23 @@ def whole_file(target: Path, size: int) -> Iterator[Writer]:
         is_folder = target.is_dir()
     if is_folder:
         raise OutputError("save", "the output is an existing folder", file=target, fix="name a file")
+    if target.exists() and not target.is_file():
+        raise OutputError(
+            "save", "the output is not a regular file", file=target, found=_kind_of(target), fix="name another file"
+        )
     partial = _partial_name(target)
     writer: Writer | None = None
     try:
         with as_output_error(target):
-            writer = Writer(partial, size, target)
-            if not writer.lock():
-                raise OutputError("save", "another run removed the partial file", file=target, fix="run it again")
+            for tried in range(_TRIES):
+                writer = Writer(partial, size, target)
+                if writer.lock():
+                    break
+                writer.close()  # another save took it for a leftover, before it was locked
+                partial = _partial_name(target)
+                if tried == _TRIES - 1:
+                    raise OutputError("save", "other runs remove the partial file", file=target, fix="run it again")
+        assert writer is not None
         yield writer
         with as_output_error(target):
             writer.sync()
@@ -177,12 +189,14 @@ def require_free(folder: Path, size: int, target: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete partial outputs in ``folder`` whose writer is no longer running."""
     for path in folder.glob(f".*{PARTIAL}"):
-        guard = path / _GUARD if path.is_dir() else path
-        # A folder just made or about to be renamed has no guard yet, or no longer.
-        young = not guard.exists() and time.time() - path.stat().st_mtime < 60
-        if young or not _is_abandoned(guard):
-            continue
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another save may be clearing up too
+            if path.is_symlink():  # none of ours
+                continue
+            guard = path / _GUARD if path.is_dir() else path
+            # A folder just made or about to be renamed has no guard yet, or no longer.
+            young = not guard.exists() and time.time() - path.stat().st_mtime < 60
+            if young or not _is_abandoned(guard):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -218,6 +232,28 @@ def _checked_target(target: Path, size: int) -> Path:
     remove_leftovers(target.parent)
     require_free(target.parent, size, target)
     return target
+
+
+def _kind_of(path: Path) -> str:
+    """What a path is that is no regular file, in words."""
+    mode = path.stat().st_mode
+    kinds = {"a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR, "a disk": stat.S_ISBLK, "a socket": stat.S_ISSOCK}
+    return next((name for name, is_it in kinds.items() if is_it(mode)), "something else")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, operation: str) -> Iterator[None]:
+    """Hold a folder for one process at a time; AlkahestError if another is at work in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        if not _lock_file(file.fileno()):
+            raise AlkahestError(
+                operation,
+                "another process is at work in this folder",
+                file=folder,
+                fix="wait until it has ended, or name another folder",
+            )
+        yield
 
 
 def _partial_name(target: Path) -> Path:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alkahest.files.cache import cache_folder
+from alkahest.files.cache import cache_folder, load_tensors, store_tensors
 from alkahest.lora.write import Pair
 
 
@@ -25,29 +22,21 @@ class Parts:
         """The row of the report and the factors of a tensor that was finished before; numbers stay on disk until
         used.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if self.folder is None:
+        found = None if self.folder is None else load_tensors(self.folder / f"{key}.safetensors")
+        if found is None:
             return None
-        try:
-            with safe_open(self.folder / f"{key}.safetensors", "pt") as stored:
-                row = json.loads(stored.metadata()["row"])
-                pair = Pair(stored.get_tensor("up"), stored.get_tensor("down"), row.pop("scale"))
-                return {**row, "shape": tuple(row["shape"])}, pair
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return None
+        tensors, row = found
+        shape = tuple(row["shape"])
+        pair = Pair(tensors["up"], tensors["down"], row.pop("scale"))
+        fits = len(shape) == 2 and pair.up.shape == (shape[0], pair.rank) and pair.down.shape[1] == shape[1]
+        return ({**row, "shape": shape}, pair) if fits else None
 
     def store(self, key: str, row: Mapping[str, Any], pair: Pair) -> None:
         """Keep a finished tensor. A cache that cannot be written costs time, nothing else."""
-        from safetensors.torch import save_file
-
-        if self.folder is None:
-            return
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            scratch = self.folder / f".{uuid.uuid4().hex[:8]}"
-            save_file({"up": pair.up, "down": pair.down}, scratch, {"row": json.dumps({"scale": pair.scale, **row})})
-            os.replace(scratch, self.folder / f"{key}.safetensors")
+        if self.folder is not None:
+            about = {"scale": pair.scale, **row, "shape": list(row["shape"])}
+            with contextlib.suppress(OSError):
+                store_tensors(self.folder / f"{key}.safetensors", {"up": pair.up, "down": pair.down}, about)
 
     def remove(self) -> None:
         if self.folder is not None:

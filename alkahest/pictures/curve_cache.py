@@ -49,6 +49,9 @@ def load_curve(key: str | None) -> tuple[LossCurve, tuple[str, ...]] | None:
         return None
     try:
         arrays = {name: np.array(known[name], np.float64) for name in names}
+        count = len(arrays["ks"])
+        if arrays["new"].ndim != 2 or any(len(arrays[name]) != count for name in ("new", "rest", "along")):
+            return None
         return LossCurve(**arrays, seed=int(known["seed"])), tuple(map(str, known["notes"]))
     except (TypeError, ValueError, KeyError):
         return None

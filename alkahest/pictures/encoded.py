@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 
 from alkahest.engine.events import Event
 from alkahest.errors import FileFormatError, UnsupportedError
-from alkahest.files.cache import KINDS, cache_folder
+from alkahest.files.cache import KINDS, cache_folder, load_tensors, store_tensors
 from alkahest.files.whole import as_output_error
 from alkahest.model.families.zimage import FAMILY
 from alkahest.pictures.dataset import Dataset, Example
@@ -106,7 +103,7 @@ def encode(
     total, done = 2 * len(dataset), 0
     captions = list(dict.fromkeys(["", *(example.caption for example in dataset.examples)]))
     where = {caption: _place("embeddings", text, caption) for caption in captions}
-    missing = [caption for caption in captions if not where[caption].exists()]
+    missing = [caption for caption in captions if len(_shape(where[caption])) != 2]
     for first in range(0, len(missing), _CAPTIONS):
         chosen = missing[first : first + _CAPTIONS]
         for caption, embedding in zip(chosen, embeddings(pipe.tokenizer, pipe.text_encoder, chosen), strict=True):
@@ -201,7 +198,7 @@ class _Waiting:
         """Where the example's latents are or will be, and their height and width."""
         # The size of the picture decides the bucket, and is in the entry of an encoded one.
         path = _place("latents", self.vae, f"{example.identity} {resolution} {step}")
-        if path.exists() and len(shape := _shape(path)) == 3:
+        if len(shape := _shape(path)) == 3:
             return path, (shape[1], shape[2])
         image = example.open()
         size = bucket_size(image.width, image.height, resolution, step)
@@ -232,28 +229,18 @@ def _place(kind: str, of: str, what: str) -> Path:
 
 
 def _save(path: Path, tensor: Tensor) -> None:
-    from safetensors.torch import save_file
-
     with as_output_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        save_file({"value": tensor.contiguous()}, scratch)
-        os.replace(scratch, path)
+        store_tensors(path, {"value": tensor})
 
 
 def _load(path: Path) -> Tensor | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    with contextlib.suppress(OSError, SafetensorError, KeyError):
-        return load_file(path)["value"]
-    return None
+    """A kept tensor, if it is whole and of numbers."""
+    found = load_tensors(path)
+    value = None if found is None else found[0].get("value")
+    return value if value is not None and bool(torch.isfinite(value).all()) else None
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    """From the header alone; () if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as stored:
-        return tuple(stored.get_slice("value").get_shape())
-    return ()
+    """Of an entry that is whole; () if it is not, and has to be made anew."""
+    found = _load(path)
+    return () if found is None else tuple(found.shape)

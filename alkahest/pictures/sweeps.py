@@ -248,16 +248,29 @@ def _keep(
         if png:  # a failure is not kept: it is tried again next time
             cell.path.parent.mkdir(parents=True, exist_ok=True)
             write_file(cell.path, png)
-            write_file(cell.path.with_suffix(".json"), json.dumps(record).encode())
+            kept = {"record": record, "picture": _digest(png)}
+            write_file(cell.path.with_suffix(".json"), json.dumps({**kept, "sum": _sum_of(cell.path, kept)}).encode())
         yield cell, {**record, "path": str(cell.path) if png else None}
 
 
 def _recall(path: Path) -> dict[str, Any] | None:
+    """What is kept of a cell, if record and picture are both whole."""
     try:
-        record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.with_suffix(".json").read_bytes())
+        kept = {name: found[name] for name in ("record", "picture")}
+        if found["sum"] != _sum_of(path, kept) or kept["picture"] != _digest(path.read_bytes()):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return {**record, "path": str(path)} if path.is_file() else None
+    return {**kept["record"], "path": str(path)}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _sum_of(path: Path, kept: Mapping[str, Any]) -> str:
+    return _digest(json.dumps([path.stem, kept], sort_keys=True).encode())
 
 
 def _identity(live: LiveModel) -> list[str]:

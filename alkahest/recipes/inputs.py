@@ -120,7 +120,7 @@ def _open(source: Any, name: str, recipe: Recipe) -> Input:
     return open_input(source, name=name)
 
 
-def found_input(recipe: Recipe, name: str, beside: Path | None) -> Input:
+def found_input(recipe: Recipe, name: str, beside: Path | None, anew: bool = False) -> Input:
     """The recorded input by its name in a folder, or by its hash wherever it was seen before."""
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
@@ -132,7 +132,7 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Input:
             continue
         in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
         try:
-            return require_match(_open(path.parent if in_folder else path, name, recipe), recipe, name)
+            return require_match(_open(path.parent if in_folder else path, name, recipe), recipe, name, anew)
         except (FileFormatError, UnsupportedError):  # another file of that name
             continue
         except RecipeError as error:
@@ -146,14 +146,17 @@ def found_input(recipe: Recipe, name: str, beside: Path | None) -> Input:
     )
 
 
-def require_match(checkpoint: Input, recipe: Recipe, name: str) -> Input:
-    """An opened input, if it is the one that the recipe was made with; RecipeError otherwise."""
+def require_match(checkpoint: Input, recipe: Recipe, name: str, anew: bool = False) -> Input:
+    """An opened input, if it is the one that the recipe was made with; RecipeError otherwise.
+
+    With ``anew`` its hash is not taken from what is remembered.
+    """
     recorded = recipe.inputs.get(name)
     if recorded is None:
         return checkpoint
     digests = dict.fromkeys(checkpoint.files, "")
     if sorted(reader.size for reader in digests) == sorted(entry["bytes"] for entry in recorded):
-        digests = dict(zip(checkpoint.files, blake3_of(checkpoint.files), strict=True))
+        digests = dict(zip(checkpoint.files, blake3_of(checkpoint.files, anew=anew), strict=True))
     names = {entry["blake3"]: entry["file"] for entry in recorded}
     if sorted(digests.values()) != sorted(names):
         raise RecipeError(

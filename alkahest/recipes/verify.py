@@ -71,7 +71,7 @@ def stream_verdict(
     writes nothing. Raises FileFormatError if the file cannot be opened at all.
     """
     checkpoint = open_checkpoint(path)
-    digests = dict(zip((f.path.name for f in checkpoint.files), blake3_of(checkpoint.files), strict=True))
+    digests = dict(zip((f.path.name for f in checkpoint.files), blake3_of(checkpoint.files, anew=True), strict=True))
     verdict = Verdict(checkpoint.path, digests)
     workspace, done = Workspace(torch.device("cpu")), 0
     for key, piece in checkpoint.slices.items():
@@ -153,9 +153,9 @@ def _state(recipe: Recipe, name: str, given: Any, beside: Path) -> str:
             "recipe", f"{name!r} is a file, and a number is given for it", found=str(given), fix=f"--{name} PATH"
         )
     if given:  # somebody says that this is the input: if it is not, that is their error, not the file's
-        return f"{require_match(open_input(given, name=name), recipe, name).path}, unchanged"
+        return f"{require_match(open_input(given, name=name), recipe, name, anew=True).path}, unchanged"
     try:
-        found = found_input(recipe, name, beside)
+        found = found_input(recipe, name, beside, anew=True)
     except RecipeError as error:
         return "changed" if error.expected is not None else "not found here"
     return f"{found.path}, unchanged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from alkahest.engine.events import result_of
 from alkahest.engine.options import existing_device
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError, refuse_unknown_options
 from alkahest.files.paths import expanded
+from alkahest.files.whole import only_one
 from alkahest.model.keys import Pattern
 from alkahest.pictures.encoded import Encoded
 from alkahest.pictures.flow import Arithmetic, losses
@@ -90,8 +92,9 @@ def stream_finetune(config: Config, folder: str | Path, device: str = "cpu") -> 
     for pattern in filter(None, (config.frozen_pattern(start.family), reset)):
         pattern.require_match(start.shapes, "finetune")
     try:
-        data, pipe = yield from prepare(config, start, path, device)
-        yield from _Training(config, start, pipe, data, path).run()
+        with only_one(path, "finetune") if parallel.rank() == 0 else contextlib.nullcontext():
+            data, pipe = yield from prepare(config, start, path, device)
+            yield from _Training(config, start, pipe, data, path).run()
     except (RuntimeError, MemoryError) as error:
         raise out_of_memory(error, config, start) or error from None
 

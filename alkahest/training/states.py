@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from alkahest.errors import FileFormatError, MismatchError, OutputError, reason
+from alkahest.files.hashes import blake3_of
 from alkahest.files.header import read_header
 from alkahest.files.reader import Reader, size_text
 from alkahest.files.whole import as_output_error, whole_folder
@@ -41,7 +42,9 @@ def save_checkpoint(folder: Path, step: int, about: Mapping[str, Any], state: Ma
     try:
         with _shared_folder(target, size + (1 << 20)) as partial, as_output_error(target):
             _write(partial, state)
+            parallel.wait()
             if parallel.rank() == 0:
+                about = {**about, "blake3": _hashes(partial)}
                 (partial / "state.json").write_text(
                     json.dumps({"step": step, **about, "names": sorted(state)}, indent=1)
                 )
@@ -128,11 +131,23 @@ def load_checkpoint(
     return state
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    """The BLAKE3 of every file of numbers, by its name."""
+    files = sorted(folder.glob("*.safetensors"))
+    return dict(zip([file.name for file in files], blake3_of([Reader(file) for file in files], anew=True), strict=True))
+
+
 def _require_sound(path: Path) -> None:
-    """Raise FileFormatError unless every file of a checkpoint is as long and as well formed as its header says."""
+    """Raise FileFormatError unless every file of a checkpoint is as it was written, to the bit."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise _damage(path, "it holds no numbers")
+    known = about_checkpoint(path).get("blake3")
+    if isinstance(known, dict) and parallel.rank() == 0:  # earlier versions did not write it
+        with _readable(path):
+            found = _hashes(path)
+        if changed := [name for name in {**known, **found} if known.get(name) != found.get(name)]:
+            raise _damage(path, f"{changed[0]}: its bytes are not those that were written")
     for file in files:
         reader = Reader(file)  # whose own errors are of the disk, not of what is on it
         try:

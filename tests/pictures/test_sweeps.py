@@ -127,10 +127,17 @@ def test_no_room_for_the_cache(live: Any, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_damaged_record_is_drawn_again(live: Any, tmp_path: Path) -> None:
     first = ak.sweep(live, "a tree", {"k": [1]}, folder=tmp_path, **FAST)
     record = Path(first.path[0]).with_suffix(".json")
-    assert json.loads(record.read_text())["error"] is None
-    record.write_text("{")
-    second = ak.sweep(live, "a tree", {"k": [1]}, folder=tmp_path, **FAST)
-    assert second.lag1[0] == first.lag1[0]
+    whole = json.loads(record.read_text())
+    assert whole["record"]["error"] is None
+    for spoilt in ("{", '{"k": 99}', json.dumps({**whole, "record": {**whole["record"], "lag1": 99.0}}), "[" * 10**5):
+        record.write_text(spoilt)
+        second = ak.sweep(live, "a tree", {"k": [1]}, folder=tmp_path, **FAST)
+        assert second.lag1[0] == first.lag1[0]
+    picture = Path(first.path[0])
+    before = picture.read_bytes()
+    picture.write_bytes(before[:100])
+    ak.sweep(live, "a tree", {"k": [1]}, folder=tmp_path, **FAST)
+    assert picture.read_bytes() == before
 
 
 def test_contact_sheet_places_pictures(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from alkahest.engine.options import Options
 from alkahest.engine.record import Recipe
 from alkahest.engine.save import stream
 from alkahest.errors import AlkahestError, RecipeError
+from alkahest.files import hashes
 from alkahest.recipes.inputs import build
 from alkahest.recipes.verify import Verdict, stream_verdict
 
@@ -90,13 +91,13 @@ def test_an_option_on_the_command_line_wins_over_the_recipe_even_if_it_is_the_de
 
 
 def test_inputs_are_found_by_hash_wherever_they_were_seen(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hashes, "_RACY_SECONDS", -1)
     path = merged(folder)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     for name in ("bridge", "variant", "base"):
         shutil.move(folder / f"{name}.safetensors", elsewhere / f"renamed {name}.safetensors")
-        os.utime(elsewhere / f"renamed {name}.safetensors", (1e9, 1e9))
     recipe = ak.read_recipe(path)[1]
     with pytest.raises(RecipeError, match=r"(?s)'bridge' was not found.*--bridge PATH"):
         build(recipe, {}, folder)
@@ -231,3 +232,21 @@ def test_verify_counts_what_is_not_finite_and_tells_changed_inputs(folder: Path)
     assert verdict.recipe is None
     with pytest.raises(RecipeError, match="nothing to recompute"):
         last(folder / "nan.safetensors", recompute=True)
+
+
+def test_it_reads_every_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte that changes while the times stay: rot of a disk, or somebody who puts them back."""
+    monkeypatch.setattr(hashes, "_RACY_SECONDS", -1)
+    path = merged(folder)
+    (verdict,) = [event.result for event in stream_verdict(path) if event.result]
+    assert verdict.ok
+    with (folder / "variant.safetensors").open("r+b") as file:
+        status = os.fstat(file.fileno())
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x01")
+    os.utime(folder / "variant.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    # As if its place in the cache were still believed: what is remembered is not asked.
+    monkeypatch.setattr(hashes, "_recall", lambda reader: pytest.fail("a remembered hash was believed"))
+    (verdict,) = [event.result for event in stream_verdict(path) if event.result]
+    assert verdict.inputs["variant"] == "changed"
+    assert not verdict.ok
