@@ -125,7 +125,8 @@ def whole_file(target: Path, size: int) -> Iterator[Writer]:
         yield writer
         with as_output_error(target):
             writer.sync()
-            writer.close()
+            if os.name == "nt":  # which renames no open file; elsewhere the lock holds until the file has its name
+                writer.close()
             os.replace(partial, target)
             _sync_folder(target.parent)
     finally:
@@ -195,12 +196,13 @@ def remove_leftovers(folder: Path) -> None:
             guard = path / _GUARD if path.is_dir() else path
             # A folder just made or about to be renamed has no guard yet, or no longer.
             young = not guard.exists() and time.time() - path.stat().st_mtime < 60
-            if young or not _is_abandoned(guard):
+            if young:
                 continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            with _held_if_abandoned(guard) as abandoned:  # while it is removed nobody can take it for their own
+                if abandoned and path.is_dir():
+                    shutil.rmtree(path)
+                elif abandoned:
+                    path.unlink()
 
 
 @contextlib.contextmanager
@@ -276,16 +278,19 @@ def _reserve(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds the lock that a running writer keeps on its partial file."""
+@contextlib.contextmanager
+def _held_if_abandoned(path: Path) -> Iterator[bool]:
+    """Whether nobody holds the lock that a running writer keeps on its partial file; held meanwhile if so."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     except FileNotFoundError:
-        return True
+        yield True
+        return
     except OSError:
-        return False
+        yield False
+        return
     try:
-        return _lock_file(descriptor)
+        yield _lock_file(descriptor)
     finally:
         os.close(descriptor)
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from alkahest.errors import FileFormatError, OutputError
 from alkahest.files import reader as reading
 from alkahest.files import whole
 from alkahest.files.reader import Reader
-from alkahest.files.whole import whole_file, whole_folder
+from alkahest.files.whole import only_one, whole_file, whole_folder, write_file
 
 
 @pytest.fixture(params=[True, False], ids=["positional", "fallback"])
@@ -75,7 +76,7 @@ def test_a_killed_writer_is_cleaned_up_by_the_next_and_a_running_one_is_not(tmp_
     script = """
         import sys, time
         from pathlib import Path
-        from alkahest.files.whole import whole_file, whole_folder
+        from alkahest.files.whole import only_one, whole_file, whole_folder, write_file
         with whole_file(Path(sys.argv[1]) / "a.bin", 5), whole_folder(Path(sys.argv[1]) / "b", 5):
             print("writing", flush=True)
             time.sleep(60)
@@ -183,3 +184,51 @@ def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path) -> None:
         writer.write(b"2", 0)
     assert (tmp_path / "soft").is_symlink()
     assert (tmp_path / "a").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_an_output_is_a_regular_file_or_nothing(through: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    target = pipe
+    if through == "a link":
+        target = tmp_path / "link.safetensors"
+        target.symlink_to(pipe)
+    with pytest.raises(OutputError, match=r"(?s)not a regular file.*a pipe"):
+        write_file(target, b"x")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    device = tmp_path / "null.safetensors"
+    device.symlink_to("/dev/null")
+    with pytest.raises(OutputError, match=r"(?s)not a regular file.*a device|not allowed|Permission"):
+        write_file(device, b"x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_links_that_lead_nowhere_do_not_stop_a_save(tmp_path: Path) -> None:
+    (tmp_path / ".x.alkahest-partial").symlink_to(tmp_path / "gone")
+    write_file(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+    assert (tmp_path / ".x.alkahest-partial").is_symlink()
+
+
+def test_saves_side_by_side_do_not_clear_each_other_away(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from alkahest.files.whole import write_file\n"
+        "for n in range(60): write_file(Path(sys.argv[1]) / f'{sys.argv[2]}-{n}', b'x' * 1000)\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(n)]) for n in range(4)]
+    assert [one.wait() for one in running] == [0] * 4
+    assert len(list(tmp_path.iterdir())) == 240
+    assert all(path.stat().st_size == 1000 for path in tmp_path.iterdir())
+
+
+def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+    with only_one(tmp_path / "run", "finetune"):
+        program = (
+            "import sys; from pathlib import Path; from alkahest.files.whole import only_one\n"
+            "with only_one(Path(sys.argv[1]), 'finetune'): pass\n"
+        )
+        second = [sys.executable, "-c", program, str(tmp_path / "run")]
+        refused = subprocess.run(second, capture_output=True, text=True)
+        assert "another process is at work in this folder" in refused.stderr
+    assert subprocess.run(second, check=True).returncode == 0

@@ -13,6 +13,7 @@ from test_dataset import picture
 
 import alkahest as ak
 from alkahest.errors import FileFormatError, UnsupportedError
+from alkahest.files import cache
 from alkahest.pictures import encoded as module
 from alkahest.pictures.dataset import Dataset, from_folder, from_scenes
 from alkahest.pictures.encoded import Encoded, bucket_size, encode, fingerprint
@@ -131,3 +132,27 @@ def test_memory_is_bounded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         found.latents(number)
     assert len(found._known) == 3
     assert found._nbytes == 3 * found.latents(7).nbytes
+
+
+@pytest.mark.parametrize("kind", ["latents", "embeddings"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "NaN"])
+def test_a_kept_entry_that_is_damaged_is_made_anew(kind: str, damage: str, pipe: Any) -> None:
+    data = from_scenes(3, seed=1)
+    first = encoded(data, pipe)
+    right = [first.latents(n).clone() for n in range(3)] + [first.embedding(n).clone() for n in range(3)]
+    paths = [item.latents if kind == "latents" else item.embedding for item in first.items]
+    for path in paths:
+        raw = bytearray(path.read_bytes())
+        match damage:
+            case "cut":
+                path.write_bytes(raw[: len(raw) // 2])
+            case "flipped":
+                raw[-5] ^= 4
+                path.write_bytes(raw)
+            case "empty":
+                path.write_bytes(b"")
+            case "NaN":
+                cache.store_tensors(path, {"value": torch.full((4, 8, 8), float("nan"))})
+    again = encoded(data, pipe)
+    found = [again.latents(n) for n in range(3)] + [again.embedding(n) for n in range(3)]
+    assert all(torch.equal(one, other) for one, other in zip(right, found, strict=True))

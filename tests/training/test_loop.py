@@ -529,6 +529,24 @@ def _renamed(path: Path) -> None:
     save_file({name + "_" * (name == first): value for name, value in state.items()}, file)
 
 
+def _flipped(checkpoint: Path) -> None:
+    """One bit of one number."""
+    raw = bytearray((checkpoint / "state.safetensors").read_bytes())
+    raw[-3] ^= 1
+    (checkpoint / "state.safetensors").write_bytes(raw)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    first = stream_finetune(config(), tmp_path / "run")
+    for event in first:
+        if event.done == 1:
+            break
+    with pytest.raises(AlkahestError, match="another process is at work in this folder"):
+        finetune(config(), tmp_path / "run")
+    first.close()
+    finetune(config(), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -537,6 +555,7 @@ def _renamed(path: Path) -> None:
         _renamed,
         lambda p: (p / "state.safetensors").unlink(),
         lambda p: (p / "state.json").write_text("{}"),
+        _flipped,
     ],
 )
 def test_a_damaged_checkpoint_is_told_so(damage: Callable[[Path], Any], tmp_path: Path) -> None:
