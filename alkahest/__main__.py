@@ -1,3 +1,28 @@
-from alkahest.cli import main
+"""Entry point of the ``alkahest`` command, and of ``python -m alkahest``."""
 
-main()
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+INTERRUPTED = "interrupted: nothing was written"
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C is one line and exit code 130, from the first moment on."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not of a job in the background
+        signal.signal(signal.SIGINT, _leave)
+    from alkahest.cli import app
+
+    app()
+
+
+def _leave(number: int, frame: object) -> None:
+    """Leave at once: while packages are imported nothing is at work yet, and an exception may be swallowed there."""
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

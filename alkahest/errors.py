@@ -45,7 +45,7 @@ class AlkahestError(Exception):
         self.found = found
         self.fix = fix
         facts = [("file", self.file), ("key", key), ("expected", expected), ("found", found), ("fix", fix)]
-        lines = [f"{operation}: {problem}"]
+        lines = [_printable(f"{operation}: {problem}")]
         lines += [f"  {name}: {_printable(str(value))}" for name, value in facts if value is not None]
         super().__init__("\n".join(lines))
 
@@ -158,7 +158,21 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"known: {shown}"
 
 
+def printable(text: str) -> str:
+    """Text of strangers with control characters spelled out: none of them may steer a terminal.
+
+    >>> printable("a\x1b[31m.safetensors")
+    'a\\x1b[31m.safetensors'
+
+    Lines and tabs stay; so do the marks of writing, but those that turn its direction are spelled out too.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _printable(text: str, limit: int = 2000) -> str:
     # Names come from strangers' files: no control characters (terminal escapes), no megabytes.
+    text = text if len(text) <= 2 * limit else f"{text[: 2 * limit]}... ({len(text):,} characters)"
     clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return clean if len(clean) <= limit else clean[:limit] + f"... ({len(clean):,} characters)"

@@ -24,6 +24,7 @@ from alkahest.model.families import Family
 
 Names = Mapping[Readable, str]
 SUM, PRODUCT, ATOM = 1, 2, 3  # how tightly a text binds
+_MAX_SIZE = 5_000
 _MAX_DEPTH = 150  # a printed or bound tree takes four Python frames a level
 
 
@@ -38,6 +39,14 @@ class Expression:
     def __post_init__(self) -> None:
         if self.depth > _MAX_DEPTH:
             raise AlgebraError("expression", "nested too deeply", expected=f"at most {_MAX_DEPTH} levels")
+        if self.size > _MAX_SIZE:
+            raise AlgebraError(
+                "expression",
+                "written out, this expression is too long: something in it stands there again and again",
+                expected=f"at most {_MAX_SIZE:,} parts",
+                found=f"{self.size:,}",
+                fix="save what is used repeatedly, and go on from the file",
+            )
 
     @property
     def children(self) -> tuple[Expression, ...]:
@@ -54,6 +63,15 @@ class Expression:
         if known is None:
             known = 1 + max((child.depth for child in self.children), default=0)
             object.__setattr__(self, "_depth", known)
+        return int(known)
+
+    @property
+    def size(self) -> int:
+        """How many parts it has when it is written out."""
+        known = self.__dict__.get("_size")
+        if known is None:
+            known = 1 + sum(child.size for child in self.children)
+            object.__setattr__(self, "_size", known)
         return int(known)
 
     @cached_property

@@ -7,9 +7,4 @@ from __future__ import annotations
 from alkahest.cli import checkpoints, experiment, lora, measure, mini, nodes, train  # each adds its commands
 from alkahest.cli.shared import app
 
-__all__ = ["app", "checkpoints", "experiment", "lora", "main", "measure", "mini", "nodes", "train"]
-
-
-def main() -> None:
-    """Entry point of the ``alkahest`` command."""
-    app()
+__all__ = ["app", "checkpoints", "experiment", "lora", "measure", "mini", "nodes", "train"]

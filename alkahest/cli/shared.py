@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 import alkahest
-from alkahest.errors import AlkahestError, OutputError, UnsupportedError
+from alkahest.__main__ import INTERRUPTED
+from alkahest.errors import AlkahestError, OutputError, UnsupportedError, printable
 from alkahest.files.paths import expanded
 
 app = typer.Typer(
@@ -85,15 +88,16 @@ def drain(events: Iterator[Any], quiet: bool, unit: str = "B") -> Any:
     event = None
     _raise_if_stopped()
     # disable=None: no bar where stderr is not a terminal.
-    bar = tqdm(unit=unit, unit_scale=unit == "B", disable=True if quiet else None)
+    stream = sys.stderr.stream if isinstance(sys.stderr, _Cleaned) else sys.stderr  # a bar moves the cursor
+    bar = tqdm(unit=unit, unit_scale=unit == "B", disable=True if quiet else None, file=stream)
     with bar, contextlib.closing(events):  # type: ignore[type-var]
         for event in events:
             _raise_if_stopped()
             bar.total = event.total
-            bar.set_postfix_str(event.key[:32], refresh=False)
+            bar.set_postfix_str(printable(event.key[:32]), refresh=False)
             bar.update(event.done - bar.n)
             if note := getattr(event, "note", ""):
-                tqdm.write(note, file=sys.stderr)
+                tqdm.write(printable(note), file=stream)
     return event
 
 
@@ -189,6 +193,9 @@ def options_of(context: typer.Context | None = None, **options: Any) -> dict[str
 def exit_on_error() -> Iterator[None]:
     """Print our own errors without a traceback, and leave with the documented exit code."""
 
+    cleaned = contextlib.ExitStack()
+    cleaned.enter_context(contextlib.redirect_stdout(_Cleaned(sys.stdout)))
+    cleaned.enter_context(contextlib.redirect_stderr(_Cleaned(sys.stderr)))
     # A shell tells background jobs to ignore SIGINT; that stays so.
     heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, _stop) for number in heard}
@@ -197,13 +204,47 @@ def exit_on_error() -> Iterator[None]:
     except AlkahestError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except (typer.Exit, typer.Abort, click.ClickException):
+        raise
+    except BaseException:
+        # Importing a package may turn the interrupt into an error of its own.
+        if not _stopped and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            raise
+        if _stopped and _stopped[0] != signal.SIGINT:
+            raise SystemExit(128 + _stopped[0]) from None
+        print(INTERRUPTED, file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
+        cleaned.close()
         _stopped.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+class _Cleaned(io.TextIOBase):
+    """A stream through which no control character of a stranger's text passes, nor text that it cannot encode."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        clean = printable(text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.stream.write(clean.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self.stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self.stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(getattr(self.stream, "encoding", "utf-8"))
 
 
 _stopped: list[int] = []

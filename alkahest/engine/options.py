@@ -13,6 +13,7 @@ import torch
 from alkahest.errors import OutputError, UnsupportedError, require_known, unknown
 from alkahest.model.dtypes import storage_name
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 ROUNDINGS = ("nearest", "stochastic")
 _MAX_THREADS = 8
 _RECORDED = (
@@ -120,6 +121,8 @@ def existing_device(name: str, operation: str) -> torch.device:
     """A torch device by name; UnsupportedError if this machine or this torch does not have it."""
     try:
         device = torch.device(name)
+        if device.type not in DEVICES:
+            raise TypeError(f"one of {', '.join(DEVICES)} is needed")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0][:80]

@@ -31,6 +31,7 @@ class Workspace:
         self.device = device
         self._free: list[torch.Tensor] = []
         self._raw: list[torch.Tensor] = []
+        self.repeated: dict[int, tuple[object, tuple[int, ...]]] = {}  # by a term's id: what stands in it repeatedly
         # What NaN and infinity in a merge method's operand are told to, by tensor and count; None: they are an error.
         self.watch: Callable[[str, int], None] | None = None
 

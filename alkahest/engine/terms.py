@@ -7,7 +7,7 @@ that an expression leaves alone ends up as a bare `Source` and can be copied byt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -81,32 +81,60 @@ def minus(left: Term | None, right: Term | None) -> Term | None:
     return Minus(left, right)
 
 
+def parts_of(term: Term | None) -> tuple[Term, ...]:
+    """The terms that a term is made of."""
+    match term:
+        case Times():
+            return (term.term,)
+        case Plus() | Minus():
+            return (term.left, term.right)
+        case Apply():
+            return term.operands
+        case _:
+            return ()
+
+
+def subterms(term: Term | None) -> Iterator[Term]:
+    """A term and all that it is made of, each object once, left to right: however often it stands there."""
+    waiting, seen = [] if term is None else [term], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting.extend(reversed(parts_of(one)))
+
+
+def is_same(one: Term | None, other: Term | None, known: set[tuple[int, int]] | None = None) -> bool:
+    """Whether two terms are equal, each pair of their parts compared once, however often it stands there."""
+    known = set() if known is None else known
+    if one is other or (id(one), id(other)) in known:
+        return True
+    if type(one) is not type(other) or len(parts_of(one)) != len(parts_of(other)):
+        return False
+    match one, other:
+        case Times(), Times():
+            alike = one.factor == other.factor
+        case Apply(), Apply():
+            alike = replace(one, operands=()) == replace(other, operands=())
+        case (Plus(), _) | (Minus(), _):
+            alike = True
+        case _:
+            alike = one == other
+    if not (alike and all(is_same(a, b, known) for a, b in zip(parts_of(one), parts_of(other), strict=True))):
+        return False
+    known.add((id(one), id(other)))
+    return True
+
+
 def sources(term: Term | None) -> Iterator[Source]:
     """Every stored tensor that a term reads."""
-    match term:
-        case Source():
-            yield term
-        case Times():
-            yield from sources(term.term)
-        case Plus() | Minus():
-            yield from sources(term.left)
-            yield from sources(term.right)
-        case Apply():
-            for operand in term.operands:
-                yield from sources(operand)
+    return (one for one in subterms(term) if isinstance(one, Source))
 
 
 def needs_whole_tensor(term: Term) -> bool:
     """Whether some method in the term must see the whole tensor at once."""
-    match term:
-        case Source():
-            return False
-        case Times():
-            return needs_whole_tensor(term.term)
-        case Plus() | Minus():
-            return needs_whole_tensor(term.left) or needs_whole_tensor(term.right)
-        case Apply():
-            return not term.elementwise or any(map(needs_whole_tensor, term.operands))
+    return any(isinstance(one, Apply) and not one.elementwise for one in subterms(term))
 
 
 class Computable(Protocol):

@@ -18,6 +18,8 @@ from alkahest.errors import FileFormatError, UnsupportedError
 from alkahest.files.reader import LINE, Reader
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+MAX_TENSORS = 100_000  # no model has so many; the largest that people share has a few thousand
+_LEAST = 40  # bytes of header that a tensor takes at least
 _MAX_DIMENSION = 1 << 48
 
 # Bits per element of every dtype that the format knows.
@@ -94,7 +96,12 @@ def read_header(reader: Reader) -> Header:
         raise _bad(
             reader, "the header is longer than the file", f"at least {8 + length:,} bytes", f"{reader.size:,} bytes"
         )
-    parsed = parse_json(reader.read(8, length), reader)
+    raw = reader.read(8, length)
+    count = raw.count(b'"data_offsets"')
+    if count > MAX_TENSORS or raw.count(b"[") + raw.count(b"{") > 3 * (length // _LEAST) + 64:
+        found = f"{count:,} tensors in {length:,} bytes"
+        raise _bad(reader, "the header holds more than a model could", f"at most {MAX_TENSORS:,} tensors", found)
+    parsed = parse_json(raw, reader)
     metadata = parsed.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # null is none, to the safetensors library too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -165,10 +172,16 @@ def _check_kind(reader: Reader) -> None:
 
 def _entry(reader: Reader, name: str, value: Any, data_start: int) -> Entry:
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise _bad(reader, "a tensor's entry is incomplete", "dtype, shape and data_offsets", repr(value), name)
+        raise _bad(reader, "a tensor's entry is incomplete", "dtype, shape and data_offsets", repr(value)[:300], name)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _bad(reader, "unknown dtype", "one of " + ", ".join(BITS), repr(dtype), name)
+        raise _bad(
+            reader,
+            "unknown dtype",
+            "one of " + ", ".join(BITS),
+            repr(dtype if isinstance(dtype, int) else str(dtype)[:80]),
+            name,
+        )
     if not _naturals(shape) or any(size > _MAX_DIMENSION for size in shape) or len(shape) > 32:
         raise _bad(reader, "impossible shape", "a list of sizes", repr(shape), name)
     if not _naturals(offsets) or len(offsets) != 2:
@@ -210,4 +223,5 @@ def _no_constant(name: str) -> None:
 
 def _bad(reader: Reader, problem: str, expected: str, found: str, key: str | None = None) -> FileFormatError:
     fix = "the file is damaged or was made to mislead; get it again from its source"
+    found, key = found[:300], None if key is None else key[:300]
     return FileFormatError("open", problem, file=reader.path, key=key, expected=expected, found=found, fix=fix)

@@ -174,7 +174,9 @@ def named_tensors(
         )
     for name, keys in thin.items():
         stored = prefix + _module(name, flat)
-        pair = _fuse([pairs.get(key) for key in keys]) if len(keys) > 1 else pairs[keys[0]]
+        members = [pairs.get(key) for key in keys]
+        _require_one_width(name, members)
+        pair = _fuse(members) if len(keys) > 1 else pairs[keys[0]]
         if flavour in ("diffusers", "peft"):
             # On seeing an alpha the one doubles its prefix; the other keeps alphas elsewhere.
             pair = pair.fold()
@@ -200,6 +202,20 @@ def _groups(keys: Iterable[str], fused: bool, family: Family) -> dict[str, tuple
 def _module(name: str, flat: bool) -> str:
     module = name.removesuffix(".bias").removesuffix(".weight")
     return module.replace(".", "_") if flat else module
+
+
+def _require_one_width(name: str, members: list[Pair | None]) -> None:
+    """Raise UnsupportedError for parts of a fused weight that do not read the same inputs."""
+    widths = dict.fromkeys(pair.down.shape[1] for pair in members if pair is not None)
+    heights = dict.fromkeys(pair.up.shape[0] for pair in members if pair is not None)
+    if len(widths) > 1 or (len(heights) > 1 and None in members):
+        raise UnsupportedError(
+            "save",
+            "parts that differ in shape cannot be fused",
+            key=name,
+            found=", ".join(f"{pair.up.shape[0]} x {pair.down.shape[1]}" for pair in members if pair is not None),
+            fix="flavour='comfyui', whose q, k and v stand apart",
+        )
 
 
 def _fuse(members: list[Pair | None]) -> Pair:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alkahest import mini
 from alkahest.algebra.weights import Weights
-from alkahest.errors import FileFormatError, MismatchError, unknown
+from alkahest.errors import AlkahestError, FileFormatError, MismatchError, UnsupportedError, unknown
 from alkahest.files.header import read_header
 from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
@@ -83,14 +83,28 @@ def _from_folder(source: Any, dtype: torch.dtype) -> dict[str, Any]:
         )
     if path.is_dir() and (absent := [name for name in NAMES if not (path / name).is_dir()]):
         raise FileFormatError("components", f"{', '.join(absent)} missing", file=source, expected=", ".join(NAMES))
-    try:
-        with quiet():
-            loaded = ZImagePipeline.from_pretrained(str(source), transformer=None, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    for name in ("text_encoder", "vae") if path.is_dir() else ():
+        _require_safetensors(path / name)
+    with _loading(source), quiet():
+        loaded = ZImagePipeline.from_pretrained(str(source), transformer=None, dtype=dtype, use_safetensors=True)
+        found = {name: getattr(loaded, name) for name in NAMES}
+    for name in ("text_encoder", "vae") if path.is_dir() else ():
+        _require_all_weights(path / name, found[name])
+    return found
+
+
+def _require_all_weights(folder: Path, module: Any) -> None:
+    """Raise FileFormatError for weights that the files lack: the libraries would draw them at random."""
+    files = [one for one in folder.iterdir() if one.suffix.lower() == ".safetensors"]
+    held = {name.removeprefix("model.") for file in files for name in read_header(Reader(file)).entries}
+    if lacking := [name for name in module.state_dict() if name.removeprefix("model.") not in held]:
         raise FileFormatError(
-            "components", "these do not load", file=source, found=error, fix="a pipeline folder or a hub id"
-        ) from error
-    return {name: getattr(loaded, name) for name in NAMES}
+            "components",
+            f"{len(lacking)} tensors are missing, and would be random numbers",
+            file=folder,
+            key=lacking[0],
+            fix="the files are incomplete; get them again",
+        )
 
 
 def _from_mapping(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -107,8 +121,39 @@ def _from_mapping(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
             path = expanded(parts[name], "components")
             if not path.exists():
                 raise FileFormatError("components", "no such file or folder", file=path, key=name)
-            parts[name] = load(path, dtype)
+            with _loading(path):
+                parts[name] = load(path, dtype)
     return parts
+
+
+def _require_safetensors(folder: Path) -> None:
+    """Raise UnsupportedError for a folder whose weights are pickles only."""
+    pickles = [one.name for one in folder.iterdir() if one.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    if pickles and not any(one.suffix.lower() == ".safetensors" for one in folder.iterdir()):
+        raise UnsupportedError(
+            "components",
+            "these weights are a pickle, which can run code when it is opened, and is never read",
+            file=folder / pickles[0],
+            expected=".safetensors",
+            fix="get the .safetensors of the same model, or convert it where you trust it",
+        )
+
+
+@contextlib.contextmanager
+def _loading(source: object) -> Iterator[None]:
+    """What libraries raise about files that they cannot load, as one error: it may be anything."""
+    try:
+        yield
+    except (AlkahestError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise FileFormatError(
+            "components",
+            "these do not load",
+            file=str(source),
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            fix="a pipeline folder or a hub id; get the files again",
+        ) from error
 
 
 def _text_encoder(path: Path, dtype: torch.dtype) -> Any:
@@ -141,7 +186,8 @@ def _vae(path: Path, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
     if path.is_dir():
-        return AutoencoderKL.from_pretrained(path, dtype=dtype)
+        _require_safetensors(path)
+        return AutoencoderKL.from_pretrained(path, dtype=dtype, use_safetensors=True)
     state = _strip_prefix(path, _VAE_PREFIXES, "decoder.conv_in.weight", torch.float32)
     levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.down."))
     blocks = 1 + max(int(name.split(".")[4]) for name in state if name.startswith("encoder.down.0.block."))

@@ -20,7 +20,7 @@ from alkahest.engine.load import fill, slices
 from alkahest.engine.options import Options, byte_count
 from alkahest.engine.readable import Bits, Readable, Shapes, Workspace
 from alkahest.engine.scalars import Rules, number
-from alkahest.engine.terms import Apply, Minus, Plus, Source, Term, Times
+from alkahest.engine.terms import Apply, Minus, Plus, Source, Term, Times, is_same
 from alkahest.errors import UnsupportedError, refuse_unknown_options, unknown
 from alkahest.files.reader import size_text
 from alkahest.model.stored import Slice
@@ -153,7 +153,7 @@ class LiveModel:
         terms: dict[str, Term] = {}
         for key in after.shapes:
             term = after.at(key, Rules())
-            if term is not None and term != before.at(key, Rules()):
+            if term is not None and not is_same(term, before.at(key, Rules())):
                 terms[key] = self._held.through(term)
         targets = slices(after, self.pipe.transformer) if terms else {}
         self._held.start()
@@ -220,19 +220,25 @@ class _Held:
         self.from_memory = self.from_disk = 0
         self._counted: set[tuple[Readable, str]] = set()
 
-    def through(self, term: Term) -> Term:
-        """The same term, its checkpoints read by way of memory."""
+    def through(self, term: Term, known: dict[int, Term] | None = None) -> Term:
+        """The same term, its checkpoints read by way of memory; what stands there repeatedly stays one object."""
+        known = {} if known is None else known
+        if id(term) not in known:
+            known[id(term)] = self._through(term, known)
+        return known[id(term)]
+
+    def _through(self, term: Term, known: dict[int, Term]) -> Term:
         match term:
             case Source(leaf, key) if leaf.stored(key) is not None:
                 return Source(self._readers.setdefault(leaf, _Holding(leaf, self)), key)
             case Times(factor, inner):
-                return Times(factor, self.through(inner))
+                return Times(factor, self.through(inner, known))
             case Plus(left, right):
-                return Plus(self.through(left), self.through(right))
+                return Plus(self.through(left, known), self.through(right, known))
             case Minus(left, right):
-                return Minus(self.through(left), self.through(right))
+                return Minus(self.through(left, known), self.through(right, known))
             case Apply():
-                return replace(term, operands=tuple(self.through(operand) for operand in term.operands))
+                return replace(term, operands=tuple(self.through(operand, known) for operand in term.operands))
             case _:
                 return term
 

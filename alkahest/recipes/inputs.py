@@ -9,6 +9,7 @@ from typing import Any
 
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights
+from alkahest.engine.options import Options
 from alkahest.engine.record import Recipe
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
 from alkahest.files.hashes import blake3_of, known_paths
@@ -22,6 +23,7 @@ from alkahest.workflow.translate import WorkflowRecipe
 
 def output_for(recipe: Recipe, weights: Weights) -> dict[str, Any]:
     """How a recipe asks to be written; a workflow's without ``comfy_compatible`` if an input is quantised."""
+    Options.of(recipe.output, "recipe")  # a stranger's file says it: only what `save` takes, and only as it takes it
     plain = all(set(leaf.storage.values()) <= {"fp32", "fp16", "bf16"} for leaf in weights.leaves())
     if plain or not isinstance(recipe, WorkflowRecipe):
         return recipe.output

@@ -5,6 +5,7 @@ They draw nothing: matrices are Gaussian with standard deviation 0.02, norms lie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -88,6 +89,9 @@ def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "al
     weights' standard deviation, on the tensors that ``only`` selects. The defaults give the full
     6,154,908,736 parameters; ``width`` (a multiple of 32) makes smaller models of the same class.
     """
+    for name, value in (("layers", layers), ("seed", seed), ("width", width)):
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
+            raise AlgebraError("made_up", f"{name} is a whole number", found=repr(value)[:40])
     return MadeUp(int(layers), int(seed), delta, only, int(width))
 
 

@@ -64,8 +64,8 @@ def _own(recipes: list[WorkflowRecipe], path: Path) -> list[WorkflowRecipe]:
 
 def _texts(reader: Reader) -> Iterator[tuple[str, str]]:
     """Keyword and text of a PNG's text chunks (W3C PNG, 11.3.3); ComfyUI writes tEXt through Pillow."""
-    place = len(PNG)
-    while place + 12 <= reader.size:
+    place, room = len(PNG), _MAX_TEXT  # of all chunks together: each may unpack to a thousand times its size
+    while room > 0 and place + 12 <= reader.size:
         head = reader.read(place, 8)
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         if kind == b"IEND" or place + 12 + length > reader.size:
@@ -73,21 +73,23 @@ def _texts(reader: Reader) -> Iterator[tuple[str, str]]:
         if kind in _TEXT and length <= _MAX_TEXT:
             keyword = reader.read(place + 8, min(length, 80)).partition(b"\0")[0].decode("latin-1")
             if keyword in ("prompt", "workflow"):
-                yield keyword, _text(kind, reader.read(place + 9 + len(keyword), max(length - 1 - len(keyword), 0)))
+                text = _text(kind, reader.read(place + 9 + len(keyword), max(length - 1 - len(keyword), 0)), room)
+                room -= len(text) + 1024
+                yield keyword, text
         place += 12 + length
 
 
-def _text(kind: bytes, rest: bytes) -> str:
+def _text(kind: bytes, rest: bytes, room: int) -> str:
     if kind == b"tEXt":
         return rest.decode("latin-1")
     if kind == b"zTXt":
-        return _unpack(rest[1:]).decode("latin-1")
+        return _unpack(rest[1:], room).decode("latin-1")
     packed, rest = rest[:1] == b"\1", rest[2:].split(b"\0", 2)[-1]
-    return (_unpack(rest) if packed else rest).decode("utf-8", "replace")
+    return (_unpack(rest, room) if packed else rest).decode("utf-8", "replace")
 
 
-def _unpack(data: bytes) -> bytes:
+def _unpack(data: bytes, room: int) -> bytes:
     try:
-        return zlib.decompressobj().decompress(data, _MAX_TEXT)
+        return zlib.decompressobj().decompress(data, room)
     except zlib.error:
         return b""

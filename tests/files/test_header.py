@@ -56,7 +56,8 @@ BAD_HEADERS = {
     "not UTF-8": (b'{"\xff":1}', b"", "not valid JSON"),
     "NaN": (b'{"a":NaN}', b"", "not valid JSON"),
     "duplicate keys": (b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(8), "occurs twice"),
-    "bottomless nesting": (b"[" * 100_000, b"", "not valid JSON"),
+    "bottomless nesting": (b"[" * 100_000, b"", "more than a model could"),
+    "nesting": (b"[" * 60, b"", "not valid JSON"),
     "huge number": (
         b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}',
         bytes(8),
