@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, SupportsFloat
 from alkahest.engine.readable import Readable, Shapes
 from alkahest.engine.scalars import Param, Rules, Scalar, number
 from alkahest.engine.terms import Term, name_leaves
-from alkahest.errors import AlgebraError, MismatchError, nearest, unknown
+from alkahest.errors import AlgebraError, MismatchError, nearest, printable, unknown
 from alkahest.model.families import Family
 
 Names = Mapping[Readable, str]
@@ -115,7 +115,7 @@ class Expression:
         return self._text(names if names is not None else name_leaves(self))[0]
 
     def __repr__(self) -> str:
-        return "\n".join([self.text(), *(f"  {line}" for line in self._notes())])
+        return printable("\n".join([self.text(), *(f"  {line}" for line in self._notes())]))
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<div>{html.escape(line)}</div>" for line in self._notes())

@@ -22,7 +22,7 @@ from alkahest.engine.record import headers_of, plan_of, readers_of, recipe_of
 from alkahest.engine.shards import file_names, write_json, write_shards
 from alkahest.engine.terms import Computable
 from alkahest.engine.workers import Run
-from alkahest.errors import AlgebraError, OutputError
+from alkahest.errors import AlgebraError, OutputError, printable
 from alkahest.files.hashes import blake3_of
 from alkahest.files.paths import expanded
 from alkahest.files.reader import same_file, size_text
@@ -59,7 +59,7 @@ class Saved:
         lines += [f"  {count} unchanged tensors re-stored, {change}" for change, count in self.restored.items()]
         lines += [f"  {count} non-finite values in {key}" for key, count in self.nonfinite.items()]
         lines += [f"  {count} values of {key} overflowed" for key, count in self.overflowed.items()]
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
+        return printable("\n".join(lines + [f"  {note}" for note in self.notes]))
 
 
 def stream(

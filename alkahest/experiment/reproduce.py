@@ -90,7 +90,7 @@ def reproduction(found: list[Experiment]) -> str:
     found = [one for one in found if (one.folder / "manifest.json").exists()]
     told = {one.name: checked_of(one) for one in found}
     rows = "".join(
-        _row(f'<a href="#{one.name}">{one.name[:2]}</a>', _text(one.title), _text(verdict(one, told[one.name])))
+        _row(f'<a href="#{html.escape(one.name)}">{_text(one.name[:2])}</a>', _text(one.title), _text(verdict(one, told[one.name])))
         for one in found
     )
     parts = [
@@ -129,7 +129,7 @@ def _section(one: Experiment, checks: list[Checked]) -> str:
         for plot in figures
     )
     return (
-        f'<h2 id="{one.name}">{one.name[:2]} {_text(one.title)}</h2><p><b>Claim.</b> {_text(one.claim)}</p>'
+        f'<h2 id="{html.escape(one.name)}">{_text(one.name[:2])} {_text(one.title)}</h2><p><b>Claim.</b> {_text(one.claim)}</p>'
         f"<p><b>Method.</b> {_text(one.method)}</p><p><b>Verdict: {_text(verdict(one, checks))}.</b> "
         f"{_text(one.remark)}</p>"
         f"<table><tr><th>check</th><th>found</th><th>wanted</th><th>holds</th></tr>{lines}</table>{drawn}{whole}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from alkahest.engine.record import METADATA_KEY, Recipe
+from alkahest.errors import printable
 from alkahest.files.reader import size_text
 from alkahest.lora.parts import Parts
 from alkahest.lora.write import Pair, check_target, save_lora
@@ -94,7 +95,7 @@ class Extracted:
         }
 
     def __repr__(self) -> str:
-        return "\n".join([self.recipe.text, *(f"  {name:9} {text}" for name, text in self._facts())])
+        return printable("\n".join([self.recipe.text, *(f"  {name:9} {text}" for name, text in self._facts())]))
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._facts())

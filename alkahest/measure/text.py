@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from alkahest.errors import printable
+
 
 def lines_under(title: str, lines: Sequence[str]) -> str:
     """A title and lines under it, as text."""
-    return "\n".join([title, *(f"  {line}" for line in lines)])
+    return printable("\n".join([title, *(f"  {line}" for line in lines)]))
 
 
 def lines_under_html(title: str, lines: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alkahest.engine.events import Event
-from alkahest.errors import AlkahestError, FileFormatError, refuse_unknown_options
+from alkahest.errors import AlkahestError, FileFormatError, printable, refuse_unknown_options
 from alkahest.files.hashes import blake3_of
 from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
@@ -86,7 +86,7 @@ class Dataset:
             f"  {len(names)} skipped: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for reason, names in reasons.items()
         ]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 @refuse_unknown_options

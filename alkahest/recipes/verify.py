@@ -20,7 +20,7 @@ from alkahest.engine.readable import Workspace
 from alkahest.engine.record import METADATA_KEY, Recipe, hashed_recipe, headers_of, plan_of
 from alkahest.engine.terms import Source
 from alkahest.engine.workers import Run, blocks
-from alkahest.errors import RecipeError
+from alkahest.errors import RecipeError, printable
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
 from alkahest.model.dtypes import is_finite
@@ -59,7 +59,7 @@ class Verdict:
             lines.append(
                 f"  recomputed: {', '.join(self.differing) + ' differ' if self.differing else 'every byte the same'}"
             )
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def stream_verdict(

@@ -22,6 +22,7 @@ from alkahest.errors import (
     UnknownNameError,
     UnsupportedError,
     nearest,
+    printable,
     refuse_unknown_options,
 )
 from alkahest.files.header import Entry
@@ -126,7 +127,7 @@ class Checkpoint(StoredTensors, Leaf):
                 f"  {name:16} {row['tensors']:>8} {row['parameters']:>14,} {size_text(row['bytes']):>10}  "
                 + ", ".join(row["storage"])
             )
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
         about = self.summary()
@@ -171,7 +172,7 @@ class Part(Mapping[str, torch.Tensor]):
         lines = [f"{self.checkpoint.name}.part({self.pattern!r}): {len(self)} tensors, {self.parameters:,} parameters"]
         shapes, storage = self.checkpoint.shapes, self.checkpoint.storage
         lines += [f"  {key:52} {shapes[key]!s:16} {storage[key]}" for key in self.names[:20]]
-        return "\n".join(lines + ([f"  ... and {len(self) - 20} more"] if len(self) > 20 else []))
+        return printable("\n".join(lines + ([f"  ... and {len(self) - 20} more"] if len(self) > 20 else [])))
 
 
 @refuse_unknown_options

@@ -21,6 +21,7 @@ from alkahest.errors import (
     AlgebraError,
     NonFiniteError,
     UnsupportedError,
+    printable,
     refuse_unknown_options,
     unknown,
 )
@@ -211,8 +212,10 @@ class Lora(DeltaLeaf):
         }
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [f"{self.name}: LoRA {self.path.name}", *(f"  {n:8} {text}" for n, text in _facts(self.summary()))]
+        return printable(
+            "\n".join(
+                [f"{self.name}: LoRA {self.path.name}", *(f"  {n:8} {text}" for n, text in _facts(self.summary()))]
+            )
         )
 
     def _repr_html_(self) -> str:

@@ -6,7 +6,7 @@ import os
 
 from alkahest.algebra.expression import identifier
 from alkahest.algebra.leaves import PartLeaf
-from alkahest.errors import UnsupportedError, refuse_unknown_options
+from alkahest.errors import UnsupportedError, printable, refuse_unknown_options
 from alkahest.files.locate import locate
 from alkahest.files.reader import size_text
 from alkahest.files.shards import Located
@@ -47,7 +47,7 @@ class PartialCheckpoint(StoredTensors, PartLeaf):
         lines = [f"{self.name}: part of a checkpoint, {self.path.name}, {size_text(self.nbytes)}", f"  holds  {told}"]
         if self.extras:
             lines.append(f"  beside {', '.join(list(self.extras)[:5])}: no part of the model, left out")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 @refuse_unknown_options

@@ -15,7 +15,7 @@ import torch
 from alkahest.algebra.expression import identifier
 from alkahest.algebra.leaves import DeltaLeaf
 from alkahest.engine.readable import Workspace
-from alkahest.errors import AlgebraError, FileFormatError, UnsupportedError, refuse_unknown_options
+from alkahest.errors import AlgebraError, FileFormatError, UnsupportedError, printable, refuse_unknown_options
 from alkahest.files.header import Entry, parse_json
 from alkahest.files.locate import locate
 from alkahest.files.reader import Reader, size_text
@@ -103,7 +103,7 @@ class Signs(DeltaLeaf):
     def __repr__(self) -> str:
         size = sum(-(-math.prod(shape) // 8) for shape in self._shapes.values())
         of = "".join(f"\n  {name}: {value}" for name, value in self.about.items())
-        return f"{self.name}: gradient signs of {len(self._shapes)} tensors, {size_text(size)}{of}"
+        return printable(f"{self.name}: gradient signs of {len(self._shapes)} tensors, {size_text(size)}{of}")
 
 
 @refuse_unknown_options

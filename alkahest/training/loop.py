@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import result_of
 from alkahest.engine.options import existing_device
-from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, UnsupportedError, refuse_unknown_options
+from alkahest.errors import (
+    AlkahestError,
+    MismatchError,
+    NonFiniteError,
+    UnsupportedError,
+    printable,
+    refuse_unknown_options,
+)
 from alkahest.files.paths import expanded
 from alkahest.files.whole import only_one
 from alkahest.model.keys import Pattern
@@ -61,7 +68,9 @@ class Result:
 
     def __repr__(self) -> str:
         lines = [f"{self.weights!r}", f"  frozen tensors unchanged (digest {self.frozen})", f"  {self.folder}"]
-        return "\n".join([*lines, *(f"  {left_out_words(name, files)}" for name, files in self.left_out.items())])
+        return printable(
+            "\n".join([*lines, *(f"  {left_out_words(name, files)}" for name, files in self.left_out.items())])
+        )
 
 
 @refuse_unknown_options

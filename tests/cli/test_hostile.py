@@ -265,3 +265,14 @@ def test_an_interrupt_is_one_line_whenever_it_comes(after: float, tmp_path: Path
     assert started.returncode == 130, told[-500:]
     assert "Traceback" not in told
     assert told.strip().splitlines()[-1] == "interrupted: nothing was written"
+
+
+def test_what_python_shows_is_clean_too(evil: dict[str, Path]) -> None:
+    checkpoint = ak.open(evil["a"])
+    part = ak.open_part(evil["a"])
+    shown = [repr(checkpoint), repr(part), repr(checkpoint + 2 * (checkpoint - checkpoint)), repr(checkpoint.part("layers"))]
+    with pytest.raises(AlkahestError) as told:
+        ak.open_lora(evil["l"])
+    shown += [str(told.value), str(AlkahestError(EVIL, EVIL, file=EVIL, key=EVIL, found=EVIL, fix=EVIL))]
+    for text in shown:
+        assert_clean(text)

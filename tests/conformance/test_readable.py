@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from conformance.readables import CASES, Case, Q
 from alkahest.engine.readable import Readable, Workspace
 from alkahest.engine.terms import Source
 from alkahest.engine.workers import why_nonfinite
-from alkahest.errors import NonFiniteError
+from alkahest.errors import FileFormatError, NonFiniteError
 from alkahest.model.dtypes import STORAGES, decode
 from alkahest.model.packed import PACKED
 
@@ -115,3 +116,38 @@ def test_another_process_reads_the_same(case: Case, tmp_path: Path) -> None:
     if case.readable.files:
         assert again == case.readable
         assert hash(again) == hash(case.readable)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "removed", "changed", "times put back"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_that_changes_while_it_is_read(name: str, fault: str, tmp_path: Path) -> None:
+    """No signal, no numbers of another file: what was read, or an error that names the file."""
+    case = CASES[name](tmp_path)
+    readable = case.readable
+    before = {key: whole(readable, key) for key in case.values}  # files are open from now on
+    for reader in readable.files:
+        path, status = reader.path, reader.path.stat()
+        match fault:
+            case "truncated":
+                os.truncate(path, 16)
+            case "removed":
+                path.unlink()
+            case _:
+                with path.open("r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    last = file.read(1)
+                    file.seek(-1, os.SEEK_END)
+                    file.write(bytes([last[0] ^ 1]))
+                if fault == "times put back":
+                    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for key, numbers in before.items():
+        try:
+            found = whole(readable, key)
+        except FileFormatError as error:
+            assert fault == "truncated"
+            assert error.file in {str(reader.path) for reader in readable.files}
+        else:
+            assert fault in ("changed", "times put back") or torch.equal(found, numbers)
+    for reader in readable.files:
+        with pytest.raises(FileFormatError, match="changed after it was opened"):
+            reader.check_unchanged()
