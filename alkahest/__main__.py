@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-INTERRUPTED = "interrupted: nothing was written"
+from alkahest.errors import INTERRUPTED
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, ParamSpec, TypeVar
 
+INTERRUPTED = "interrupted: nothing was written"  # what a command says on Ctrl-C
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -14,8 +14,7 @@ import click
 import typer
 
 import alkahest
-from alkahest.__main__ import INTERRUPTED
-from alkahest.errors import AlkahestError, OutputError, UnsupportedError, printable
+from alkahest.errors import INTERRUPTED, AlkahestError, OutputError, UnsupportedError, printable
 from alkahest.files.paths import expanded
 
 app = typer.Typer(

@@ -90,7 +90,11 @@ def reproduction(found: list[Experiment]) -> str:
     found = [one for one in found if (one.folder / "manifest.json").exists()]
     told = {one.name: checked_of(one) for one in found}
     rows = "".join(
-        _row(f'<a href="#{html.escape(one.name)}">{_text(one.name[:2])}</a>', _text(one.title), _text(verdict(one, told[one.name])))
+        _row(
+            f'<a href="#{html.escape(one.name)}">{_text(one.name[:2])}</a>',
+            _text(one.title),
+            _text(verdict(one, told[one.name])),
+        )
         for one in found
     )
     parts = [

@@ -114,7 +114,7 @@ def _plain(opened: Any, background: str, frame: int) -> tuple[Image, list[str]]:
         image = _on(image.convert("RGBA"), background)
         notes.append(f"transparency is laid on {background}")
     upright = ImageOps.exif_transpose(image)
-    return upright.convert("RGB"), notes
+    return upright if upright.mode == "RGB" else upright.convert("RGB"), notes
 
 
 def _eight_bits(image: Any, profile: bytes | None) -> tuple[Any, list[str]]:
