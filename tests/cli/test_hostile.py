@@ -259,7 +259,9 @@ def test_an_interrupt_is_one_line_whenever_it_comes(after: float, tmp_path: Path
     member = {name: str(ak.mini.load(name).path) for name in ("base-variant", "base", "tb1")}
     options = ["--on", member["tb1"], "--prompts", str(tmp_path / "p.txt"), "--count", "500"]
     command = [sys.executable, "-m", "alkahest", "multiplier", member["base-variant"], member["base"], *options]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs this in the background has told its children to ignore the signal.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     time.sleep(after)
     started.send_signal(signal.SIGINT)
     _, told = started.communicate(timeout=60)
