@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -69,18 +69,11 @@ def cached() -> pandas.DataFrame:
 
     rows = []
     for kind in KINDS:
-        for path in (cache_folder() / kind).glob("**/*"):
+        for path in _files_in(cache_folder() / kind):
             with contextlib.suppress(OSError):  # another process may be clearing it
-                if path.is_file():
-                    status = path.stat()
-                    rows.append(
-                        {
-                            "kind": kind,
-                            "file": str(path),
-                            "bytes": status.st_size,
-                            "time": datetime.fromtimestamp(status.st_mtime),
-                        }
-                    )
+                status = path.stat()
+                time = datetime.fromtimestamp(status.st_mtime)
+                rows.append({"kind": kind, "file": str(path), "bytes": status.st_size, "time": time})
     found = pd.DataFrame(rows, columns=["kind", "file", "bytes", "time"])
     return found.sort_values("time", ascending=False, ignore_index=True)
 
@@ -145,10 +138,15 @@ def store_tensors(entry: Path, tensors: Mapping[str, Tensor], about: Any = None)
 
 
 def load_tensors(entry: Path) -> tuple[dict[str, Tensor], Any] | None:
-    """What `store_tensors` kept; None if it is not there, or not whole."""
+    """What `store_tensors` kept; None if it is not there, or not whole.
+
+    Numbers stay in the file until they are used: clone what has to outlive what others do to it.
+    """
     from safetensors import SafetensorError, safe_open
 
-    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+    # RuntimeError is torch's, for a file that is cleared between two looks at it.
+    gone = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError, RuntimeError)
+    with contextlib.suppress(*gone):
         with safe_open(entry, "pt") as stored:
             metadata = stored.metadata() or {}
             found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -171,6 +169,11 @@ def _tensor_sum(name: str, tensors: Mapping[str, Tensor], about: str) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Every file below a folder; what is cleared meanwhile is passed over, as `os.walk` does."""
+    yield from (Path(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
 def _version(package: str) -> str:

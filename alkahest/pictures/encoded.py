@@ -52,8 +52,7 @@ class Encoded:
     items: Sequence[Item]
     empty: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
-    _known: OrderedDict[Path, Tensor] = field(default_factory=OrderedDict, repr=False)
-    _nbytes: int = 0
+    _known: _Held = field(default_factory=lambda: _Held(), repr=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -75,11 +74,21 @@ class Encoded:
                     file=path,
                     fix="start again: it will be encoded anew",
                 )
-            self._known[path] = known
-            self._nbytes += known.nbytes
-            while self._nbytes > _REMEMBERED and len(self._known) > 1:
-                self._nbytes -= self._known.popitem(last=False)[1].nbytes
+            self._known.add(path, known)
         return known
+
+
+class _Held(OrderedDict[Path, Tensor]):
+    """Latents and embeddings in memory, the latest up to a gigabyte: the cache's files may be cleared by others."""
+
+    nbytes = 0
+
+    def add(self, path: Path, value: Tensor) -> None:
+        if path not in self:
+            self[path] = value
+            self.nbytes += value.nbytes
+        while self.nbytes > _REMEMBERED and len(self) > 1:
+            self.nbytes -= self.popitem(last=False)[1].nbytes
 
 
 def encode(
@@ -103,14 +112,26 @@ def encode(
     total, done = 2 * len(dataset), 0
     captions = list(dict.fromkeys(["", *(example.caption for example in dataset.examples)]))
     where = {caption: _place("embeddings", text, caption) for caption in captions}
-    missing = [caption for caption in captions if len(_shape(where[caption])) != 2]
+    held, tokens, missing = _Held(), {}, []
+    for caption in captions:
+        embedding = _load(where[caption])
+        if embedding is None or embedding.dim() != 2:
+            missing.append(caption)
+            continue
+        tokens[caption] = embedding.shape[0]
+        held.add(where[caption], embedding)
     for first in range(0, len(missing), _CAPTIONS):
         chosen = missing[first : first + _CAPTIONS]
         for caption, embedding in zip(chosen, embeddings(pipe.tokenizer, pipe.text_encoder, chosen), strict=True):
             _save(where[caption], embedding)
+            tokens[caption] = embedding.shape[0]
+            held.add(where[caption], embedding.cpu())
         yield Event(first + len(chosen), total, "captions")
+    nothing = held.get(where[""])
+    if nothing is None:  # forgotten among many
+        nothing = embeddings(pipe.tokenizer, pipe.text_encoder, [""])[0].cpu()
     done = len(dataset)
-    items, skipped, waiting = [], dict(dataset.skipped), _Waiting(pipe, vae)
+    items, skipped, waiting = [], dict(dataset.skipped), _Waiting(pipe, vae, held)
     for number, example in enumerate(dataset.examples):
         try:
             placed = waiting.add(example, resolution, step)
@@ -125,12 +146,8 @@ def encode(
     waiting.flush()
     if not items:
         raise FileFormatError("dataset", "no picture could be read", found=next(iter(skipped.values()), "nothing"))
-    found = [
-        Item(e.name, path, where[e.caption], (*size, _round_up(_shape(where[e.caption])[0]))) for e, path, size in items
-    ]
-    empty = _load(where[""])
-    assert empty is not None  # it was just made
-    yield Event(total, total, "done", Encoded(dataset.name, found, empty, skipped))
+    found = [Item(e.name, path, where[e.caption], (*size, _round_up(tokens[e.caption]))) for e, path, size in items]
+    yield Event(total, total, "done", Encoded(dataset.name, found, nothing, skipped, held))
 
 
 def bucket_size(width: int, height: int, resolution: int, step: int) -> tuple[int, int]:
@@ -190,16 +207,19 @@ def embeddings(tokenizer: Any, encoder: nn.Module, captions: Sequence[str]) -> l
 class _Waiting:
     """Pictures that wait until enough of one size are there to be encoded together."""
 
-    def __init__(self, pipe: Any, vae: str) -> None:
-        self.pipe, self.vae = pipe, vae
+    def __init__(self, pipe: Any, vae: str, held: _Held) -> None:
+        self.pipe, self.vae, self.held = pipe, vae, held
         self._images: dict[tuple[int, int], list[tuple[Path, Image]]] = {}
 
     def add(self, example: Example, resolution: int, step: int) -> tuple[Path, tuple[int, int]]:
         """Where the example's latents are or will be, and their height and width."""
         # The size of the picture decides the bucket, and is in the entry of an encoded one.
         path = _place("latents", self.vae, f"{example.identity} {resolution} {step}")
-        if len(shape := _shape(path)) == 3:
-            return path, (shape[1], shape[2])
+        known = self.held.get(path)
+        known = _load(path) if known is None else known
+        if known is not None and known.dim() == 3:
+            self.held.add(path, known)
+            return path, (known.shape[1], known.shape[2])
         image = example.open()
         size = bucket_size(image.width, image.height, resolution, step)
         waiting = self._images.setdefault(size, [])
@@ -217,6 +237,7 @@ class _Waiting:
         waiting = self._images.pop(size)
         for (path, _), latents in zip(waiting, latents_of(self.pipe.vae, [image for _, image in waiting]), strict=True):
             _save(path, latents)
+            self.held.add(path, latents.clone())
 
 
 def _round_up(tokens: int) -> int:
@@ -237,10 +258,4 @@ def _load(path: Path) -> Tensor | None:
     """A kept tensor, if it is whole and of numbers."""
     found = load_tensors(path)
     value = None if found is None else found[0].get("value")
-    return value if value is not None and bool(torch.isfinite(value).all()) else None
-
-
-def _shape(path: Path) -> tuple[int, ...]:
-    """Of an entry that is whole; () if it is not, and has to be made anew."""
-    found = _load(path)
-    return () if found is None else tuple(found.shape)
+    return value.clone() if value is not None and bool(torch.isfinite(value).all()) else None

@@ -164,7 +164,7 @@ def split(whole: Encoded, held_out: int) -> tuple[Encoded, Encoded]:
     chosen = {n * len(whole) // count for n in range(count)}
     items = list(enumerate(whole.items))
     sides: Sequence[list[Item]] = ([i for n, i in items if n not in chosen], [i for n, i in items if n in chosen])
-    train, held = (Encoded(whole.name, side, whole.empty, whole.skipped) for side in sides)
+    train, held = (Encoded(whole.name, side, whole.empty, whole.skipped, whole._known) for side in sides)
     return train, held
 
 

@@ -127,11 +127,20 @@ def test_a_broken_picture_is_skipped(pipe: Any, tmp_path: Path) -> None:
 
 def test_memory_is_bounded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = encoded(from_scenes(8, seed=4), pipe)
-    monkeypatch.setattr(module, "_REMEMBERED", 3 * found.latents(0).nbytes)
+    right = [found.latents(number).clone() for number in range(8)]
+    monkeypatch.setattr(module, "_REMEMBERED", 3 * right[0].nbytes)
+    found = encoded(from_scenes(8, seed=4), pipe)
     for number in range(8):
-        found.latents(number)
-    assert len(found._known) == 3
-    assert found._nbytes == 3 * found.latents(7).nbytes
+        assert torch.equal(found.latents(number), right[number])
+        assert found._known.nbytes == sum(value.nbytes for value in found._known.values()) <= 3 * right[0].nbytes
+
+
+def test_what_others_clear_meanwhile_is_still_there(pipe: Any) -> None:
+    found = encoded(from_scenes(3, seed=1), pipe)
+    right = [found.latents(n).clone() for n in range(3)] + [found.embedding(n).clone() for n in range(3)]
+    ak.clear_cache()
+    again = [found.latents(n) for n in range(3)] + [found.embedding(n) for n in range(3)]
+    assert all(torch.equal(one, other) for one, other in zip(right, again, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["latents", "embeddings"])
