@@ -135,10 +135,10 @@ def extract_lora(
 def inspect_lora(source: Source, as_json: AsJson = False) -> None:
     """Show what a LoRA is, from its header: kind, names, targets, ranks, scales."""
     with exit_on_error():
-        from alkahest.sources.lora_contents import contents_of, contents_text
+        from alkahest.sources.lora_contents import contents_of
 
         found = contents_of(source)
-        print(json.dumps(found, indent=2) if as_json else contents_text(found))
+        print(json.dumps(found.summary(), indent=2) if as_json else found)
 
 
 @loras.command("convert")

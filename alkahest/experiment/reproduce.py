@@ -133,7 +133,8 @@ def _section(one: Experiment, checks: list[Checked]) -> str:
         for plot in figures
     )
     return (
-        f'<h2 id="{html.escape(one.name)}">{_text(one.name[:2])} {_text(one.title)}</h2><p><b>Claim.</b> {_text(one.claim)}</p>'
+        f'<h2 id="{html.escape(one.name)}">{_text(one.name[:2])} {_text(one.title)}</h2>'
+        f"<p><b>Claim.</b> {_text(one.claim)}</p>"
         f"<p><b>Method.</b> {_text(one.method)}</p><p><b>Verdict: {_text(verdict(one, checks))}.</b> "
         f"{_text(one.remark)}</p>"
         f"<table><tr><th>check</th><th>found</th><th>wanted</th><th>holds</th></tr>{lines}</table>{drawn}{whole}"

@@ -106,7 +106,7 @@ def load(kind: str, name: str) -> Any:
 
 def store(kind: str, name: str, value: Any) -> None:
     """Store a JSON value, in one step. A cache that cannot be written costs time, nothing else."""
-    text = json.dumps({"value": value, "sum": _sum_of(kind, name, json.loads(json.dumps(value)))})
+    text = json.dumps({"value": value, "sum": _sum_of(kind, name, value)})
     with contextlib.suppress(OSError):
         write_entry(cache_folder() / kind / f"{name}.json", text.encode())
 

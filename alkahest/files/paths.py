@@ -16,7 +16,8 @@ def expanded(source: str | os.PathLike[str], operation: str) -> Path:
     >>> expanded('"~/models/a.safetensors"', "open")
     PosixPath('/home/ada/models/a.safetensors')
 
-    Raises FileFormatError (OutputError for an output) for what can be no path: a NUL, a user that does not exist, a name that is too long.
+    Raises FileFormatError (OutputError for an output) for what can be no path: a NUL, a user that does not exist, a
+    name that is too long.
     """
     text = os.fspath(source)
     if not isinstance(text, str):  # bytes

@@ -25,11 +25,8 @@ def transform(kind: str, weights: Tensor, read: Read, roles: Mapping[str, tuple[
     if weights.dim() == 1:
         return weights * read("ia3").view(-1)
     if kind == "ia3":
-        return (
-            weights * read("ia3").view(-1, 1)
-            if roles["ia3"][0] == weights.shape[0]
-            else weights * read("ia3").view(1, -1)
-        )
+        by_row = roles["ia3"][0] == weights.shape[0]
+        return weights * read("ia3").view((-1, 1) if by_row else (1, -1))
     if kind == "peft_oft":
         return _input_rotation(weights, read("rotation"), given)
     if kind == "peft_boft":
@@ -102,9 +99,7 @@ def _input_butterfly(weights: Tensor, blocks: Tensor, stretch: Tensor) -> Tensor
     columns = weights.shape[1]
     for number in range(depth):
         order = _butterfly(columns, count // 2**number, side // 2) if depth > 1 else torch.arange(columns)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(columns)
-        parts = weights[:, back].view(-1, count, side)
+        parts = weights[:, order.argsort()].view(-1, count, side)
         weights = torch.einsum("rkc,koc->rko", parts, turns[number]).flatten(1)[:, order]
     return weights * stretch.view(-1, 1)
 
@@ -129,9 +124,7 @@ def _output_butterfly(weights: Tensor, blocks: Tensor, bound: float) -> Tensor:
         stride = 2**number * (side // 2)
         order = rows.view(-1, 2, stride).transpose(1, 2).flatten()
         turned = torch.einsum("kij,kjc->kic", turns[number], weights[order].view(-1, side, weights.shape[1]))
-        back = torch.empty_like(order)
-        back[order] = rows
-        weights = turned.flatten(0, 1)[back]
+        weights = turned.flatten(0, 1)[order.argsort()]
     return weights
 
 

@@ -174,9 +174,7 @@ def named_tensors(
         )
     for name, keys in thin.items():
         stored = prefix + _module(name, flat)
-        members = [pairs.get(key) for key in keys]
-        _require_one_width(name, members)
-        pair = _fuse(members) if len(keys) > 1 else pairs[keys[0]]
+        pair = _fuse(name, [pairs.get(key) for key in keys]) if len(keys) > 1 else pairs[keys[0]]
         if flavour in ("diffusers", "peft"):
             # On seeing an alpha the one doubles its prefix; the other keeps alphas elsewhere.
             pair = pair.fold()
@@ -218,8 +216,9 @@ def _require_one_width(name: str, members: list[Pair | None]) -> None:
         )
 
 
-def _fuse(members: list[Pair | None]) -> Pair:
+def _fuse(name: str, members: list[Pair | None]) -> Pair:
     """q, k and v as one: the same down if they share it, as halves of a fused LoRA do, else block-diagonal."""
+    _require_one_width(name, members)
     there = [pair for pair in members if pair is not None]
     first = there[0]
     # An alpha is a float32: scales that are meant to agree do so to 1e-7.

@@ -44,6 +44,19 @@ class Item:
     bucket: Bucket
 
 
+class _Held(OrderedDict[Path, Tensor]):
+    """Latents and embeddings in memory, the latest up to a gigabyte: the cache's files may be cleared by others."""
+
+    nbytes = 0
+
+    def add(self, path: Path, value: Tensor) -> None:
+        if path not in self:
+            self[path] = value
+            self.nbytes += value.nbytes
+        while self.nbytes > _REMEMBERED and len(self) > 1:
+            self.nbytes -= self.popitem(last=False)[1].nbytes
+
+
 @dataclass
 class Encoded:
     """Encoded examples, read when they are needed; ``empty`` is the embedding of no caption."""
@@ -52,7 +65,7 @@ class Encoded:
     items: Sequence[Item]
     empty: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
-    _known: _Held = field(default_factory=lambda: _Held(), repr=False)
+    _known: _Held = field(default_factory=_Held, repr=False)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -76,19 +89,6 @@ class Encoded:
                 )
             self._known.add(path, known)
         return known
-
-
-class _Held(OrderedDict[Path, Tensor]):
-    """Latents and embeddings in memory, the latest up to a gigabyte: the cache's files may be cleared by others."""
-
-    nbytes = 0
-
-    def add(self, path: Path, value: Tensor) -> None:
-        if path not in self:
-            self[path] = value
-            self.nbytes += value.nbytes
-        while self.nbytes > _REMEMBERED and len(self) > 1:
-            self.nbytes -= self.popitem(last=False)[1].nbytes
 
 
 def encode(

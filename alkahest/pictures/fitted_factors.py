@@ -217,7 +217,10 @@ def _fit(
 def _doubts(leaks: float, solved: Array | None) -> Iterator[str]:
     """What speaks against the factors; ``leaks`` is theirs over that of one number."""
     if solved is None:
-        yield "no block alone does any of what the delta does on its own base: nothing could be fitted, all factors are one"
+        yield (
+            "no block alone does any of what the delta does on its own base: nothing could be fitted, all factors are "
+            "one"
+        )
     if not abs(leaks - 1) <= _ALIKE:
         yield f"the two do not leak alike: the factors {two_digits(leaks)} times as much, after {_TRIED} tries"
 
@@ -225,8 +228,8 @@ def _doubts(leaks: float, solved: Array | None) -> Iterator[str]:
 def best_factors(gram: Array, wanted: Array) -> Array | None:
     """The factors, none below 0, that maximise ``wanted . c`` for as much ``c . gram c`` as factors of 1 have.
 
-    None if nothing wants any of them. Without the sign they are proportional to ``gram^-1 wanted``; those that come out negative are left out, and the
-    rest solved again.
+    None if nothing wants any of them. Without the sign they are proportional to ``gram^-1 wanted``; those that come
+    out negative are left out, and the rest solved again.
     """
     ridged = gram + 1e-3 * np.eye(len(gram)) * gram.diagonal().mean()
     kept = np.arange(len(wanted))

@@ -50,8 +50,9 @@ def gradient_signs(
     time (by default about 1.5 megapixels). Each tensor's gradient is added to its sum on the CPU and freed as soon
     as it is known, so that a device holds the weights and one gradient: 12.3 GB and activations for the real model
     in bf16, on the CPU 24.6 GB of sums, or none if one batch holds everything (6.15 billion made-up parameters on a
-    CPU peaked at 15.2 GB, the mapped file included). A sign is a bit: positive, or not. A file in fp8 is computed with in ``dtype``. Raises AlgebraError without pictures, NonFiniteError for a gradient
-    that is NaN, UnsupportedError if memory is short.
+    CPU peaked at 15.2 GB, the mapped file included). A sign is a bit: positive, or not. A file in fp8 is computed with
+    in ``dtype``. Raises AlgebraError without pictures, NonFiniteError for a gradient that is NaN, UnsupportedError if
+    memory is short.
     """
     options = PictureOptions(
         prompts=prompts,

@@ -4,23 +4,57 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from alkahest.errors import AlkahestError
+from alkahest.errors import AlkahestError, printable
 from alkahest.files.locate import locate
 from alkahest.files.reader import size_text
-from alkahest.sources.lora import open_lora
-from alkahest.sources.lora_names import ROLES, family_of, parse_name
+from alkahest.sources.lora import Lora, open_lora
+from alkahest.sources.lora_names import family_of, parse_name
 
 
-def contents_of(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """A LoRA's summary; of a file that `open_lora` refuses why, and what it holds.
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: the LoRA, or why it is refused, what is in it by group, and the part that can be taken."""
 
-    >>> contents_of("style.safetensors")["groups"]
+    path: Path
+    lora: Lora | None = None
+    refused: str | None = None
+    groups: Mapping[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+    part: Lora | None = None
+    refused_in_part: str | None = None  # why the transformer's part cannot be taken either
+
+    def summary(self) -> dict[str, Any]:
+        """For scripts: the LoRA's own, or that of what is there."""
+        if self.lora is not None:
+            return {**self.lora.summary(), "refused": None}
+        part = None if self.part is None else self.part.summary()
+        told = {"path": str(self.path), "refused": self.refused, "groups": dict(self.groups), "bytes": self.nbytes}
+        return {**told, "transformer": part, "refused in part": self.refused_in_part}
+
+    def __repr__(self) -> str:
+        if self.lora is not None:
+            return repr(self.lora)
+        lines = [f"{self.path}: {size_text(self.nbytes)}", *(f"  {n} tensors {g}" for g, n in self.groups.items())]
+        if self.part is not None:
+            lines += ["with only='transformer' (convert --only transformer):", repr(self.part)]
+        told = (f"  {line}" for line in (self.refused or "").splitlines())
+        return printable("\n".join([*lines, "open_lora refuses the whole:", *told]))
+
+
+def contents_of(source: str | os.PathLike[str]) -> Contents:
+    """A LoRA, or of a file that `open_lora` refuses why, and what it holds.
+
+    >>> contents_of("style.safetensors").groups
     {'for the transformer': 480, 'for a text encoder': 144}
     """
     try:
-        return {**open_lora(source).summary(), "refused": None}
+        lora = open_lora(source)
+        return Contents(lora.path, lora)
     except AlkahestError as error:
         refused = str(error)
     located = locate(source)  # what is no safetensors file is told by this
@@ -28,38 +62,16 @@ def contents_of(source: str | os.PathLike[str]) -> dict[str, Any]:
     groups: Counter[str] = Counter()
     for stored in located.tensors:
         try:
-            name = parse_name(stored, family)
-            groups["for the transformer"] += name.role in ROLES.values()
+            parse_name(stored, family)
+            groups["for the transformer"] += 1
         except AlkahestError as error:
             groups[_group(stored, error)] += 1
-    found: dict[str, Any] = {
-        "path": str(located.path),
-        "refused": refused,
-        "groups": dict(groups.most_common()),
-        "bytes": sum(entry.nbytes for _, entry in located.tensors.values()),
-    }
+    nbytes = sum(entry.nbytes for _, entry in located.tensors.values())
+    found = Contents(located.path, None, refused, dict(groups.most_common()), nbytes)
     try:
-        found["transformer"] = open_lora(source, only="transformer").summary()
+        return replace(found, part=open_lora(source, only="transformer"))
     except AlkahestError as error:
-        found["transformer"] = None
-        found["refused in part"] = str(error)
-    return found
-
-
-def contents_text(found: dict[str, Any]) -> str:
-    """The same as text."""
-    if found["refused"] is None:
-        return repr(open_lora(found["path"]))
-    lines = [
-        f"{found['path']}: {size_text(found['bytes'])}",
-        *(f"  {n} tensors {g}" for g, n in found["groups"].items()),
-    ]
-    if found["transformer"] is not None:
-        lines += [
-            "with only='transformer' (convert --only transformer):",
-            repr(open_lora(found["path"], only="transformer")),
-        ]
-    return "\n".join([*lines, "open_lora refuses the whole:", *(f"  {line}" for line in found["refused"].splitlines())])
+        return replace(found, refused_in_part=str(error))
 
 
 def _group(stored: str, error: AlkahestError) -> str:

@@ -62,6 +62,11 @@ _NEUTRAL = frozenset(
         "ensure_weight_tying",
         "eps",
         "_custom_modules",
+        # The tensors say these themselves.
+        "oft_block_size",
+        "boft_block_size",
+        "boft_block_num",
+        "boft_n_butterfly_factor",
     ]
 )
 _MEANT = frozenset(
@@ -75,13 +80,9 @@ _MEANT = frozenset(
         "use_dora",
         "init_lora_weights",
         "peft_type",
-        "oft_block_size",
         "block_share",
         "use_cayley_neumann",
         "num_cayley_neumann_terms",
-        "boft_block_size",
-        "boft_block_num",
-        "boft_n_butterfly_factor",
         "coft",
     ]
 )
@@ -200,7 +201,7 @@ def _require_known(given: Mapping[str, Any], located: Located) -> None:
             file=located.path,
             key="init_lora_weights",
             found=repr(start)[:80],
-            fix="convert it where it was trained: peft's save_pretrained(..., path_initial_model_for_weight_conversion=)",
+            fix="convert it where it was trained: path_initial_model_for_weight_conversion= of peft's save_pretrained",
         )
     if given.get("coft"):
         raise _unsupported(located, "constrained OFT is not handled", "coft", True)

@@ -45,7 +45,7 @@ class Sizes(Protocol):
         ...
 
     def lacks(self, config: Mapping[str, Any] | None) -> list[str]:
-        """Which blocks are surely missing, in words: of an incomplete file. ``config`` is diffusers', if there is one."""
+        """Which blocks an incomplete file surely lacks, in words. ``config`` is diffusers', if there is one."""
         ...
 
     def oddities(self) -> list[str]:

@@ -69,8 +69,8 @@ class Architecture:
         if self.width != 3840 or (self.layers, self.noise_refiners) == (30, 2):
             return []
         return [
-            f"{self.layers} layers and {self.noise_refiners} refiners a stream; the published models of this width have "
-            "30 and 2"
+            f"{self.layers} layers and {self.noise_refiners} refiners a stream; the published models of this width "
+            "have 30 and 2"
         ]
 
     def shapes(self) -> dict[str, Shape]:
