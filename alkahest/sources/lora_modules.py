@@ -83,6 +83,10 @@ def find_updates(located: Located, family: Family, settings: Settings, only: str
     for group in groups.values():
         _take(group, located, family, settings, found, only)
     found.notes += settings.unmatched(found.modules)
+    saved = settings.given.get("modules_to_save")
+    if saved and not any(update.kind == "whole" for some in found.updates.values() for update in some):
+        named = ", ".join(map(str, saved)) if isinstance(saved, list) else str(saved)
+        found.notes.append(f"modules_to_save names {named[:80]}, and no tensor of the file is stored whole")
     return found
 
 

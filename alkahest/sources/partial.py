@@ -36,6 +36,7 @@ class PartialCheckpoint(StoredTensors, PartLeaf):
         mine = {n: place for n, place in located.tensors.items() if n.startswith(self.prefix)}
         found = resolve(mine, located.metadata, self.prefix, self.family.has, fp8_block(located.config))
         self.extras = found.extras
+        self.oddities = located.beside
         self._take(found.weights)
 
     def __repr__(self) -> str:
@@ -47,6 +48,7 @@ class PartialCheckpoint(StoredTensors, PartLeaf):
         lines = [f"{self.name}: part of a checkpoint, {self.path.name}, {size_text(self.nbytes)}", f"  holds  {told}"]
         if self.extras:
             lines.append(f"  beside {', '.join(list(self.extras)[:5])}: no part of the model, left out")
+        lines += [f"  odd    {text}" for text in self.oddities]
         return printable("\n".join(lines))
 
 

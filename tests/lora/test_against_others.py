@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import alkahest as ak
 from alkahest.errors import AlgebraError, FileFormatError, MismatchError, UnsupportedError
+from alkahest.sources.lora import open_input
 
 TARGETS = r".*(to_q|to_out\.0|feed_forward\.w2|layers\.\d\.adaLN_modulation\.0)"
 
@@ -98,6 +99,20 @@ CONFIGS = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_peft_merges_to_the_same(case: str, base: ak.Checkpoint, tmp_path: Path) -> None:
     check(trained(CONFIGS[case]()), tmp_path / "adapter", base)
+
+
+def test_an_adapter_with_saved_modules_is_no_checkpoint(base: ak.Checkpoint, tmp_path: Path) -> None:
+    trained(CONFIGS["modules to save"]()).save_pretrained(tmp_path / "adapter")
+    found = open_input(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "cap_embedder.1.weight" in found.updates  # type: ignore[union-attr]
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    trained(CONFIGS["LoRA"]()).save_pretrained(tmp_path / "other")
+    wrong = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    wrong["modules_to_save"] = settings["modules_to_save"]
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(wrong))
+    assert "modules_to_save names cap_embedder.1, and no tensor of the file is stored whole" in repr(
+        ak.open_lora(tmp_path / "other")
+    )
 
 
 def test_strength_goes_part_of_the_way(base: ak.Checkpoint, tmp_path: Path) -> None:

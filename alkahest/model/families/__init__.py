@@ -65,7 +65,7 @@ def best_family(score: Callable[[Family], int]) -> Family:
 
 def holds_model(names: Collection[str]) -> bool:
     """Whether a file with these names holds a model of some family."""
-    return any(family.prefixes_in(names) for family in FAMILIES)
+    return any(family.has_most_of(_under(one, names)) for family in FAMILIES for one in family.prefixes_in(names))
 
 
 def _other_model(names: list[str], file: object) -> UnsupportedError:

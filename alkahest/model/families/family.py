@@ -147,6 +147,11 @@ class Family:
         """Whether a stored name, prefix removed, is that of a tensor of such a model."""
         return all(self.template(key) in self.templates or self.is_optional(key) for key in self.canonical(stored))
 
+    def has_most_of(self, names: Iterable[str]) -> bool:
+        """Whether most kinds of the family's tensors are among stored names: a LoRA may hold a few of them whole."""
+        found = {self.template(key) for name in names for key in self.canonical(name)}
+        return 2 * len(found & self.templates) > len(self.templates)
+
     def canonical(self, stored: str) -> tuple[str, ...]:
         """Canonical names of one stored tensor, prefix removed; several for a fused one, whose rows they are.
 
