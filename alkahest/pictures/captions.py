@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alkahest.errors import FileFormatError
 
@@ -53,18 +53,31 @@ def read_tables(root: Path) -> Table:
     return found
 
 
-def beside(picture: Path) -> tuple[str, str | None]:
-    """The caption in a file beside a picture, empty for none; and why there is none, where a file is there."""
-    for end in BESIDE:
-        for path in _candidates(picture, end):
-            try:
-                text = _read(path, _MAX_CAPTION)
-                caption = (_from_json(path, text) if end == ".json" else text).strip()
-            except FileFormatError as error:
-                return "", f"{path.name}: {error.problem}"
-            if caption:
-                return caption, None
-    return "", None
+class Beside(NamedTuple):
+    """The caption in a file beside a picture, empty for none; why there is none; and what else is said there."""
+
+    caption: str = ""
+    problem: str | None = None
+    note: str | None = None
+
+
+def beside(picture: Path) -> Beside:
+    """What files beside a picture say: the first that has a caption is taken, and a later one that differs is told."""
+    found, taken = Beside(), ""
+    for path in (one for end in BESIDE for one in _candidates(picture, end)):
+        try:
+            text = _read(path, _MAX_CAPTION)
+            caption = (_from_json(path, text) if path.suffix.lower() == ".json" else text).strip()
+        except FileFormatError as error:
+            if not found.caption:
+                return Beside(problem=f"{path.name}: {error.problem}")
+            found = found._replace(note=f"{taken} is taken; {path.name}: {error.problem}")
+            continue
+        if caption and not found.caption:
+            found, taken = Beside(caption), path.name
+        elif caption and caption != found.caption:
+            found = found._replace(note=f"{taken} is taken; {path.name} says otherwise")
+    return found
 
 
 def decoded(raw: bytes, path: Path) -> str:

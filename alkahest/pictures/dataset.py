@@ -29,6 +29,7 @@ from alkahest.pictures.settings import SHIFT
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+NOTES = "alkahest notes"  # of an opened picture's info: what was done to it
 _KEY = "alkahest"  # of a drawn PNG's text: what it depends on
 # Endings of what lies beside pictures without being one.
 _OTHERS = frozenset(
@@ -68,24 +69,26 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples, and what was left out with the reason."""
+    """Examples, what was left out with the reason, and what to know of some that were not."""
 
     name: str
     examples: Sequence[Example]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __repr__(self) -> str:
         lines = [f"{self.name}: {len(self)} pictures with captions"]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
-        lines += [
-            f"  {len(names)} skipped: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for reason, names in reasons.items()
-        ]
+        for what, files in (("skipped", self.skipped), ("noted", self.notes)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in files.items():
+                reasons.setdefault(reason, []).append(name)
+            lines += [
+                f"  {len(names)} {what}: {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for reason, names in reasons.items()
+            ]
         return printable("\n".join(lines))
 
 
@@ -110,6 +113,7 @@ def from_folder(folder: str | Path, *, strict: bool = False, background: str = "
     table = read_tables(path)
     examples: list[Example] = []
     skipped: dict[str, str] = {}
+    notes: dict[str, str] = {}
     used: set[str] = set()
     for picture in sorted(path.rglob("*")):
         name = picture.relative_to(path).as_posix()
@@ -118,10 +122,19 @@ def from_folder(folder: str | Path, *, strict: bool = False, background: str = "
             skipped |= {name: why} if why else {}
             continue
         used.add(name)
-        caption, problem = (table.captions[name], None) if name in table.captions else beside(picture)
+        own = beside(picture)
+        caption, note = own.caption, own.note
+        if name in table.captions:
+            caption = table.captions[name]
+            note = (
+                f"that of {table.of[name]} is taken; one beside it says otherwise" if own.caption != caption else None
+            )
+            note = note if own.caption else None
         if not caption:
-            skipped[name] = problem or "no caption"
+            skipped[name] = own.problem or "no caption"
             continue
+        if note:
+            notes[name] = f"two captions: {note}"
         how = partial(_open, picture, background, frame)
         examples.append(Example(name, caption, "", how))
     skipped |= {row: f"a row of {of} names no picture" for row, of in table.of.items() if row not in used}
@@ -131,7 +144,7 @@ def from_folder(folder: str | Path, *, strict: bool = False, background: str = "
     hashes = blake3_of(readers)
     ground = "" if (background, frame) == ("white", 0) else f" {background} {frame}"
     named = [Example(e.name, e.caption, digest + ground, e.open) for e, digest in zip(examples, hashes, strict=True)]
-    return Dataset(path.name, named, skipped)
+    return Dataset(path.name, named, skipped, notes)
 
 
 def _why_not(path: Path) -> str | None:
@@ -283,7 +296,7 @@ def make_dataset(
     found = from_folder(path)
     mine = [example for example in found.examples if example.name in set(wanted)]
     other = {e.name: "not of this dataset: it was in the folder" for e in found.examples if e.name not in set(wanted)}
-    yield Event(total, total, "done", Dataset(path.name, mine, {**found.skipped, **other}))
+    yield Event(total, total, "done", Dataset(path.name, mine, {**found.skipped, **other}, found.notes))
 
 
 def _drawn_key(of: str, prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
@@ -313,7 +326,9 @@ def _is_drawn(stem: Path, key: str, prompt: str) -> bool:
 
 
 def _open(path: Path, background: str, frame: int) -> Image:
-    return read_picture(path, background, frame)[0]
+    image, notes = read_picture(path, background, frame)
+    image.info[NOTES] = notes
+    return image
 
 
 def _draw(scene: Any) -> Image:

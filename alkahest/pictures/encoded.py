@@ -19,7 +19,7 @@ from alkahest.errors import FileFormatError, UnsupportedError
 from alkahest.files.cache import KINDS, cache_folder, load_tensors, store_tensors
 from alkahest.files.whole import as_output_error
 from alkahest.model.families.zimage import FAMILY
-from alkahest.pictures.dataset import Dataset, Example
+from alkahest.pictures.dataset import NOTES, Dataset, Example
 from alkahest.pictures.fingerprints import fingerprint as fingerprint
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Encoded:
     items: Sequence[Item]
     empty: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     _known: _Held = field(default_factory=_Held, repr=False)
 
     def __len__(self) -> int:
@@ -79,7 +80,7 @@ class Encoded:
     def _read(self, path: Path) -> Tensor:
         known = self._known.get(path)
         if known is None:
-            known = _load(path)
+            known, _ = _load(path)
             if known is None:
                 raise FileFormatError(
                     "dataset",
@@ -114,7 +115,7 @@ def encode(
     where = {caption: _place("embeddings", text, caption) for caption in captions}
     held, tokens, missing = _Held(), {}, []
     for caption in captions:
-        embedding = _load(where[caption])
+        embedding, _ = _load(where[caption])
         if embedding is None or embedding.dim() != 2:
             missing.append(caption)
             continue
@@ -132,6 +133,7 @@ def encode(
         nothing = embeddings(pipe.tokenizer, pipe.text_encoder, [""])[0].cpu()
     done = len(dataset)
     items, skipped, waiting = [], dict(dataset.skipped), _Waiting(pipe, vae, held)
+    notes = dict(dataset.notes)
     for number, example in enumerate(dataset.examples):
         try:
             placed = waiting.add(example, resolution, step)
@@ -141,13 +143,15 @@ def encode(
             skipped[example.name] = error.problem
             continue
         items.append((example, *placed))
+        if done_to_it := waiting.notes[placed[0]]:
+            notes[example.name] = "; ".join([*filter(None, [notes.get(example.name)]), *done_to_it])
         if number % 32 == 0:
             yield Event(done + number, total, example.name)
     waiting.flush()
     if not items:
         raise FileFormatError("dataset", "no picture could be read", found=next(iter(skipped.values()), "nothing"))
     found = [Item(e.name, path, where[e.caption], (*size, _round_up(tokens[e.caption]))) for e, path, size in items]
-    yield Event(total, total, "done", Encoded(dataset.name, found, nothing, skipped, held))
+    yield Event(total, total, "done", Encoded(dataset.name, found, nothing, skipped, notes, held))
 
 
 def bucket_size(width: int, height: int, resolution: int, step: int) -> tuple[int, int]:
@@ -210,17 +214,19 @@ class _Waiting:
     def __init__(self, pipe: Any, vae: str, held: _Held) -> None:
         self.pipe, self.vae, self.held = pipe, vae, held
         self._images: dict[tuple[int, int], list[tuple[Path, Image]]] = {}
+        self.notes: dict[Path, list[str]] = {}  # what was done to the picture of an entry
 
     def add(self, example: Example, resolution: int, step: int) -> tuple[Path, tuple[int, int]]:
         """Where the example's latents are or will be, and their height and width."""
         # The size of the picture decides the bucket, and is in the entry of an encoded one.
         path = _place("latents", self.vae, f"{example.identity} {resolution} {step}")
-        known = self.held.get(path)
-        known = _load(path) if known is None else known
+        known, notes = (self.held[path], self.notes[path]) if path in self.held else _load(path)
         if known is not None and known.dim() == 3:
             self.held.add(path, known)
+            self.notes[path] = notes
             return path, (known.shape[1], known.shape[2])
         image = example.open()
+        self.notes[path] = list(image.info.get(NOTES, ()))
         size = bucket_size(image.width, image.height, resolution, step)
         waiting = self._images.setdefault(size, [])
         waiting.append((path, fit(image, size)))
@@ -236,7 +242,7 @@ class _Waiting:
     def _encode(self, size: tuple[int, int]) -> None:
         waiting = self._images.pop(size)
         for (path, _), latents in zip(waiting, latents_of(self.pipe.vae, [image for _, image in waiting]), strict=True):
-            _save(path, latents)
+            _save(path, latents, self.notes[path])
             self.held.add(path, latents.clone())
 
 
@@ -249,13 +255,15 @@ def _place(kind: str, of: str, what: str) -> Path:
     return cache_folder() / kind / name[:2] / f"{name}.safetensors"
 
 
-def _save(path: Path, tensor: Tensor) -> None:
+def _save(path: Path, tensor: Tensor, notes: Sequence[str] = ()) -> None:
     with as_output_error(path):
-        store_tensors(path, {"value": tensor})
+        store_tensors(path, {"value": tensor}, list(notes))
 
 
-def _load(path: Path) -> Tensor | None:
-    """A kept tensor, if it is whole and of numbers."""
+def _load(path: Path) -> tuple[Tensor | None, list[str]]:
+    """A kept tensor, if it is whole and of numbers, and what was done to the picture that it is of."""
     found = load_tensors(path)
     value = None if found is None else found[0].get("value")
-    return value.clone() if value is not None and bool(torch.isfinite(value).all()) else None
+    if found is None or value is None or not bool(torch.isfinite(value).all()):
+        return None, []
+    return value.clone(), list(found[1] or ())

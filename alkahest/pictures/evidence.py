@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
 from alkahest.errors import AlgebraError, MismatchError
 from alkahest.mini.scenes import held_out_prompts
-from alkahest.pictures.dataset import from_folder
+from alkahest.pictures.dataset import NOTES, from_folder
 from alkahest.pictures.encoded import fit, latents_of
 from alkahest.pictures.evaluation import EvaluationSet
 from alkahest.pictures.live import LiveModel
@@ -169,6 +170,9 @@ def given_set(
         images, captions = [one.open() for one in dataset.examples], [one.caption for one in dataset.examples]
         notes = [f"{len(dataset.skipped)} pictures were left out: {'; '.join(sorted(set(dataset.skipped.values())))}"]
         notes = notes if dataset.skipped else []
+        done = Counter(note for image in images for note in image.info.get(NOTES, ()))
+        done.update(dataset.notes.values())
+        notes += [f"{count} pictures: {note}" for note, count in done.items()]
     else:
         images, captions, notes = list(options.pictures), list(options.prompts or ()), []
     if len(images) != len(captions) or not images:

@@ -102,7 +102,7 @@ def prepare(
                     encoding = encode(datasets[name], pipe, stage.resolution, strict=config.strict)
                     found = yield from _relay(config, f"encoding {name}", encoding)
                     encoded[name, stage.resolution] = found
-                    if note := left_out_words(name, found.skipped):
+                    for note in files_words(name, found.skipped, found.notes):
                         yield TrainingStep(0, config.steps, note, note=note)
     for prompt in (*config.prompts, "", str(config.sampling.get("negative_prompt", ""))):
         embed(pipe, prompt)  # remembered for the pictures to come
@@ -174,13 +174,13 @@ def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[Tr
     return found
 
 
-def left_out_words(name: str, skipped: Mapping[str, str]) -> str:
-    """What a dataset leaves out, in one line; empty for nothing."""
-    if not skipped:
-        return ""
-    reasons = Counter(skipped.values()).most_common()
-    told = "; ".join(f"{count}: {why}" for why, count in reasons[:4]) + ("; ..." if len(reasons) > 4 else "")
-    return f"{name}: {len(skipped)} files are left out ({told})"
+def files_words(name: str, skipped: Mapping[str, str], notes: Mapping[str, str]) -> Iterator[str]:
+    """What a dataset leaves out, and what it does not take as it is, a line each; nothing for nothing."""
+    for what, files in (("files are left out", skipped), ("pictures are not taken as they are", notes)):
+        if files:
+            reasons = Counter(files.values()).most_common()
+            told = "; ".join(f"{count}: {why}" for why, count in reasons[:4]) + ("; ..." if len(reasons) > 4 else "")
+            yield f"{name}: {len(files)} {what} ({told})"
 
 
 class _Models(Mapping[str, Any]):

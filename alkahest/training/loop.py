@@ -34,9 +34,9 @@ from alkahest.training import parallel
 from alkahest.training.adapter import add_lora, save_adapter
 from alkahest.training.config import Config, Stage
 from alkahest.training.events import TrainingStep
-from alkahest.training.inputs import left_out_words, prepare, reset_tensors, start_of
+from alkahest.training.inputs import files_words, prepare, reset_tensors, start_of
 from alkahest.training.memory import out_of_memory
-from alkahest.training.monitor import Monitor, read_history, read_left_out, split
+from alkahest.training.monitor import Monitor, read_files, read_history, split
 from alkahest.training.objective import add_noise
 from alkahest.training.optimise import Updates, rate_at
 from alkahest.training.order import Order
@@ -64,13 +64,19 @@ class Result:
     @property
     def left_out(self) -> dict[str, dict[str, str]]:
         """What the datasets left out, by dataset and file, with the reason."""
-        return read_left_out(self.folder)
+        return read_files(self.folder, "left_out")
+
+    @property
+    def noted(self) -> dict[str, dict[str, str]]:
+        """What was done to pictures that were taken, and which of two captions was, by dataset and file."""
+        return read_files(self.folder, "noted")
 
     def __repr__(self) -> str:
         lines = [f"{self.weights!r}", f"  frozen tensors unchanged (digest {self.frozen})", f"  {self.folder}"]
-        return printable(
-            "\n".join([*lines, *(f"  {left_out_words(name, files)}" for name, files in self.left_out.items())])
-        )
+        left_out, noted = self.left_out, self.noted
+        for name in {**left_out, **noted}:
+            lines += [f"  {line}" for line in files_words(name, left_out.get(name, {}), noted.get(name, {}))]
+        return printable("\n".join(lines))
 
 
 @refuse_unknown_options
@@ -183,6 +189,7 @@ class _Training:
         self.orders = [self._order(stage) for stage in config.stages]
         self.monitor = Monitor(config, folder, pipe, {key: held for key, (_, held) in sides.items()}, self.how)
         self.left_out = {name: dict(one.skipped) for (name, _), one in encoded.items() if one.skipped}
+        self.noted = {name: dict(one.notes) for (name, _), one in encoded.items() if one.notes}
         self.data_digest = _digest_of(encoded)
         self.step = 0
 
@@ -294,7 +301,7 @@ class _Training:
         if saved:
             self._go_on(saved[-1])
         self.monitor.resume(self.step)
-        self.monitor.note_left_out(self.left_out)
+        self.monitor.note_files(self.left_out, self.noted)
 
     def _go_on(self, saved: Path) -> None:
         found = about_checkpoint(saved)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas
 
 Data = Mapping[tuple[str, int], Encoded]  # by name and resolution
+Files = Mapping[str, Mapping[str, str]]  # dataset -> file -> what there is to say
 
 
 @refuse_unknown_options
@@ -40,14 +41,14 @@ def read_history(folder: str | Path) -> pandas.DataFrame:
     return pd.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
 
 
-def read_left_out(folder: str | Path) -> dict[str, dict[str, str]]:
-    """What a run's datasets left out, by dataset and file, with the reason.
+def read_files(folder: str | Path, which: str) -> dict[str, dict[str, str]]:
+    """What a run's datasets ``left_out``, or ``noted`` of pictures that were taken, by dataset and file.
 
-    >>> read_left_out("runs/tb1")
+    >>> read_files("runs/tb1", "left_out")
     {'people': {'a.png': 'no caption'}}
     """
     rows = _rows(Path(folder) / "history.jsonl")
-    return next((row["left_out"] for row in rows if isinstance(row.get("left_out"), dict)), {})
+    return next((row[which] for row in rows if isinstance(row.get(which), dict)), {})
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -93,13 +94,13 @@ class Monitor:
             kept = [row for row in _rows(path) if step and "left_out" not in row and row["step"] <= step]
             write_file(path, "".join(_line(row) for row in kept).encode())
 
-    def note_left_out(self, left_out: Mapping[str, Mapping[str, str]]) -> None:
-        """Write down what the datasets leave out, by file and reason, before what is measured."""
-        if parallel.rank() == 0 and left_out:
+    def note_files(self, left_out: Files, noted: Files) -> None:
+        """Write down what the datasets leave out, and did not take as it is, by file, before what is measured."""
+        if parallel.rank() == 0 and (left_out or noted):
             path = self.folder / "history.jsonl"
             measured = [_line(row) for row in _rows(path)]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, "".join([_line({"left_out": left_out}), *measured]).encode())
+            write_file(path, "".join([_line({"left_out": left_out, "noted": noted}), *measured]).encode())
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Note a step's loss where a tracker wants each."""
@@ -164,7 +165,7 @@ def split(whole: Encoded, held_out: int) -> tuple[Encoded, Encoded]:
     chosen = {n * len(whole) // count for n in range(count)}
     items = list(enumerate(whole.items))
     sides: Sequence[list[Item]] = ([i for n, i in items if n not in chosen], [i for n, i in items if n in chosen])
-    train, held = (Encoded(whole.name, side, whole.empty, whole.skipped, whole._known) for side in sides)
+    train, held = (Encoded(whole.name, side, whole.empty, whole.skipped, whole.notes, whole._known) for side in sides)
     return train, held
 
 

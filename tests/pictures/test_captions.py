@@ -157,3 +157,18 @@ def test_everything_that_is_left_out_has_a_reason(tmp_path: Path) -> None:
     }
     with pytest.raises(FileFormatError, match="background is a colour"):
         from_folder(tmp_path, background="no colour")
+
+
+def test_two_captions_of_one_picture_are_told(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png", "c.png")
+    for name, text in (("a.txt", "one"), ("a.json", '{"caption": "two"}'), ("b.txt", "one"), ("b.caption", "one")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "c.txt").write_text("one")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nc.png,two\nb.png,one\n")
+    found = from_folder(tmp_path)
+    assert {e.name: e.caption for e in found.examples} == {"a.png": "one", "b.png": "one", "c.png": "two"}
+    assert found.notes == {
+        "a.png": "two captions: a.txt is taken; a.json says otherwise",
+        "c.png": "two captions: that of metadata.csv is taken; one beside it says otherwise",
+    }
+    assert "1 noted: two captions: a.txt is taken" in repr(found)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import alkahest as ak
@@ -368,6 +369,7 @@ def test_what_is_left_out_is_told_at_the_start_at_the_end_and_in_the_history(tmp
 
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert set(rows[0]["left_out"]["mine"]) == {"none.png", "cut.png"}
+    assert rows[0]["noted"] == {}
     assert rows[1]["loss"] is None  # before the first step there is none
     assert np.isnan(result.history.loss[0])
     assert result.history.step.tolist() == [0, 2, 4]
@@ -375,6 +377,25 @@ def test_what_is_left_out_is_told_at_the_start_at_the_end_and_in_the_history(tmp
     assert (tmp_path / "run" / "history.jsonl").read_text().splitlines() == lines
     with pytest.raises(FileFormatError, match="strict refuses"):
         finetune(config(**changes, strict=True), tmp_path / "strict")
+
+
+def test_what_is_not_taken_as_it_is_is_told_too(tmp_path: Path) -> None:
+    """Also by a run that finds its pictures encoded already."""
+    changes = pictures_of(tmp_path / "mine")
+    with Image.open(tmp_path / "mine" / "1.png") as image:
+        image.convert("RGBA").save(tmp_path / "mine" / "1.png")
+    (tmp_path / "mine" / "2.caption").write_text("something else")
+    for run in ("first", "second"):
+        events = list(stream_finetune(config(**changes), tmp_path / run))
+        told = [event.note for event in events if event.note]
+        assert "mine: 2 pictures are not taken as they are" in told[1]
+        result = events[-1].result
+        assert result is not None
+        assert result.noted["mine"] == {
+            "1.png": "transparency is laid on white",
+            "2.png": "two captions: 2.txt is taken; 2.caption says otherwise",
+        }
+        assert told[1] in repr(result)
 
 
 @pytest.mark.parametrize("change", ["a caption", "a picture", "one more", "one less"])
