@@ -238,7 +238,7 @@ def _extract(
     quiet: bool,
     options: Sequence[str] = (),
 ) -> None:
-    from alkahest.files.whole import write_file
+    from alkahest.files.whole import write_file, write_text
     from alkahest.lora.extract import stream_extract_lora
     from alkahest.lora.write import check_target
     from alkahest.recipes.inputs import build_delta
@@ -250,7 +250,7 @@ def _extract(
     found: Extracted = drain(stream_extract_lora(delta, **asked), quiet).result
     lora = found.save(output, flavour)
     if csv is not None:
-        write_file(csv, found.report.to_csv(index=False).encode())
+        write_text(csv, found.report.to_csv(index=False))
     if plot is not None:
         from alkahest.lab import plots
 

@@ -208,12 +208,12 @@ def cache(
 
 def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:
     """Write what was asked for of a table, and of the multiplier ``found`` from it."""
-    from alkahest.files.whole import write_file
+    from alkahest.files.whole import write_file, write_text
 
     if csv is not None:
         absorbed = alkahest.absorbed(table)["count"]
         text = table.drop(columns=["ulps", "ulp_energy"]).assign(absorbed=absorbed).to_csv(index=False)
-        write_file(csv, text.encode())
+        write_text(csv, text)
     if html is not None:
         from alkahest.lab.report import write_report
 

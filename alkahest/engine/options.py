@@ -76,6 +76,9 @@ class Options:
             if value is not None and (type(value) is not int or (name == "threads" and value < 1)):
                 least = ", 1 or more" if name == "threads" else ""
                 raise OutputError(operation, f"{name} must be a whole number{least}", found=repr(value))
+        for name in ("comfy_compatible", "allow_nonfinite"):
+            if type(value := getattr(self, name)) is not bool:
+                raise OutputError(operation, f"{name} is yes or no", expected="True or False", found=repr(value)[:80])
         self.shard_bytes()
         existing_device(self.device, operation)
         _require_metadata(self.metadata)
@@ -113,8 +116,18 @@ def _require_metadata(metadata: object) -> None:
         raise OutputError(
             "save", "metadata is text under names", found=repr(metadata)[:200], fix="metadata={'title': '...'}"
         )
+    if odd := [name for name, value in metadata.items() if not _is_text(name + value)]:
+        raise OutputError("save", "metadata holds half a character", key=odd[0], fix="give text that UTF-8 can hold")
     if taken := [name for name in metadata if name in ("format", "alkahest", "__metadata__")]:
         raise OutputError("save", f"{taken[0]!r} in a file's metadata is not free", fix="choose another name")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def existing_device(name: str, operation: str) -> torch.device:

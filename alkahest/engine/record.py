@@ -58,6 +58,7 @@ class Recipe:
         problem = RecipeError("recipe", "the recorded recipe is damaged", file=file, fix="write the recipe by hand")
         try:
             value = json.loads(text)
+            json.dumps(value, ensure_ascii=False).encode()  # a ValueError for half a character, which no file can hold
             text, made = value["recipe"], value.get("made", "")
             if str(text).startswith("finetuned("):  # as an earlier version recorded what no recipe repeats
                 text, made = "", text

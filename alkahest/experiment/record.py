@@ -22,7 +22,7 @@ from alkahest.experiment.config import Check, Experiment, run_file
 from alkahest.experiment.measure import Found, Tables, file_of, steps_title
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_file, write_text
 from alkahest.pictures.sheet import png_bytes
 from alkahest.version import __version__
 
@@ -89,9 +89,9 @@ def record(
             old.unlink()
     for name, content in files.items():
         write_file(results / name, content)
-    write_file(experiment.folder / "README.md", readme(experiment).encode())
+    write_text(experiment.folder / "README.md", readme(experiment))
     about |= {"verdict": told, "results": {path.name: digest(path) for path in sorted(results.iterdir())}}
-    write_file(experiment.folder / "manifest.json", (json.dumps(about, indent=1) + "\n").encode())
+    write_text(experiment.folder / "manifest.json", json.dumps(about, indent=1) + "\n")
     return told
 
 

@@ -23,7 +23,7 @@ from alkahest.experiment.record import (
     verdict,
     verdicts,
 )
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_text
 from alkahest.lab.figure import image_tag
 from alkahest.lab.report import STYLE
 from alkahest.version import __version__
@@ -61,9 +61,9 @@ def write_index(root: Path) -> None:
     done = [one for one in experiments(root) if (one.folder / "results" / "checks.csv").exists()]
     path, above = root / "README.md", root.parent / "README.md"
     text = path.read_text() if path.exists() else f"# Experiments\n\n{_INDEX}\n{_END}\n"
-    write_file(path, _fill(text, _INDEX, index(done)).encode())
+    write_text(path, _fill(text, _INDEX, index(done)))
     if above.exists() and _VERDICTS in (text := above.read_text()):
-        write_file(above, _fill(text, _VERDICTS, verdicts(done, root.name)).encode())
+        write_text(above, _fill(text, _VERDICTS, verdicts(done, root.name)))
 
 
 def _fill(text: str, start: str, content: str) -> str:
@@ -82,7 +82,7 @@ def _fill(text: str, start: str, content: str) -> str:
 
 def write_reproduction(path: str | Path, found: list[Experiment]) -> None:
     """One HTML file of all experiments: verdicts first, then each one's claim, checks, figures and tables."""
-    write_file(Path(path), reproduction(found).encode())
+    write_text(Path(path), reproduction(found))
 
 
 def reproduction(found: list[Experiment]) -> str:

@@ -42,6 +42,26 @@ def expanded(source: str | os.PathLike[str], operation: str) -> Path:
     return path
 
 
+def recorded_name(path: Path) -> str:
+    r"""A file's name as text that any file can hold: bytes that are no UTF-8 are spelled out.
+
+    >>> recorded_name(Path(os.fsdecode(b"caf\\xe9.safetensors")))
+    'caf\\\\xe9.safetensors'
+    """
+    return os.fsencode(path.name).decode("utf-8", "backslashreplace")
+
+
+def named(folder: Path, name: str) -> list[Path]:
+    """The files in a folder that a recorded name may mean."""
+    try:
+        found = [folder / name] if (folder / name).is_file() else []
+        if "\\x" in name and not found:
+            found = [path for path in folder.iterdir() if recorded_name(path) == name and path.is_file()]
+    except OSError:  # a name too long for any file, a folder that cannot be read
+        return []
+    return found
+
+
 def _bare(text: str) -> str:
     """Text without spaces and a pair of quotes around it, as a file manager copies paths."""
     inner = text.strip()

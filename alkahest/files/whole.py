@@ -141,6 +141,11 @@ def write_file(target: Path, data: bytes) -> None:
         writer.write(data, 0)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write text as UTF-8 by `whole_file`, with what UTF-8 cannot hold, of strangers' names, spelled out."""
+    write_file(target, text.encode(errors="backslashreplace"))
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, size: int) -> Iterator[Path]:
     """Fill a new folder beside ``target`` and rename it to ``target`` at the end.

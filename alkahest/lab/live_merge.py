@@ -19,7 +19,7 @@ from alkahest.engine.record import readers_of, recipe_of
 from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options, unknown
 from alkahest.files.hashes import blake3_of
 from alkahest.files.paths import expanded
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_text
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
 from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, number_with_slider, text_lines
@@ -277,7 +277,7 @@ class LiveMerge(Panel):
         for number, reader in enumerate(readers):
             yield Event(number, len(readers), reader.path.name)
             (hashes[reader],) = blake3_of([reader])
-        write_file(path, (recipe_of(expression, Options(), hashes).to_json() + "\n").encode())
+        write_text(path, recipe_of(expression, Options(), hashes).to_json() + "\n")
         yield Event(len(readers), len(readers), path.name, path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_text
 from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
 from alkahest.measure.lineage import check_of
@@ -37,7 +37,7 @@ def write_report(path: str | Path, table: pd.DataFrame, multiplier: Multiplier |
 
     OutputError if the file cannot be written; an older one is then left as it was.
     """
-    write_file(Path(path), report(table, multiplier).encode())
+    write_text(Path(path), report(table, multiplier))
 
 
 def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import alkahest
 from alkahest.errors import OutputError
 from alkahest.files.paths import expanded
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_text
 from alkahest.nodes.running import NEEDED
 
 _MARK = '"""Alkahest\'s nodes; written by `alkahest nodes install`, and removed by `alkahest nodes uninstall`."""'
@@ -45,7 +45,7 @@ def install(comfyui: str | os.PathLike[str]) -> Path:
     _require_ours(folder)
     folder.mkdir(exist_ok=True)
     package = Path(alkahest.__file__).resolve().parent
-    write_file(folder / "__init__.py", _LOADER.format(mark=_MARK, package=package.as_posix()).encode())
+    write_text(folder / "__init__.py", _LOADER.format(mark=_MARK, package=package.as_posix()))
     return folder
 
 

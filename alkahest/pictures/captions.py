@@ -109,9 +109,18 @@ def _read(path: Path, most: int) -> str:
     return decoded(raw, path)
 
 
+def _parsed(text: str) -> Any:
+    """What JSON says; ValueError also for escapes that stand for no character."""
+    found = json.loads(text)
+    again = json.dumps(found, ensure_ascii=False)
+    if "\\u0000" in again or "\ufffd" in again or any("\ud800" <= letter <= "\udfff" for letter in again):
+        raise ValueError("an escape stands for no character")
+    return found
+
+
 def _from_json(path: Path, text: str) -> str:
     try:
-        found = json.loads(text)
+        found = _parsed(text)
     except (ValueError, RecursionError):
         raise _bad(path, "it is not JSON", "an object with a caption", text[:40]) from None
     return _caption_of(found) if isinstance(found, dict) else ""
@@ -123,9 +132,9 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
     try:
         rows: list[Any]
         if path.suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [_parsed(line) for line in text.splitlines() if line.strip()]
         elif path.suffix.lower() == ".json":
-            rows = _json_rows(json.loads(text))
+            rows = _json_rows(_parsed(text))
         else:
             rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text, path)))
     except (ValueError, csv.Error, RecursionError) as error:

@@ -138,6 +138,7 @@ def from_folder(folder: str | Path, *, strict: bool = False, background: str = "
         how = partial(_open, picture, background, frame)
         examples.append(Example(name, caption, "", how))
     skipped |= {row: f"a row of {of} names no picture" for row, of in table.of.items() if row not in used}
+    skipped |= dict.fromkeys(_alone(path), "a caption without its picture")
     if not examples or (strict and skipped):
         raise _left_out(path, skipped, bool(examples))
     readers = [Reader(path / example.name) for example in examples]
@@ -145,6 +146,18 @@ def from_folder(folder: str | Path, *, strict: bool = False, background: str = "
     ground = "" if (background, frame) == ("white", 0) else f" {background} {frame}"
     named = [Example(e.name, e.caption, digest + ground, e.open) for e, digest in zip(examples, hashes, strict=True)]
     return Dataset(path.name, named, skipped, notes)
+
+
+def _alone(folder: Path) -> Iterator[str]:
+    """Files of captions beside which there is no picture of that name, of any kind."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    named = {
+        (path.parent, stem) for path in found if path.suffix.lower() not in _OTHERS for stem in (path.stem, path.name)
+    }
+    for path in found:
+        is_caption = path.suffix.lower() in (".txt", ".caption") and path.stem.lower() not in ("readme", "license")
+        if is_caption and (path.parent, path.stem) not in named:
+            yield path.relative_to(folder).as_posix()
 
 
 def _why_not(path: Path) -> str | None:

@@ -13,6 +13,7 @@ from alkahest.engine.options import Options
 from alkahest.engine.record import Recipe
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
 from alkahest.files.hashes import blake3_of, known_paths
+from alkahest.files.paths import named
 from alkahest.recipes.text import names_in, parse, parts_in
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.lora import Lora, open_input
@@ -127,11 +128,9 @@ def found_input(recipe: Recipe, name: str, beside: Path | None, anew: bool = Fal
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
     file = os.path.basename(str(first["file"]))
-    candidates = [*((folder / file) for folder in (beside, Path.cwd()) if folder), *known_paths(first["blake3"])]
+    near = [path for folder in (beside, Path.cwd()) if folder for path in named(folder, file)]
     changed: RecipeError | None = None
-    for path in candidates:
-        if not path.is_file():
-            continue
+    for path in [*near, *known_paths(first["blake3"])]:
         in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
         try:
             return require_match(_open(path.parent if in_folder else path, name, recipe), recipe, name, anew)

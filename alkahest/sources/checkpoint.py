@@ -27,6 +27,7 @@ from alkahest.errors import (
 )
 from alkahest.files.header import Entry
 from alkahest.files.locate import locate
+from alkahest.files.paths import recorded_name
 from alkahest.files.reader import Reader, size_text
 from alkahest.files.shards import Located
 from alkahest.model.families import recognise
@@ -52,7 +53,7 @@ class Checkpoint(StoredTensors, Leaf):
         self.files = located.files
         self.metadata = located.metadata
         self.config = located.config
-        self.file_names = {reader: reader.path.name for reader in self.files}  # as recipes record them
+        self.file_names = {reader: recorded_name(reader.path) for reader in self.files}  # as recipes record them
         self.family, self.prefix = recognise(located.tensors.keys(), located.path, prefix)
         self.name = identifier(name or located.path)
         mine = {n: place for n, place in located.tensors.items() if n.startswith(self.prefix)}

@@ -27,6 +27,7 @@ from alkahest.errors import (
 )
 from alkahest.files.header import Entry
 from alkahest.files.locate import locate
+from alkahest.files.paths import recorded_name
 from alkahest.files.reader import size_text
 from alkahest.files.shards import Located
 from alkahest.model.dtypes import BY_TAG, decode
@@ -52,7 +53,7 @@ class Lora(DeltaLeaf):
         self.path = located.path
         self.files = located.files
         self.metadata = located.metadata
-        self.file_names = {reader: reader.path.name for reader in self.files}
+        self.file_names = {reader: recorded_name(reader.path) for reader in self.files}
         self.name = name or identifier(located.path)
         self.settings = settings_of(located)
         self.family = family_of(located.tensors)

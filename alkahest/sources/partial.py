@@ -8,6 +8,7 @@ from alkahest.algebra.expression import identifier
 from alkahest.algebra.leaves import PartLeaf
 from alkahest.errors import UnsupportedError, printable, refuse_unknown_options
 from alkahest.files.locate import locate
+from alkahest.files.paths import recorded_name
 from alkahest.files.reader import size_text
 from alkahest.files.shards import Located
 from alkahest.model.families import Family, best_family
@@ -21,7 +22,7 @@ class PartialCheckpoint(StoredTensors, PartLeaf):
 
     def __init__(self, located: Located, name: str | None = None, prefix: str | None = None) -> None:
         self.path, self.files, self.metadata = located.path, located.files, located.metadata
-        self.file_names = {reader: reader.path.name for reader in self.files}
+        self.file_names = {reader: recorded_name(reader.path) for reader in self.files}
         self.name = identifier(name or located.path)
         self.family = best_family(lambda family: max(_counts(family, located).values()))
         counts = _counts(self.family, located)

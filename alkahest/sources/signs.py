@@ -18,6 +18,7 @@ from alkahest.engine.readable import Workspace
 from alkahest.errors import AlgebraError, FileFormatError, UnsupportedError, printable, refuse_unknown_options
 from alkahest.files.header import Entry, parse_json
 from alkahest.files.locate import locate
+from alkahest.files.paths import recorded_name
 from alkahest.files.reader import Reader, size_text
 from alkahest.files.shards import Located
 from alkahest.files.whole import write_file
@@ -50,7 +51,7 @@ class Signs(DeltaLeaf):
         self._packed = packed
         self._places: Mapping[str, tuple[Reader, Entry]] = {} if located is None else located.tensors
         self.files = () if located is None else located.files
-        self.file_names = {reader: reader.path.name for reader in self.files}
+        self.file_names = {reader: recorded_name(reader.path) for reader in self.files}
         self.is_reproducible = bool(self.files)
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from alkahest.errors import FileFormatError, UnsupportedError, refuse_unknown_options
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_text
 from alkahest.pictures.encoded import Encoded, Item
 from alkahest.pictures.flow import Arithmetic, losses
 from alkahest.pictures.quality import picture_measures
@@ -92,7 +92,7 @@ class Monitor:
         """Forget what was measured after a step; the run comes by there again."""
         if parallel.rank() == 0 and (path := self.folder / "history.jsonl").exists():
             kept = [row for row in _rows(path) if step and "left_out" not in row and row["step"] <= step]
-            write_file(path, "".join(_line(row) for row in kept).encode())
+            write_text(path, "".join(_line(row) for row in kept))
 
     def note_files(self, left_out: Files, noted: Files) -> None:
         """Write down what the datasets leave out, and did not take as it is, by file, before what is measured."""
@@ -100,7 +100,7 @@ class Monitor:
             path = self.folder / "history.jsonl"
             measured = [_line(row) for row in _rows(path)]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, "".join([_line({"left_out": left_out, "noted": noted}), *measured]).encode())
+            write_text(path, "".join([_line({"left_out": left_out, "noted": noted}), *measured]))
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Note a step's loss where a tracker wants each."""

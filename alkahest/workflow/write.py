@@ -20,7 +20,7 @@ from alkahest.algebra.weights import Protected, Sum, Weights
 from alkahest.engine.scalars import Param, Scalar, text_of
 from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options
 from alkahest.files.paths import expanded
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_text
 from alkahest.sources.lora import Lora
 from alkahest.workflow.folders import FOLDERS
 
@@ -44,7 +44,7 @@ def write_workflow(
     OutputError for a checkpoint that ComfyUI cannot load; nothing is written then.
     """
     graph, notes = graph_of(expression, prefix)
-    write_file(expanded(path, "save"), (json.dumps(graph, indent=2, ensure_ascii=False) + "\n").encode())
+    write_text(expanded(path, "save"), json.dumps(graph, indent=2, ensure_ascii=False) + "\n")
     return notes
 
 

@@ -199,3 +199,10 @@ def test_tab_in_a_notebook_offers_them(typed: str, offered: set[str], models: di
     with provisionalcompleter():
         found = {one.text for one in completer.completions(typed, len(typed))}
     assert offered <= found
+
+
+@pytest.mark.parametrize("value", [1, "yes", None, []])
+def test_yes_or_no_is_a_bool(value: Any) -> None:
+    for name in ("comfy_compatible", "allow_nonfinite"):
+        with pytest.raises(OutputError, match=rf"(?s){name} is yes or no.*True or False"):
+            Options.of({name: value})

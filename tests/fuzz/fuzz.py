@@ -108,6 +108,33 @@ WORDS = {
         "r",
         "lora_alpha",
     ],
+    "config": [
+        "[[stage]]",
+        "[[run]]",
+        "[[check]]",
+        "steps = ",
+        "lr = ",
+        "mix = {",
+        "base = ",
+        "prompts = [",
+        "inf",
+        "nan",
+    ],
+    "index": ["weight_map", "metadata", "total_size", ".safetensors", "-00001-of-", "../", "weight_block_size", "null"],
+    "output": [
+        "recipe",
+        "inputs",
+        "output",
+        "blake3",
+        "bytes",
+        "file",
+        "dtype",
+        "layout",
+        "rounding",
+        "metadata",
+        "drop",
+    ],
+    "name": ["~", "/", "..", "\\x00", "\\x1b[2J", "\\xff", "hf://", ".safetensors", ".index.json", "models--"],
 }
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +19,18 @@ from typing import Any
 import torch
 
 import alkahest as ak
+from alkahest.engine.options import Options
 from alkahest.engine.readable import Workspace
-from alkahest.engine.record import Recipe
+from alkahest.engine.record import Recipe, hashed_recipe, headers_of, plan_of
 from alkahest.engine.scalars import Rules
 from alkahest.errors import AlkahestError
+from alkahest.experiment.config import read_experiment
+from alkahest.recipes.inputs import build, output_for
 from alkahest.recipes.read import recipes_in
 from alkahest.recipes.text import names_in, parse
-from alkahest.sources.lora import open_lora
+from alkahest.recipes.verify import stream_verdict
+from alkahest.sources.lora import open_input, open_lora
+from alkahest.training.config import read_config
 
 LARGEST = 8 << 20  # bytes of a file's data
 ALLOCATED = 192 << 20  # bytes that reading such a file may take: a tensor in float32, and what torch keeps
@@ -124,7 +131,91 @@ def lora(data: bytes) -> None:
         found.read(key, 0, len(out), out, Workspace(out.device))
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"header": header, "recipe": recipe, "workflow": workflow, "lora": lora}
+def config(data: bytes) -> None:
+    """A run or an experiment in TOML: its first byte says which."""
+    if data[:1] == b"e":
+        place = folder() / "experiment"
+        place.mkdir(exist_ok=True)
+        (place / "experiment.toml").write_bytes(data[1:])
+        repr(read_experiment(place))
+    else:
+        repr(read_config(written("run.toml", data[1:])))
+
+
+@functools.cache
+def _shards() -> Path:
+    """A checkpoint in three shards with its index, and what a config says beside it."""
+    place = folder() / "shards"
+    ak.open(folder() / "base.safetensors").save(place, layout="diffusers", max_shard_size="200KB")
+    return place
+
+
+def index(data: bytes) -> None:
+    """The index of a folder of shards, after a line with what its ``config.json`` says; a dash for none."""
+    place = _shards()
+    settings, _, content = data.partition(b"\n")
+    kept = place / "config.json"
+    kept.unlink(missing_ok=True)
+    if settings != b"-":
+        kept.write_bytes(settings)
+    name = next(place.glob("*.index.json"), place / "diffusion_pytorch_model.safetensors.index.json")
+    name.write_bytes(content)
+    found = ak.open(place)
+    repr(found), found.storage
+    for key in list(found)[:8]:
+        assert tuple(found[key].shape) == found.shapes[key]
+
+
+def output(data: bytes) -> None:
+    """What a file records of how it was written, and of its inputs."""
+    target = folder() / "recorded.safetensors"
+    told = {"alkahest": data.decode(errors="surrogateescape")}
+    ak.open(folder() / "base.safetensors").save(target, metadata={"note": "recorded"})
+    raw = target.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + size])
+    entries["__metadata__"] = told
+    head = json.dumps(entries).encode()
+    target.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + size :])
+    for event in stream_verdict(target):
+        repr(event.result)
+    found = Recipe.from_json(told["alkahest"], target)
+    given = {name: folder() / f"{name if name == 'variant' else 'base'}.safetensors" for name in found.inputs}
+    weights = build(found, given)
+    options = Options.of(output_for(found, weights), "recipe")
+    headers_of(plan_of(weights, options), hashed_recipe(weights, options))
+
+
+def name(data: bytes) -> None:
+    """The name of a file, as somebody gives it, then as a folder lists it."""
+    text = os.fsdecode(data)
+    place = folder() / "names"
+    with contextlib.suppress(OSError, ValueError):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        shutil.copy(folder() / "base.safetensors", place / f"{text[:200].replace(os.sep, '_')}.safetensors")
+    for read in (open_input, ak.open, ak.open_part, ak.open_lora):
+        with contextlib.suppress(AlkahestError):
+            read(text)
+    for path in place.iterdir():
+        found = ak.open(path)
+        assert repr(found).replace("\n", "").replace("\t", "").isprintable()
+        weights = found + 2.0 * (ak.open(folder() / "variant.safetensors") - found)
+        text = hashed_recipe(weights, Options()).to_json()
+        assert set(names_in(Recipe.from_json(text).text)) == set(Recipe.from_json(text).inputs)
+    ak.open(f"{place}{os.sep}{os.fsdecode(data)}.safetensors")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "header": header,
+    "recipe": recipe,
+    "workflow": workflow,
+    "lora": lora,
+    "config": config,
+    "index": index,
+    "output": output,
+    "name": name,
+}
 
 
 def attempt(name: str, data: bytes) -> bool:
@@ -134,7 +225,7 @@ def attempt(name: str, data: bytes) -> bool:
         TARGETS[name](data)
         return True
     except AlkahestError as error:
-        assert str(error)
+        assert str(error).replace("\n", "").replace("\t", "").isprintable()
         return False
     finally:
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

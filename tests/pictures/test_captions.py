@@ -172,3 +172,26 @@ def test_two_captions_of_one_picture_are_told(tmp_path: Path) -> None:
         "c.png": "two captions: that of metadata.csv is taken; one beside it says otherwise",
     }
     assert "1 noted: two captions: a.txt is taken" in repr(found)
+
+
+@pytest.mark.parametrize("escape", [r"\ud800", r"\u0000", r"\ufffd"])
+def test_an_escape_that_stands_for_no_character_is_refused_by_file(escape: str, tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.json").write_text(f'{{"caption": "a {escape} b"}}')
+    (tmp_path / "b.txt").write_text("one")
+    assert from_folder(tmp_path).skipped == {"a.png": "a.json: it is not JSON"}
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{escape}"}}')
+    with pytest.raises(FileFormatError, match=r"(?s)cannot be read.*no character"):
+        from_folder(tmp_path)
+
+
+def test_a_caption_without_its_picture_is_told(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    for name in ("a.txt", "b.png.txt", "gone.txt", "gone.caption", "README.txt", "cut.txt", "notes.md"):
+        (tmp_path / name).write_text("one")
+    (tmp_path / "cut.png").write_bytes(b"")
+    assert from_folder(tmp_path).skipped == {
+        "cut.png": "empty file",
+        "gone.caption": "a caption without its picture",
+        "gone.txt": "a caption without its picture",
+    }

@@ -53,12 +53,38 @@ def test_transparency_is_laid_on_a_ground(tmp_path: Path) -> None:
     assert pixels(tmp_path / "p.png")[1, 1].tolist() == [255, 255, 255]
 
 
+def press_profile(cyan: tuple[int, int, int]) -> bytes:
+    """An ICC profile of CMYK with this colour of CIE Lab for cyan, a black for black, and white for all else."""
+    black, white = (0, 128, 128), (255, 128, 128)
+    table = b"".join(bytes(black if n & 1 else cyan if n & 8 else white) for n in range(16))  # cyan varies slowest
+    unit = struct.pack(">9i", *(value << 16 for value in (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    steps = bytes(range(256))
+    daylight = struct.pack(">3i", 63190, 65536, 54061)  # D50
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 6) + b"press\0" + bytes(78),
+        b"cprt": b"text" + bytes(4) + b"none\0",
+        b"wtpt": b"XYZ " + bytes(4) + daylight,
+        b"A2B0": b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + unit + 4 * steps + table + 3 * steps,
+    }
+    start, entries, body = 132 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        entries += name + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    kind = struct.pack(">4sI4s4s4s", b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    head = struct.pack(">I", start + len(body)) + kind + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28)
+    return (head + daylight).ljust(128, b"\0") + struct.pack(">I", len(tags)) + entries + body
+
+
 def test_cmyk_goes_by_its_profile(tmp_path: Path) -> None:
     colour = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
     colour.save(tmp_path / "plain.jpg", quality=100)
     _, notes = read_picture(tmp_path / "plain.jpg")
     assert notes == ["CMYK without a profile: converted plainly"]
-    # A profile of wide RGB: the numbers mean other colours.
+    # A press whose cyan is a red: by the formulas of CIE Lab and sRGB its full ink is (186, 89, 88).
+    colour.save(tmp_path / "press.tif", icc_profile=press_profile((128, 128 + 40, 128 + 20)))
+    found, notes = read_picture(tmp_path / "press.tif")
+    assert "are brought to sRGB" in notes[0]
+    assert np.abs(np.asarray(found)[0, 0].astype(int) - (186, 89, 88)).max() <= 2
     space = ImageCms.createProfile("LAB")
     lab = Image.new("LAB", (8, 8), (128, 128, 128))
     lab.save(tmp_path / "lab.tif", icc_profile=ImageCms.ImageCmsProfile(space).tobytes())

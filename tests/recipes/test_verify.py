@@ -16,7 +16,7 @@ from alkahest.engine.events import result_of
 from alkahest.engine.options import Options
 from alkahest.engine.record import Recipe
 from alkahest.engine.save import stream
-from alkahest.errors import AlkahestError, RecipeError
+from alkahest.errors import AlkahestError, OutputError, RecipeError
 from alkahest.files import hashes
 from alkahest.recipes.inputs import build
 from alkahest.recipes.verify import Verdict, stream_verdict
@@ -250,3 +250,26 @@ def test_it_reads_every_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (verdict,) = [event.result for event in stream_verdict(path) if event.result]
     assert verdict.inputs["variant"] == "changed"
     assert not verdict.ok
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names there are text")
+def test_an_input_whose_name_is_no_utf8_is_recorded_and_found_again(folder: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.safetensors"))
+    os.rename(folder / "variant.safetensors", odd)
+    base, variant = ak.open(folder / "base.safetensors"), ak.open(odd, name="variant")
+    path = (base + 2 * (variant - base)).save(folder / "out.safetensors").path
+    recipe = ak.read_recipe(path)[1]
+    assert recipe.inputs["variant"][0]["file"] == r"caf\xe9.safetensors"
+    shutil.rmtree(os.environ["ALKAHEST_CACHE"])  # so that nothing is known of where it was seen
+    build(recipe, {}, folder).save(folder / "again.safetensors")
+    assert (folder / "again.safetensors").read_bytes() == path.read_bytes()
+    ak.extract_lora(variant - base, rank=2).save(folder / "lora.safetensors")
+    with pytest.raises(OutputError, match=r"(?s)half a character.*give text"):
+        base.save(folder / "x.safetensors", metadata={"title": "\ud800"})
+
+
+def test_a_recorded_name_that_no_file_can_have_is_not_found(folder: Path) -> None:
+    text = Recipe.from_json(ak.open(merged(folder)).metadata["alkahest"])
+    text.inputs["base"][0].update(file="x" * 300, blake3="0" * 64)
+    with pytest.raises(RecipeError, match="the input 'base' was not found"):
+        build(text, {}, folder)

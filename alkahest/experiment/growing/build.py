@@ -33,7 +33,7 @@ from alkahest.experiment.growing.lessons import (
 )
 from alkahest.files.hashes import blake3_of
 from alkahest.files.reader import Reader
-from alkahest.files.whole import write_file
+from alkahest.files.whole import write_text
 from alkahest.mini.judge import Judge
 from alkahest.mini.scenes import NEW_COLOUR, NEW_STYLE, NEW_SUBJECT, STYLES, Scene, scenes
 from alkahest.model.families.zimage import FAMILY
@@ -182,7 +182,7 @@ def _record(folder: Path, stage: Stage, seconds: float, loss: float) -> None:
         "loss": round(loss, 5) if math.isfinite(loss) else None,
     }
     text = json.dumps({**_manifest(folder), stage.name: record}, indent=1) + "\n"
-    write_file(folder / "manifest.json", text.encode())
+    write_text(folder / "manifest.json", text)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
