@@ -152,7 +152,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
     known = list(dict.fromkeys(options))
     if not known:
         return "there are none here"
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = [option for option in known if option.casefold() == name.casefold()]  # REFINER for refiner
+    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
     if close:
         return "did you mean " + " or ".join(repr(option) for option in close) + f"? Known: {shown}"

@@ -216,6 +216,7 @@ def workflow(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Write the recipe in this file.")] = None,
     prefix: Annotated[str, typer.Option(help="Under which ComfyUI saves the model.")] = "diffusion_models/alkahest",
+    form: Annotated[str, typer.Option(help="editor, or api for what is posted to the server.")] = "editor",
 ) -> None:
     """Write an expression or a recipe as a ComfyUI workflow that saves the same model.
 
@@ -224,7 +225,7 @@ def workflow(
     with exit_on_error():
         expression, given = split_arguments(what or [])
         weights = _compute_multipliers(_expression(expression, recipe, None, None, given)[1], given, {}, False, {})
-        for note in alkahest.write_workflow(weights, output, prefix):
+        for note in alkahest.write_workflow(weights, output, prefix, form):
             print(f"note: {note}", file=sys.stderr)
         print(output)
 

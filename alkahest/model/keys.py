@@ -39,7 +39,10 @@ class Pattern:
             )
         if not all(item.strip() for item in self.text.split(",")):
             raise UnknownNameError(
-                "select", "empty pattern", found=repr(self.text), fix="name a part, such as 'refiner'"
+                "select",
+                "empty pattern, or a comma with nothing beside it",
+                found=repr(self.text),
+                fix="name a part, such as 'refiner'",
             )
 
     def matches(self, key: str) -> bool:

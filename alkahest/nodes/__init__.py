@@ -5,10 +5,13 @@ nothing until it is sampled or saved. Z-Image's pad tokens stay those of the fir
 parameter of a module that has others below it, neither for its own nodes nor for ours.
 """
 
+from pathlib import Path
+
 from alkahest.nodes.measuring import AlkahestMultiplier, AlkahestSupplement
 from alkahest.nodes.merging import AlkahestAdd, AlkahestMerge, AlkahestSubtract
 from alkahest.nodes.saving import AlkahestSave
 
+WEB_DIRECTORY = str(Path(__file__).parent / "web")  # the extension of the editor, which ComfyUI serves
 NODE_CLASS_MAPPINGS = {
     "AlkahestMerge": AlkahestMerge,
     "AlkahestSubtract": AlkahestSubtract,

@@ -28,9 +28,9 @@ if found is None or found.origin is None:  # not installed in ComfyUI's Python: 
     sys.modules["alkahest"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["alkahest"])
 
-from alkahest.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from alkahest.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 """
 
 

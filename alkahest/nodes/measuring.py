@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from alkahest.nodes.merging import STEP
 from alkahest.nodes.patches import require_same
 from alkahest.nodes.running import CATEGORY, SavingNode, report_of, require_packages, with_progress
 
@@ -34,7 +35,7 @@ class AlkahestMultiplier:
                         "default": 0.0,
                         "min": 0.0,
                         "max": 100.0,
-                        "step": 0.005,
+                        "step": STEP,
                         "round": False,
                         "tooltip": "what the basis aims at; 0 for its default",
                     },
@@ -78,7 +79,7 @@ class AlkahestSupplement(SavingNode):
                         "default": 0.995,
                         "min": 0.01,
                         "max": 1.0,
-                        "step": 0.001,
+                        "step": STEP,
                         "round": False,
                         "tooltip": "share of the squared singular values that is kept",
                     },

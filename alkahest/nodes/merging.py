@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from alkahest.errors import AlgebraError
 from alkahest.nodes.patches import NOTHING, ZERO, difference, key_patches, patchable, require_same, select_weights
 from alkahest.nodes.running import CATEGORY
 from alkahest.workflow.translate import parts_of
 
 NOTED = "alkahest"  # the attachment in which a merged model says which multipliers its nodes used
 _PADS = "Pad tokens stay the first model's, as with ComfyUI's own merge nodes."
-MULTIPLIER = ("FLOAT", {"default": 1.0, "min": -1e6, "max": 1e6, "step": 0.1, "round": False})
+# The editor rounds to the step, whatever ``round`` says; the extension in ``web`` takes that off and steps by 0.1.
+STEP = 1e-6
+MULTIPLIER = ("FLOAT", {"default": 1.0, "min": -1e6, "max": 1e6, "step": STEP, "round": False})
 KEEP = ("BOOLEAN", {"default": True, "tooltip": "leave noise_refiner and context_refiner as they are in model1"})
 
 
@@ -60,14 +64,24 @@ class AlkahestMerge:
         protect: str = "refiner",
         parts: str = "",
         unique_id: str = "",
-    ) -> tuple[Any]:
+    ) -> dict[str, Any]:
         require_same("Alkahest Merge", {"bridge": bridge, "variant": variant, "base": base})
+        require_finite("Alkahest Merge", multiplier)
         keys = patchable(bridge)
         kept, factors = select_weights(protect, keys, "protect"), _factors(parts, keys)
         v, b, merged = key_patches(variant), key_patches(base), bridge.clone()
         chosen = [key for key in keys if key not in kept and factors.get(key) != 0.0]
         merged.add_patches({key: difference(v, b, key, factors.get(key, 1.0)) for key in chosen}, multiplier, 1.0)
-        return (note_multiplier(merged, unique_id, multiplier, bridge, variant, base),)
+        said = [f"bridge + {multiplier:.10g} * (variant - base)", *kept_words(keys, kept, "the bridge's", protect)]
+        said += [f"{pattern}: times {factor:.10g}" for pattern, factor in parts_of(parts).items()]
+        said += [
+            f"warning: {pattern} is named in parts, and protect keeps {'all' if taken <= kept else 'some'} of it"
+            for pattern in parts_of(parts)
+            if (taken := select_weights(pattern, keys, "parts")) & kept and pattern != "all"
+        ]
+        if not chosen or multiplier == 0.0:
+            said.append("warning: nothing changes")
+        return _told(note_multiplier(merged, unique_id, multiplier, bridge, variant, base), said)
 
 
 class AlkahestSubtract:
@@ -90,15 +104,19 @@ class AlkahestSubtract:
 
     def merge(
         self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = ""
-    ) -> tuple[Any]:
+    ) -> dict[str, Any]:
         require_same("Alkahest Subtract", {"model1": model1, "model2": model2})
+        require_finite("Alkahest Subtract", multiplier)
         keys, base, merged = patchable(model1), key_patches(model2), model1.clone()
         kept = select_weights("refiner" if keep_refiner else "", keys, "keep refiner")
         merged.add_patches({key: ZERO for key in keys if key in kept}, 1.0, 1.0)
         merged.add_patches({key: base[key] for key in keys if key not in kept}, -1.0, 1.0)
         if multiplier != 1.0:
             merged.add_patches({key: NOTHING for key in keys if key not in kept}, 0.0, multiplier)
-        return (note_multiplier(merged, unique_id, multiplier, model1, model2),)
+        said = [f"{multiplier:.10g} * (model1 - model2)", *kept_words(keys, kept, "zero", "refiner")]
+        if multiplier == 0.0:
+            said.append("warning: a difference of nothing")
+        return _told(note_multiplier(merged, unique_id, multiplier, model1, model2), said)
 
 
 class AlkahestAdd:
@@ -118,12 +136,34 @@ class AlkahestAdd:
 
     def merge(
         self, model1: Any, model2: Any, multiplier: float, keep_refiner: bool = True, unique_id: str = ""
-    ) -> tuple[Any]:
+    ) -> dict[str, Any]:
         require_same("Alkahest Add", {"model1": model1, "model2": model2})
+        require_finite("Alkahest Add", multiplier)
         keys, delta, merged = patchable(model1), key_patches(model2), model1.clone()
         kept = select_weights("refiner" if keep_refiner else "", keys, "keep refiner")
         merged.add_patches({key: delta[key] for key in keys if key not in kept}, multiplier, 1.0)
-        return (note_multiplier(merged, unique_id, multiplier, model1, model2),)
+        said = [f"model1 + {multiplier:.10g} * model2", *kept_words(keys, kept, "model1's", "refiner")]
+        if multiplier == 0.0:
+            said.append("warning: nothing changes")
+        return _told(note_multiplier(merged, unique_id, multiplier, model1, model2), said)
+
+
+def require_finite(operation: str, multiplier: float) -> None:
+    """Raise AlgebraError for a multiplier that makes every weight NaN or infinite: a node before may compute one."""
+    if not math.isfinite(multiplier):
+        raise AlgebraError(operation, "the multiplier is not a number", found=str(multiplier), fix="type one in")
+
+
+def kept_words(keys: list[str], kept: set[str], as_what: str, pattern: str) -> list[str]:
+    """How many weights a node leaves, in one line."""
+    if not kept:
+        return [f"all {len(keys)} weights change, the refiner's too"]
+    return [f"{len(kept)} of {len(keys)} weights stay {as_what} ({pattern.strip()})"]
+
+
+def _told(merged: Any, said: list[str]) -> dict[str, Any]:
+    """A model as a node puts it out, and what is shown on the node."""
+    return {"ui": {"text": ["\n".join([*said, _PADS])]}, "result": (merged,)}
 
 
 def note_multiplier(merged: Any, node: str, multiplier: float, *inputs: Any) -> Any:

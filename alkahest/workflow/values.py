@@ -7,7 +7,9 @@ text is chosen such that ``comfy_compatible`` evaluates it in just that order: `
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from decimal import Decimal
 
 from alkahest.algebra.expression import ATOM, PRODUCT, SUM
 from alkahest.engine.record import MAX_TEXT
@@ -100,12 +102,18 @@ def mix(first: Value, second: Value, ratio: float) -> Value:
     """ModelMergeSimple: ``ratio*first + (1 - ratio)*second``."""
     if ratio == 1.0:
         return first
-    share = 1.0 - ratio
+    share = rest_of(ratio)
     if first.kind == second.kind == WEIGHTS:
         return Value(f"lerp({first.text}, {second.text}, {text_of(share)})", ATOM, WEIGHTS)
     if first.kind == second.kind == DELTA:
         return plus(times(ratio, first), times(share, second))
     return total(_scale(first, ratio), _scale(second, share))
+
+
+def rest_of(share: float) -> float:
+    """``1 - share`` as a person writes it, 0.3333 and not 0.33330000000000004, where float32 has one number for both."""
+    literal, written = 1.0 - share, float(1 - Decimal(repr(float(share))))
+    return written if struct.pack("f", literal) == struct.pack("f", written) else literal
 
 
 def total(first: tuple[tuple[str, float], ...], second: tuple[tuple[str, float], ...]) -> Value:

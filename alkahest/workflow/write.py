@@ -1,4 +1,4 @@
-"""An expression -> a ComfyUI graph in the API form: core nodes where they can say it, Alkahest's where they cannot.
+"""An expression -> a ComfyUI graph: core nodes where they can say it, Alkahest's where they cannot.
 
 ComfyUI's ModelMergeSubtract takes a multiplier of at most 10 and ModelMergeAdd none, so 171.1 becomes
 ``10 * 10 * 1.711``: a difference is multiplied once more by subtracting a model minus itself from it, which is zero.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from alkahest.algebra.leaves import Leaf
 from alkahest.algebra.mixtures import Mixture
 from alkahest.algebra.weights import Protected, Sum, Weights
 from alkahest.engine.scalars import Param, Scalar, text_of
-from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options
+from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options, unknown
 from alkahest.files.paths import expanded
 from alkahest.files.whole import write_text
 from alkahest.sources.lora import Lora
+from alkahest.workflow.editor_form import to_editor
 from alkahest.workflow.folders import FOLDERS
+from alkahest.workflow.values import rest_of
 
+FORMS = ("editor", "api")
 LIMIT = 10.0  # of ModelMergeSubtract's multiplier, either side of zero; the server refuses more
 OUR_LIMIT = 1e6  # of Alkahest Merge's
 _LORA_LIMIT = 100.0
@@ -32,19 +36,28 @@ PADS = "ComfyUI merges no pad tokens: they stay the first model's"
 
 @refuse_unknown_options
 def write_workflow(
-    expression: Weights, path: str | os.PathLike[str], prefix: str = "diffusion_models/alkahest"
+    expression: Weights,
+    path: str | os.PathLike[str],
+    prefix: str = "diffusion_models/alkahest",
+    form: str = "editor",
 ) -> list[str]:
-    """Write an expression as a ComfyUI workflow (API form, which the editor opens too) that saves the model.
+    """Write an expression as a ComfyUI workflow that saves the model.
 
     >>> ak.write_workflow(bridge + 171.1 * (variant - base), "merge.json")
     ['ComfyUI merges no pad tokens: they stay the first model's']
+
+    ``form`` is "editor" for the form that the editor saves and opens with every digit, or "api" for the one that is
+    posted to the server; the editor opens that too, but rounds its numbers to the steps of its widgets.
 
     Returns what the graph does otherwise. Protection, factors by part and what else ComfyUI's own nodes cannot say
     becomes an Alkahest Merge node. Raises AlgebraError for what no node says (merge methods, made-up weights), and
     OutputError for a checkpoint that ComfyUI cannot load; nothing is written then.
     """
+    if form not in FORMS:
+        raise unknown("workflow", "unknown form of a workflow", form, FORMS)
     graph, notes = graph_of(expression, prefix)
-    write_text(expanded(path, "save"), json.dumps(graph, indent=2, ensure_ascii=False) + "\n")
+    value = to_editor(graph) if form == "editor" else graph
+    write_text(expanded(path, "save"), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     return notes
 
 
@@ -100,7 +113,7 @@ class _Writing:
         shares = [_value(share) for share in one.shares]
         if one.is_lerp and not protect and 0.0 <= shares[0] <= 1.0:
             return self.node(
-                "ModelMergeSimple", model1=first, model2=self.weights(one.operands[1]), ratio=1.0 - shares[0]
+                "ModelMergeSimple", model1=first, model2=self.weights(one.operands[1]), ratio=rest_of(shares[0])
             )
         mixed = first
         for share, other in zip(shares, one.operands[1:], strict=True):
@@ -205,12 +218,15 @@ def _terms_of(delta: Delta, factor: float = 1.0) -> Iterator[tuple[float, Delta]
 
 
 def _split(factor: float) -> list[float]:
-    """Factors of at most 10 with that product, the tens first, as the article splits 171.1."""
-    found = []
-    while abs(factor) > LIMIT:
+    """Factors of at most 10 with that product, the tens first, as the article splits 171.1.
+
+    The point of the decimal is moved, and not the binary number divided: 1.711, and not 1.7109999999999999.
+    """
+    rest, found = Decimal(repr(float(factor))), []
+    while abs(rest) > LIMIT:
         found.append(LIMIT)
-        factor /= LIMIT
-    return [*found, factor]
+        rest = rest.scaleb(-1)
+    return [*found, float(rest)]
 
 
 def _parts(factors: list[tuple[str, float]]) -> str:
