@@ -16,34 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alkahest.errors import RecipeError
+from alkahest.workflow.widgets import lora_lines, widget_names
 
 _MUTED, _BYPASSED = 2, 4
 _FROM_OUTSIDE, _TO_OUTSIDE = -10, -20  # a subgraph's own inputs and outputs, as its links name them
-_ONLY_IN_EDITOR = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode", "SetNode", "GetNode")
+_REROUTES = ("Reroute", "Reroute (rgthree)")
+_ONLY_IN_EDITOR = ("Note", "MarkdownNote", *_REROUTES, "PrimitiveNode", "SetNode", "GetNode")
 _MAX_NODES, _MAX_DEPTH = 20_000, 40
-# The widgets of the nodes that matter here, in the order of widgets_values; files from before 2025 do not name them.
-WIDGETS = {
-    "UNETLoader": ("unet_name", "weight_dtype"),
-    "CheckpointLoaderSimple": ("ckpt_name",),
-    "ModelMergeSubtract": ("multiplier",),
-    "ModelMergeSimple": ("ratio",),
-    "ModelMergeBlocks": ("input", "middle", "out"),
-    "LoraLoaderModelOnly": ("lora_name", "strength_model"),
-    "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
-    "ModelSamplingAuraFlow": ("shift",),
-    "ModelSave": ("filename_prefix",),
-    "CheckpointSave": ("filename_prefix",),
-    "PrimitiveFloat": ("value",),
-    "PrimitiveInt": ("value",),
-    "PrimitiveString": ("value",),
-    "PrimitiveStringMultiline": ("value",),
-    "PrimitiveBoolean": ("value",),
-    "AlkahestMerge": ("multiplier", "protect", "parts"),
-    "AlkahestSubtract": ("multiplier", "keep_refiner"),
-    "AlkahestAdd": ("multiplier", "keep_refiner"),
-    "AlkahestMultiplier": ("basis", "target"),
-    "AlkahestSave": ("filename_prefix",),
-}
 
 
 @dataclass(frozen=True)
@@ -137,8 +116,13 @@ class _Editor:
         if isinstance(values, dict):
             found |= values
         elif isinstance(values, list):
-            names = WIDGETS.get(_kind(node, self.file)) or [_widget(slot) for slot in slots if _widget(slot)]
-            found |= dict(zip(names, values, strict=False))
+            kind, listed = _kind(node, self.file), [_widget(slot) for slot in slots if _widget(slot)]
+            names = widget_names(kind, listed, values)
+            if names is None:  # which value is whose cannot be told
+                found |= dict.fromkeys(listed, Absent("the file does not say which of its values this is"))
+            else:
+                found |= dict(zip(names, values, strict=False))
+            found |= lora_lines(kind, values)
         for (owner, widget), value in scope.promoted.items():
             if owner == one:
                 found[widget] = value
@@ -191,11 +175,11 @@ class _Editor:
         first = values[0] if isinstance(values, list) and values else None
         if kind == "PrimitiveNode":
             return first
-        if kind == "Reroute":
+        if kind in _REROUTES:
             return (
                 self.source(scope, slots[0]["link"], seen)
                 if slots and slots[0].get("link") is not None
-                else Absent(f"node {name} (Reroute) has no input")
+                else Absent(f"node {name} ({kind}) has no input")
             )
         if kind == "GetNode":
             return self.named(scope, first, name, seen)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,18 @@ from alkahest.engine.record import Recipe
 from alkahest.engine.scalars import text_of
 from alkahest.errors import AlkahestError, RecipeError, nearest
 from alkahest.workflow import values
+from alkahest.workflow.community import COMMUNITY
 from alkahest.workflow.editor import Absent, Link
 from alkahest.workflow.folders import ModelFile, find_model
 from alkahest.workflow.graph import Graph, Node
+from alkahest.workflow.passing import PASSING
 from alkahest.workflow.values import DELTA, TOTAL, WEIGHTS, Value
 
-SAVERS = {"ModelSave": "native", "CheckpointSave": None, "AlkahestSave": "native"}  # and the layout that they write
+# And the layout that they write.
+SAVERS = {"ModelSave": "native", "CheckpointSave": None, "AlkahestSave": "native"}
+EXTRACTORS = ("LoraSave",)
 # Nodes that draw: the input through which their model comes.
 _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "CFGGuider", "BasicGuider", "DualCFGGuider")
-# Nodes of ComfyUI that change how a model is sampled, and none of its weights.
-_PASSING = (
-    "ModelSamplingAuraFlow",
-    "ModelSamplingSD3",
-    "ModelSamplingFlux",
-    "RescaleCFG",
-    "RenormCFG",
-    "CFGNorm",
-    "CFGZeroStar",
-    "EasyCache",
-    "LazyCache",
-    "TorchCompileModel",
-    "DifferentialDiffusion",
-    "SkipLayerGuidanceDiT",
-    "FreSca",
-    "MahiroCFG",
-)
 _OTHER_FAMILIES = (
     "ModelMergeSD",
     "ModelMergeFlux",
@@ -50,9 +37,21 @@ _OTHER_FAMILIES = (
     "ModelMergeCosmos",
     "ModelMergeWAN",
     "ModelMergeQwen",
+    "ModelMergeKrea2",
+    "DonutModelMergeKrea2",
+    "EasygoingNodes_ModelMergeKrea2",
     "ImageOnlyCheckpointLoader",
 )
-_OTHER_ENCODERS = ("DualCLIPLoader", "TripleCLIPLoader", "QuadrupleCLIPLoader")
+_OTHER_ENCODERS = (
+    "DualCLIPLoader",
+    "TripleCLIPLoader",
+    "QuadrupleCLIPLoader",
+    "DualCLIPLoaderGGUF",
+    "TripleCLIPLoaderGGUF",
+    "QuadrupleCLIPLoaderGGUF",
+)
+_ENCODERS = ("CLIPLoader", "CLIPLoaderGGUF")
+_READABLE = (".safetensors", ".sft")  # of a file that a recipe can be run with
 # With these ComfyUI makes of qwen_3_4b what Z-Image needs.
 _ENCODER_TYPES = ("lumina2", "stable_diffusion", "qwen_image")
 _MAX_DEPTH = 140  # nodes in a row; an expression nests as deep as that
@@ -82,7 +81,7 @@ def recipes_of(graph: Graph, source: Path | None = None, node: str | None = None
     """One recipe for every node that saves a model, or for one of them; if there is none, for every model that is
     sampled.
     """
-    found = [node for node in graph.values() if node.kind in SAVERS]
+    found = [node for node in graph.values() if node.kind in SAVERS or node.kind in EXTRACTORS]
     found = found or [node for node in graph.values() if node.kind in _SAMPLERS]
     if not found:
         raise RecipeError(
@@ -97,17 +96,36 @@ def recipes_of(graph: Graph, source: Path | None = None, node: str | None = None
         raise RecipeError(
             "workflow", f"no node {node} saves a model", file=source, fix=nearest(str(node), [one.id for one in found])
         )
-    made = [_Reading(graph, source).recipe(one) for one in chosen]
-    if found[0].kind in SAVERS:
+    made, failed = _each(graph, source, chosen)
+    if not made:
+        errors = [error for _, error in failed]
+        raise next((error for error in errors if "is missing" not in error.problem), errors[0])
+    notes = [f"{one} is not read: {error.problem}" for one, error in failed]
+    made = [replace(recipe, notes=[*recipe.notes, *notes]) for recipe in made]
+    if found[0].kind not in _SAMPLERS:
         return made
     return list({recipe.text: recipe for recipe in reversed(made)}.values())[::-1]  # two samplers, one model
 
 
-class _Reading:
+def _each(
+    graph: Graph, source: Path | None, chosen: list[Node]
+) -> tuple[list[WorkflowRecipe], list[tuple[Node, AlkahestError]]]:
+    """The recipes of outputs, and why others have none: one that cannot be read spoils no other."""
+    made: list[WorkflowRecipe] = []
+    failed: list[tuple[Node, AlkahestError]] = []
+    for one in chosen:
+        try:
+            made.append(Reading(graph, source, saves=one.kind not in _SAMPLERS).recipe(one))
+        except AlkahestError as error:
+            failed.append((one, error))
+    return made, failed
+
+
+class Reading:
     """Follows the graph backwards from one node."""
 
-    def __init__(self, graph: Graph, source: Path | None) -> None:
-        self.graph, self.source = graph, source
+    def __init__(self, graph: Graph, source: Path | None, saves: bool = True) -> None:
+        self.graph, self.source, self.saves = graph, source, saves
         self.files: dict[str, ModelFile] = {}
         self.notes: list[str] = []
         self.computed: dict[str, str] = {}  # id of a node that computes a multiplier -> the name it has in the recipe
@@ -115,6 +133,8 @@ class _Reading:
         self._path: list[str] = []
 
     def recipe(self, node: Node) -> WorkflowRecipe:
+        if node.kind in EXTRACTORS:
+            return self.extraction(node)
         value = self.model(node, "model")
         if value.kind != WEIGHTS:
             what = "which is no model yet; add it to one" if value.kind == DELTA else "whose factors do not add up to 1"
@@ -125,9 +145,27 @@ class _Reading:
         if node.kind == "CheckpointSave":
             self.companions(node)
         self.require_family(node)
-        saved_as = node.inputs.get("filename_prefix", "") if node.kind in SAVERS else ""
+        return self.written(node, value.text, output)
+
+    def extraction(self, node: Node) -> WorkflowRecipe:
+        """LoraSave: a LoRA of the difference that arrives."""
+        value = self.model(node, "model_diff")
+        if value.kind != DELTA:
+            raise self.refusal(node, f"what arrives is {value.kind}, not a difference", found=value.text)
+        kind, rank = self.literal(node, "lora_type", "standard"), self.number(node, "rank", 8)
+        if kind != "standard":
+            raise self.refusal(node, "only its standard LoRAs are read", found=f"lora_type: {kind}")
+        self.notes.append(
+            f"{node} rounds the difference first, clamps its factors and adds .diff of norms and biases: a LoRA from "
+            "alkahest extract-lora is nearer to it, and another file"
+        )
+        self.require_family(node)
+        return self.written(node, f"extract_lora({value.text}, rank={rank:.0f})", {})
+
+    def written(self, node: Node, text: str, output: dict[str, Any]) -> WorkflowRecipe:
+        saved_as = node.inputs.get("filename_prefix", "") if self.saves else ""
         return WorkflowRecipe(
-            value.text,
+            text,
             output=output,
             node=node.id,
             saved_as=saved_as if isinstance(saved_as, str) else "",
@@ -169,9 +207,9 @@ class _Reading:
 
     def of(self, node: Node, after: Node) -> Value:
         """What a node puts out as MODEL."""
-        if node.kind in _NODES:
-            return _NODES[node.kind](self, node)
-        if node.kind in _PASSING:
+        if how := _NODES.get(node.kind) or COMMUNITY.get(node.kind):
+            return how(self, node)
+        if node.kind in PASSING:
             self.pass_through(node)
             return self.model(node, "model")
         if node.kind.startswith(_OTHER_FAMILIES):
@@ -179,7 +217,7 @@ class _Reading:
         raise self.refusal(
             node,
             f"what this node does to a model is not known, and {after} takes its output",
-            expected=", ".join([*_NODES, *_PASSING[:3], "..."]),
+            expected=", ".join([*_NODES, "..."]),
             fix="it is a group node of an older editor: unpack it there and save again"
             if node.kind.startswith("workflow")
             else "take it out, or save the model before it and start from that file",
@@ -216,6 +254,9 @@ class _Reading:
         value, seen = node.inputs.get(name, default), 0
         while isinstance(value, Link) and seen < _MAX_DEPTH:
             origin, seen = self.graph.get(value.node), seen + 1
+            if origin is not None and origin.kind == "ComfySwitchNode" and seen < 20:
+                value = origin.inputs.get(self.switched(origin))
+                continue
             if origin is None or not origin.kind.startswith("Primitive"):
                 raise self.refusal(
                     node,
@@ -230,11 +271,34 @@ class _Reading:
             raise self.refusal(node, f"{name} is missing")
         return value
 
+    def switched(self, node: Node) -> str:
+        """The input that a switch lets through."""
+        on = self.literal(node, "switch", False)
+        if type(on) is not bool:
+            raise self.refusal(node, "its switch is neither on nor off", found=repr(on)[:80])
+        return "on_true" if on else "on_false"
+
+    def plus_lora(self, node: Node, weights: Value, lora: Any, strength: float) -> Value:
+        """Weights with a LoRA's file at a strength, as ComfyUI loads it: nothing at zero."""
+        if strength == 0.0:
+            return weights
+        name = self.named_file(node, "loras", lora)
+        if weights.kind == TOTAL:
+            raise self.refusal(node, "a LoRA on a sum of models that is none yet", found=weights.text)
+        return values.plus(weights, values.times(strength, values.named_delta(name)))
+
     def file(self, node: Node, folder: str, name: str) -> str:
         """The name in the recipe of the file that a loader loads."""
-        text = self.literal(node, name)
+        return self.named_file(node, folder, self.literal(node, name), name)
+
+    def named_file(self, node: Node, folder: str, text: Any, name: str = "the LoRA") -> str:
         if not isinstance(text, str):
             raise self.refusal(node, f"{name} is not a file's name", found=str(text)[:200])
+        suffix = Path(text).suffix.lower()
+        if suffix and suffix not in _READABLE and len(suffix) < 8:
+            self.notes.append(
+                f"{node} loads {text}: Alkahest reads no {suffix} files; convert it to .safetensors first"
+            )
         for known, file in self.files.items():
             if (file.folder, file.name) == (folder, text):
                 return known
@@ -258,14 +322,15 @@ class _Reading:
 
     def require_family(self, node: Node) -> None:
         """Refuse a model that is used with a text encoder as Z-Image has none; its own files are not opened here."""
-        waiting, seen = [node.id], {node.id}
+        waiting, seen, told = [node.id], {node.id}, False
         while waiting:
             for link in self.graph[waiting.pop()].inputs.values():
                 origin = self.graph.get(link.node) if isinstance(link, Link) else None
                 if origin is None or origin.id in seen:
                     continue
-                kind = origin.inputs.get("type", "lumina2") if origin.kind == "CLIPLoader" else "lumina2"
-                if origin.kind in _OTHER_ENCODERS or kind not in _ENCODER_TYPES:
+                kind = origin.inputs.get("type") if origin.kind in _ENCODERS else None
+                told = told or kind in _ENCODER_TYPES
+                if origin.kind in _OTHER_ENCODERS or (isinstance(kind, str) and kind not in _ENCODER_TYPES):
                     raise self.refusal(
                         origin,
                         "this text encoder is for another family of models",
@@ -274,6 +339,10 @@ class _Reading:
                     )
                 seen.add(origin.id)
                 waiting.append(origin.id)
+        if not told and not self.saves:
+            self.notes.append(
+                "no text encoder in the graph says that this is Z-Image: the files do when they are opened"
+            )
 
     def refusal(self, node: Node, problem: str, **facts: Any) -> AlkahestError:
         return RecipeError("workflow", f"{node}: {problem}", file=self.source, **facts)
@@ -287,7 +356,7 @@ def _number_names(stem: str) -> Iterator[str]:
         number += 1
 
 
-def _unet(reading: _Reading, node: Node) -> Value:
+def _unet(reading: Reading, node: Node) -> Value:
     dtype = reading.literal(node, "weight_dtype", "default")
     if dtype != "default":
         reading.notes.append(
@@ -296,17 +365,17 @@ def _unet(reading: _Reading, node: Node) -> Value:
     return values.model(reading.file(node, "diffusion_models", "unet_name"))
 
 
-def _checkpoint(reading: _Reading, node: Node) -> Value:
+def _checkpoint(reading: Reading, node: Node) -> Value:
     return values.model(reading.file(node, "checkpoints", "ckpt_name"))
 
 
-def _subtract(reading: _Reading, node: Node) -> Value:
+def _subtract(reading: Reading, node: Node) -> Value:
     return values.subtract(
         reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, "multiplier")
     )
 
 
-def _add(reading: _Reading, node: Node) -> Value:
+def _add(reading: Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
     made = values.add(first, second)
     if first.kind == DELTA and second.kind == WEIGHTS and not first.terms:
@@ -317,11 +386,11 @@ def _add(reading: _Reading, node: Node) -> Value:
     return made
 
 
-def _simple(reading: _Reading, node: Node, ratio: str = "ratio") -> Value:
+def _simple(reading: Reading, node: Node, ratio: str = "ratio") -> Value:
     return values.mix(reading.model(node, "model1"), reading.model(node, "model2"), reading.number(node, ratio))
 
 
-def _blocks(reading: _Reading, node: Node) -> Value:
+def _blocks(reading: Reading, node: Node) -> Value:
     # Its ratios are for tensors that begin with input, middle or out. Z-Image has none, so the first is for all.
     if len({reading.number(node, name, 1.0) for name in ("input", "middle", "out")}) > 1:
         reading.notes.append(
@@ -331,19 +400,18 @@ def _blocks(reading: _Reading, node: Node) -> Value:
     return _simple(reading, node, "input")
 
 
-def _lora(reading: _Reading, node: Node) -> Value:
+def _lora(reading: Reading, node: Node) -> Value:
     weights, strength = reading.model(node, "model"), reading.number(node, "strength_model")
     if node.kind == "LoraLoader" and not isinstance(node.inputs.get("clip"), Absent):
         reading.notes.append(f"{node} may also change the text encoder, which is not part of a recipe")
-    if strength == 0.0:
-        return weights
-    name = reading.file(node, "loras", "lora_name")
-    if weights.kind == TOTAL:
-        raise reading.refusal(node, "a LoRA on a sum of models that is none yet", found=weights.text)
-    return values.plus(weights, values.times(strength, values.named_delta(name)))
+    return reading.plus_lora(node, weights, reading.literal(node, "lora_name"), strength)
 
 
-def _our_merge(reading: _Reading, node: Node) -> Value:
+def _switch(reading: Reading, node: Node) -> Value:
+    return reading.model(node, reading.switched(node))
+
+
+def _our_merge(reading: Reading, node: Node) -> Value:
     bridge, variant, base = (reading.model(node, name) for name in ("bridge", "variant", "base"))
     for name, value in (("bridge", bridge), ("variant", variant), ("base", base)):
         if value.kind != WEIGHTS:
@@ -357,7 +425,7 @@ def _our_merge(reading: _Reading, node: Node) -> Value:
     return values.plus(bridge, values.times(factor, values.named_delta(f"{delta.text}.scaled({{{inside}}})")))
 
 
-def _our_subtract(reading: _Reading, node: Node) -> Value:
+def _our_subtract(reading: Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
     if not first.kind == second.kind == WEIGHTS:
         raise reading.refusal(node, "this node subtracts a model from a model", found=f"{first.kind} and {second.kind}")
@@ -365,7 +433,7 @@ def _our_subtract(reading: _Reading, node: Node) -> Value:
     return values.times(_factor(reading, node), values.difference(first, second, _and_pads(kept)))
 
 
-def _our_add(reading: _Reading, node: Node) -> Value:
+def _our_add(reading: Reading, node: Node) -> Value:
     first, second = reading.model(node, "model1"), reading.model(node, "model2")
     if (first.kind, second.kind) != (WEIGHTS, DELTA):
         raise reading.refusal(
@@ -383,7 +451,7 @@ def _and_pads(pattern: str) -> str:
     return f"{pattern.strip()}, pad_tokens" if pattern.strip() else "pad_tokens"
 
 
-def _factor(reading: _Reading, node: Node) -> float | str:
+def _factor(reading: Reading, node: Node) -> float | str:
     """A multiplier: a number, or the name of one if our Multiplier node computes it."""
     link = node.inputs.get("multiplier")
     origin = reading.graph.get(link.node) if isinstance(link, Link) else None
@@ -417,7 +485,7 @@ def parts_of(text: str) -> dict[str, float]:
     return found
 
 
-_NODES: Mapping[str, Callable[[_Reading, Node], Value]] = {
+_NODES: Mapping[str, Callable[[Reading, Node], Value]] = {
     "UNETLoader": _unet,
     "CheckpointLoaderSimple": _checkpoint,
     "ModelMergeSubtract": _subtract,
@@ -426,6 +494,7 @@ _NODES: Mapping[str, Callable[[_Reading, Node], Value]] = {
     "ModelMergeBlocks": _blocks,
     "LoraLoaderModelOnly": _lora,
     "LoraLoader": _lora,
+    "ComfySwitchNode": _switch,
     "AlkahestMerge": _our_merge,
     "AlkahestSubtract": _our_subtract,
     "AlkahestAdd": _our_add,

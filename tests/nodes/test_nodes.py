@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alkahest.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from alkahest.workflow.editor import WIDGETS
+from alkahest.workflow.widgets import OTHERS
 
 SOCKETS = ("MODEL",)
 
@@ -12,8 +12,7 @@ def test_the_widgets_are_read_in_the_order_that_they_are_declared_in() -> None:
     for name, kind in NODE_CLASS_MAPPINGS.items():
         declared = {**kind.INPUT_TYPES()["required"], **kind.INPUT_TYPES().get("optional", {})}
         widgets = tuple(one for one, (form, *_) in declared.items() if form not in SOCKETS)
-        if name != "AlkahestSupplement":  # no workflow's recipe goes through it
-            assert WIDGETS[name] == widgets, name
+        assert OTHERS[name] == widgets, name
 
 
 def test_every_node_says_what_it_does_and_puts_out() -> None:
