@@ -300,8 +300,11 @@ def _print_recipe(found: Any, several: bool) -> None:
 
     if several and isinstance(found, WorkflowRecipe):
         print(f"# --node {found.node}{f', saved as {found.saved_as}' if found.saved_as else ''}")
-    print(found.text or f"# made as {found.made}")
+    plain = found.plain if isinstance(found, WorkflowRecipe) else found.text
+    print(plain or f"# made as {found.made}")
     if isinstance(found, WorkflowRecipe):
+        if plain != found.text:
+            print(f"#   in ComfyUI's order, bit for bit: {found.text}")
         for name, file in found.files.items():
             print(f"#   {name}: {file}, loaded by {file.node}")
         for note in found.notes:

@@ -69,6 +69,7 @@ class WorkflowRecipe(Recipe):
     saved_as: str = ""
     files: dict[str, ModelFile] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    plain: str = ""  # the text as a person would write it, with factors multiplied out; the same model to a rounding
     computed: tuple[str, ...] = ()  # names of multipliers that the graph computes while it runs
     source: Path | None = None
 
@@ -145,7 +146,7 @@ class Reading:
         if node.kind == "CheckpointSave":
             self.companions(node)
         self.require_family(node)
-        return self.written(node, value.text, output)
+        return self.written(node, value.text, output, value.plain)
 
     def extraction(self, node: Node) -> WorkflowRecipe:
         """LoraSave: a LoRA of the difference that arrives."""
@@ -162,7 +163,7 @@ class Reading:
         self.require_family(node)
         return self.written(node, f"extract_lora({value.text}, rank={rank:.0f})", {})
 
-    def written(self, node: Node, text: str, output: dict[str, Any]) -> WorkflowRecipe:
+    def written(self, node: Node, text: str, output: dict[str, Any], plain: str = "") -> WorkflowRecipe:
         saved_as = node.inputs.get("filename_prefix", "") if self.saves else ""
         return WorkflowRecipe(
             text,
@@ -171,6 +172,7 @@ class Reading:
             saved_as=saved_as if isinstance(saved_as, str) else "",
             files=self.files,
             notes=list(dict.fromkeys(self.notes)),
+            plain=plain or text,
             computed=tuple(self.computed.values()),
             source=self.source,
         )

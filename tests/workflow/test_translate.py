@@ -554,3 +554,45 @@ def test_nan_and_quantised_models(models: Path, tmp_path: Path) -> None:
     weights = build(found, {**found.locate(models), "base": quantised})
     assert output_for(found, weights) == {"layout": "native"}
     weights.save(tmp_path / "out.safetensors", **output_for(found, weights))
+
+
+READABLE = {
+    "bridge + 171.1 * (variant - base)": {
+        "5": node("ModelMergeSubtract", model1="#2", model2="#3", multiplier=10.0),
+        "6": node("ModelMergeSubtract", model1="#3", model2="#3", multiplier=1.0),
+        "7": node("ModelMergeSubtract", model1="#5", model2="#6", multiplier=10.0),
+        "8": node("ModelMergeSubtract", model1="#7", model2="#6", multiplier=1.711),
+        "9": node("ModelMergeAdd", model1="#1", model2="#8"),
+    },
+    "bridge + 1.1 * (variant - base)": {
+        "8": SUBTRACT,
+        "9": node("ModelMergeAdd", model1="#8", model2="#1"),
+    },
+    "bridge + 2.2 * (variant - base)": {
+        "8": SUBTRACT,
+        "7": node("ModelMergeAdd", model1="#1", model2="#8"),
+        "9": node("ModelMergeAdd", model1="#7", model2="#8"),
+    },
+    "bridge - 1.1 * (variant - base)": {
+        "8": node("ModelMergeSubtract", model1="#2", model2="#3", multiplier=-1.1),
+        "9": node("ModelMergeAdd", model1="#1", model2="#8"),
+    },
+    "bridge + 171.1 * (variant - base).without('pad_tokens')": {
+        "8": node("AlkahestSubtract", model1="#2", model2="#3", multiplier=10.0, keep_refiner=False),
+        "9": node("AlkahestAdd", model1="#1", model2="#8", multiplier=17.11, keep_refiner=False),
+    },
+    "lerp(bridge, variant, 0.3333)": {"9": node("ModelMergeSimple", model1="#1", model2="#2", ratio=0.6667)},
+}
+
+
+@pytest.mark.parametrize("text", READABLE)
+def test_a_recipe_is_printed_as_a_person_would_write_it(text: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from alkahest.cli import app
+
+    found = recipe(tmp_path, READABLE[text])
+    assert found.plain == text
+    printed = CliRunner().invoke(app, ["recipe", str(tmp_path / "graph.json")]).output.splitlines()
+    assert printed[1] == text
+    assert (f"#   in ComfyUI's order, bit for bit: {found.text}" in printed) == (found.text != text)

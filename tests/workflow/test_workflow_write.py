@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,25 @@ def test_a_graph_read_back_is_the_same_model(name: str, folder: Path, tmp_path: 
             assert abs(node["inputs"]["multiplier"]) <= 10
     (recipe,) = ak.read_workflow(tmp_path / "graph.json")
     assert recipe.saved_as == "x/merged"
+    build(replace(recipe, text=recipe.plain), recipe.locate(folder)).save(
+        tmp_path / "plain.safetensors", layout="native"
+    )
     assert ak.write_workflow(expression, tmp_path / "editor.json", prefix="x/merged") == notes
     assert ak.read_workflow(tmp_path / "editor.json")[0].text == recipe.text
     build(recipe, recipe.locate(folder)).save(tmp_path / "back.safetensors", **recipe.output)
     expression.save(tmp_path / "own.safetensors", layout="native")
-    own, back, first = (
+    own, back, plain, first = (
         ak.open(path)
-        for path in (tmp_path / "own.safetensors", tmp_path / "back.safetensors", folder / "a.safetensors")
+        for path in (
+            *(tmp_path / f"{one}.safetensors" for one in ("own", "back", "plain")),
+            folder / "a.safetensors",
+        )
     )
     for key in own:
         wanted = first[key] if key in PADS else own[key]
         torch.testing.assert_close(back[key], wanted, rtol=2e-5, atol=2e-5, msg=key)
+        if key not in PADS:
+            torch.testing.assert_close(plain[key], wanted, rtol=2e-5, atol=2e-5, msg=key)
     assert (name != "a file" and "lora" not in name) <= any("pad tokens" in note for note in notes)
 
 
