@@ -154,6 +154,7 @@ def convert_lora(
     with exit_on_error():
         lora = alkahest.open_lora(source, only=only)
         print(alkahest.convert_lora(lora, output, flavour))
+        _say_dropped(flavour, lora)
         for why, names in lora.left.items():
             print(f"{len(names)} tensors {why} are left out: {names[0]}, ...", file=sys.stderr)
 
@@ -249,6 +250,7 @@ def _extract(
     check_target(output, flavour, bool(asked.get("full")), inputs)
     found: Extracted = drain(stream_extract_lora(delta, **asked), quiet).result
     lora = found.save(output, flavour)
+    _say_dropped(flavour, lora)
     if csv is not None:
         write_text(csv, found.report.to_csv(index=False))
     if plot is not None:
@@ -260,3 +262,10 @@ def _extract(
         if as_json
         else f"{found}\n  saved     {lora.path}"
     )
+
+
+def _say_dropped(flavour: str, lora: alkahest.Lora) -> None:
+    from alkahest.lora.dropped import dropped_by
+
+    for what in dropped_by(flavour, lora.shapes):
+        print(f"note: {what}", file=sys.stderr)

@@ -6,6 +6,8 @@ base_model.model.layers.0.attention.to_q.lora_A.weight     PEFT
 lora_unet_layers_0_attention_qkv.lora_down.weight          kohya, musubi (fused or split)
 lora_transformer_layers_0_attention_to_q.lora_down.weight  OneTrainer
 lycoris_layers_0_attention_to_q.lokr_w1                    LyCORIS
+
+Without .weight, with _lora.down.weight and with .lora_linear_layer.down.weight are names of diffusers' and Mochi's pasts.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ ROLES = {
     "lora_up.weight": "up",
     "lora.down.weight": "down",
     "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "lora_A": "down",
+    "lora_B": "up",
     "hada_w1_a": "w1_a",
     "hada_w1_b": "w1_b",
     "hada_w2_a": "w2_a",
@@ -203,6 +209,9 @@ def is_lora(stored: str) -> bool:
 def _without_suffix(stored: str) -> tuple[str, str]:
     for suffix in sorted((*ROLES, *REFUSED), key=len, reverse=True):
         if stored.endswith("." + suffix):
+            return stored[: -len(suffix) - 1], suffix
+    for suffix in ("lora.down.weight", "lora.up.weight"):  # of diffusers in 2023, which ComfyUI loads too
+        if stored.endswith("_" + suffix):
             return stored[: -len(suffix) - 1], suffix
     rest, _, last = stored.rpartition(".")
     return rest, last
