@@ -136,7 +136,7 @@ def written(folder: Path) -> Values:
             for file in target.iterdir():
                 file.unlink()
             target.rmdir()
-    found["workflow: notes"] = ak.write_workflow(kept + 171.1 * delta, folder / "graph.json")
+    found["workflow: notes"] = ak.write_workflow(kept + 171.1 * delta, folder / "graph.json", form="api")
     found["workflow"] = hashed(folder / "graph.json")
     ak.convert_lora(lora, folder / "converted.safetensors")
     found["converted LoRA"] = hashed(folder / "converted.safetensors")

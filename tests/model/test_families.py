@@ -226,6 +226,12 @@ def test_no_other_module_names_a_tensor() -> None:
         where = path.relative_to(package).as_posix()
         if where.startswith(("model/families/", "mini/", "experiment/growing/")):  # the family that ships is Z-Image's
             continue
+        if where in (
+            "workflow/community.py",
+            "workflow/widgets.py",
+            "lora/dropped.py",
+        ):  # what other programs call theirs
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             text = node.value if isinstance(node, ast.Constant) else None
             if isinstance(text, str) and re.fullmatch(r"[\w.*]+", text) and TENSORS.search(text):
