@@ -7,7 +7,7 @@ lora_unet_layers_0_attention_qkv.lora_down.weight          kohya, musubi (fused 
 lora_transformer_layers_0_attention_to_q.lora_down.weight  OneTrainer
 lycoris_layers_0_attention_to_q.lokr_w1                    LyCORIS
 
-Without .weight, with _lora.down.weight and with .lora_linear_layer.down.weight are names of diffusers' and Mochi's pasts.
+Without .weight, with _lora.down.weight and with .lora_linear_layer.down.weight are older names of diffusers and Mochi.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ first model (as ModelMergeBlocks') and of the second one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,7 @@ def _by_parts(reading: Reading, node: Node, shares: Mapping[str, float]) -> Valu
         if value.kind != WEIGHTS:
             raise reading.refusal(node, f"{name} is {value.kind}, not a model", found=value.text)
     reading.notes.append(f"{node} adds r * model1 + (1 - r) * model2; the recipe says it as a difference, which rounds")
+    reading.notes.append(f"{node}: pad tokens stay model1's whatever their ratio, because ComfyUI patches none")
     delta = values.difference(second, first, "pad_tokens")
     common, _ = Counter(shares.values()).most_common(1)[0]
     others = {part: share for part, share in shares.items() if share != common}
@@ -179,8 +181,10 @@ def _line(reading: Reading, node: Node, weights: Value, lora: Any, strength: Any
         return weights
     try:
         number = float(strength)
-    except (TypeError, ValueError):
-        raise reading.refusal(node, f"the strength of {lora!r} is not a number", found=repr(strength)[:80]) from None
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise reading.refusal(node, f"the strength of {lora!r} is not a number", found=repr(strength)[:80])
     return reading.plus_lora(node, weights, lora, number)
 
 

@@ -7,8 +7,8 @@ text is chosen such that ``comfy_compatible`` evaluates it in just that order: `
 
 from __future__ import annotations
 
+import ctypes
 import math
-import struct
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
@@ -149,9 +149,9 @@ def mix(first: Value, second: Value, ratio: float) -> Value:
 
 
 def rest_of(share: float) -> float:
-    """``1 - share`` as a person writes it, 0.3333 and not 0.33330000000000004, where float32 has one number for both."""
+    """``1 - share`` as a person writes it where float32 has one number for both: 0.3333, not 0.33330000000000004."""
     literal, written = 1.0 - share, float(1 - Decimal(repr(float(share))))
-    return written if struct.pack("f", literal) == struct.pack("f", written) else literal
+    return written if ctypes.c_float(literal).value == ctypes.c_float(written).value else literal
 
 
 def total(first: tuple[tuple[str, float], ...], second: tuple[tuple[str, float], ...]) -> Value:

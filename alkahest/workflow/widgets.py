@@ -1,7 +1,7 @@
 """The names of a node's widgets, in the order of ``widgets_values``: files of the editor often do not say them.
 
-Core's are from ComfyUI's ``/object_info`` (its version is in ``core_widgets.json``), with the ``control_after_generate``
-that the editor adds behind a seed; later nodes and those of others are from their sources.
+Core's are from ComfyUI's ``/object_info`` (its version is in ``core_widgets.json``), with what the editor adds behind
+a seed, ``control_after_generate``; later nodes and those of others are from their sources.
 """
 
 from __future__ import annotations

@@ -162,6 +162,19 @@ def test_a_lora_beside_the_weights_is_sampled_with_and_not_saved(tmp_path: Path)
     assert sampled.text == "bridge + 0.5 * l"
 
 
+@pytest.mark.parametrize("strength", ["nan", float("inf"), 10**400])
+def test_a_strength_without_a_value_is_refused(strength: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not a number"):
+        recipe(tmp_path, {"9": node("Power Lora Loader (rgthree)", model="#1", lora_1={**LINE, "strength": strength})})
+
+
+def test_a_ratio_beyond_float32_and_pads_are_told(tmp_path: Path) -> None:
+    far = recipe(tmp_path, {"9": node("ModelMergeSimple", model1="#1", model2="#2", ratio=1e300)})
+    assert far.text == "lerp(bridge, variant, -1e+300)"
+    notes = recipe(tmp_path, {"9": node("ModelMergeZIT", model1="#1", model2="#2", other=0.5)}).notes
+    assert any("pad tokens stay model1's whatever their ratio" in note for note in notes)
+
+
 def test_files_that_alkahest_does_not_read_are_said(tmp_path: Path) -> None:
     for kind, field in (("UnetLoaderGGUF", "unet_name"), ("UNETLoader", "unet_name")):
         for name in ("z.gguf", "z.ckpt"):
