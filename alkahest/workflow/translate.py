@@ -54,6 +54,7 @@ _ENCODERS = ("CLIPLoader", "CLIPLoaderGGUF")
 _READABLE = (".safetensors", ".sft")  # of a file that a recipe can be run with
 # With these ComfyUI makes of qwen_3_4b what Z-Image needs.
 _ENCODER_TYPES = ("lumina2", "stable_diffusion", "qwen_image")
+CLIP_TOO = "{} may also change the text encoder, which is not part of a recipe"
 _MAX_DEPTH = 140  # nodes in a row; an expression nests as deep as that
 
 
@@ -284,6 +285,8 @@ class Reading:
         """Weights with a LoRA's file at a strength, as ComfyUI loads it: nothing at zero."""
         if strength == 0.0:
             return weights
+        if isinstance(node.inputs.get("clip"), Link):
+            self.notes.append(CLIP_TOO.format(node))
         name = self.named_file(node, "loras", lora)
         if weights.kind == TOTAL:
             raise self.refusal(node, "a LoRA on a sum of models that is none yet", found=weights.text)
@@ -405,7 +408,7 @@ def _blocks(reading: Reading, node: Node) -> Value:
 def _lora(reading: Reading, node: Node) -> Value:
     weights, strength = reading.model(node, "model"), reading.number(node, "strength_model")
     if node.kind == "LoraLoader" and not isinstance(node.inputs.get("clip"), Absent):
-        reading.notes.append(f"{node} may also change the text encoder, which is not part of a recipe")
+        reading.notes.append(CLIP_TOO.format(node))
     return reading.plus_lora(node, weights, reading.literal(node, "lora_name"), strength)
 
 

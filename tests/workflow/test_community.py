@@ -175,6 +175,13 @@ def test_a_ratio_beyond_float32_and_pads_are_told(tmp_path: Path) -> None:
     assert any("pad tokens stay model1's whatever their ratio" in note for note in notes)
 
 
+def test_a_stack_that_changes_the_text_encoder_too_says_so(tmp_path: Path) -> None:
+    clip = node("CLIPLoader", clip_name="q.safetensors", type="lumina2")
+    merged = node("Power Lora Loader (rgthree)", model="#1", clip="#4", lora_1=LINE)
+    notes = recipe(tmp_path, {"4": clip, "9": merged}).notes
+    assert any("may also change the text encoder" in note for note in notes)
+
+
 def test_files_that_alkahest_does_not_read_are_said(tmp_path: Path) -> None:
     for kind, field in (("UnetLoaderGGUF", "unet_name"), ("UNETLoader", "unet_name")):
         for name in ("z.gguf", "z.ckpt"):
