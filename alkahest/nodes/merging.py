@@ -8,7 +8,7 @@ from typing import Any
 from alkahest.errors import AlgebraError
 from alkahest.nodes.patches import NOTHING, ZERO, difference, key_patches, patchable, require_same, select_weights
 from alkahest.nodes.running import CATEGORY
-from alkahest.workflow.translate import parts_of
+from alkahest.workflow.own_nodes import parts_of
 
 NOTED = "alkahest"  # the attachment in which a merged model says which multipliers its nodes used
 _PADS = "Pad tokens stay the first model's, as with ComfyUI's own merge nodes."

@@ -21,7 +21,7 @@ from alkahest.workflow.widgets import OTHERS
 
 if TYPE_CHECKING:
     from alkahest.workflow.graph import Node
-    from alkahest.workflow.translate import Reading
+    from alkahest.workflow.reading import Reading
 
 _GROUPS = {
     "early": "layers.0-5",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
@@ -179,3 +180,12 @@ def _scale(value: Value, factor: float) -> tuple[tuple[str, float], ...]:
     if value.kind == WEIGHTS and not value.terms:
         return ((value.text, factor),)
     return tuple((text, share * factor) for text, share in value.terms)
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """``stem``, ``stem_2``, ``stem_3``, ...: names for what a recipe calls alike."""
+    yield stem
+    number = 2
+    while True:
+        yield f"{stem}_{number}"
+        number += 1

@@ -281,7 +281,9 @@ def test_widgets_have_the_values_that_comfyuis_editor_sends() -> None:
 
 def test_no_node_is_both_passed_through_and_read() -> None:
     from alkahest.workflow.community import COMMUNITY
-    from alkahest.workflow.translate import _NODES
+    from alkahest.workflow.core_nodes import CORE
+    from alkahest.workflow.own_nodes import OWN
 
-    assert not PASSING & (COMMUNITY.keys() | _NODES.keys())
+    assert not PASSING & (COMMUNITY.keys() | CORE.keys() | OWN.keys())
+    assert len(COMMUNITY) + len(CORE) + len(OWN) == len({**COMMUNITY, **CORE, **OWN})
     assert SAVE["class_type"] not in PASSING
