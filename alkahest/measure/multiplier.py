@@ -12,7 +12,8 @@ from alkahest.measure.text import lines_under, lines_under_html
 if TYPE_CHECKING:
     import pandas
 
-COMFY_CAP = 10.0  # the multiplier of ModelMergeSubtract stops there (nodes_model_merging.py)
+COMFY_CAP = 10.0  # the multiplier of ModelMergeSubtract stops there, and goes in hundredths (nodes_model_merging.py)
+_SHOWN = 5e-5  # a multiplier is shown to four digits
 # The article: "While it's designed to go up to 100x, practically speaking, 20x seems to be the limit." It does not say
 # whether that is the whole multiplier or the ModelMergeAdd side alone, where the subtracting node gives 10 already.
 LIMITS = {"practically 20x": 20.0, "designed to go up to 100x": 100.0}
@@ -86,13 +87,21 @@ class Multiplier(float):
 
 
 def factors(k: float) -> Factors:
-    """Split a multiplier between ComfyUI's nodes: subtract at most at 10.0, add at the rest.
+    """Split a multiplier between two nodes of ComfyUI such that what is typed into each stays as it was typed.
+
+    ModelMergeSubtract goes from -10 to 10 in hundredths, to which the editor rounds what is typed. So it gets the
+    multiplier where that is one of those, 10 where it is more, and else 1; the adding node gets the rest.
 
     >>> factors(171.1)
     Factors(subtract=10.0, add=17.11)
+    >>> factors(0.0753)
+    Factors(subtract=1.0, add=0.0753)
     """
-    subtract = max(-COMFY_CAP, min(COMFY_CAP, float(k)))
-    return Factors(subtract, 1.0 if subtract == float(k) else float(k) / subtract)
+    k = float(k)
+    if abs(k) > COMFY_CAP:
+        subtract = math.copysign(COMFY_CAP, k)
+        return Factors(subtract, k / subtract)
+    return Factors(k, 1.0) if math.isclose(k, round(k, 2), rel_tol=_SHOWN) else Factors(1.0, k)
 
 
 def limits_passed(k: float) -> Iterator[str]:
@@ -115,8 +124,11 @@ def limits_passed(k: float) -> Iterator[str]:
 
 
 def short(number: float) -> str:
-    """A factor as people type it."""
-    return f"{number:.2f}".rstrip("0").rstrip(".")
+    """A factor as people type it, to four digits that count, as a multiplier is shown."""
+    if not math.isfinite(number) or 0 < abs(number) < 1e-6:
+        return f"{number:.4g}"
+    places = max(0, 3 - math.floor(math.log10(abs(number)))) if number else 0
+    return f"{number:.{places}f}".rstrip("0").rstrip(".") if places else f"{number:.0f}"
 
 
 def _html(table: pandas.DataFrame) -> str:

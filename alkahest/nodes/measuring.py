@@ -6,7 +6,7 @@ from typing import Any
 
 from alkahest.nodes.merging import STEP
 from alkahest.nodes.patches import require_same
-from alkahest.nodes.running import CATEGORY, SavingNode, report_of, require_packages, with_progress
+from alkahest.nodes.running import CATEGORY, GRAPH, SavingNode, report_of, require_packages, with_progress
 
 
 class AlkahestMultiplier:
@@ -40,7 +40,8 @@ class AlkahestMultiplier:
                         "tooltip": "what the basis aims at; 0 for its default",
                     },
                 ),
-            }
+            },
+            "hidden": GRAPH,
         }
 
     RETURN_TYPES = ("FLOAT", "STRING")
@@ -53,15 +54,26 @@ class AlkahestMultiplier:
         "the three models. The report has every basis, by part, ComfyUI's factor pair and warnings."
     )
 
-    def measure(self, variant: Any, base: Any, bridge: Any, basis: str, target: float) -> dict[str, Any]:
-        require_same("Alkahest Multiplier", {"variant": variant, "base": base, "bridge": bridge})
+    def measure(
+        self,
+        variant: Any,
+        base: Any,
+        bridge: Any,
+        basis: str,
+        target: float,
+        prompt: Any = None,
+        unique_id: str = "",
+    ) -> dict[str, Any]:
+        models = {"variant": variant, "base": base, "bridge": bridge}
+        require_same("Alkahest Multiplier", models)
         require_packages("Alkahest Multiplier")
-        from alkahest.nodes.model import ModelWeights
+        from alkahest.nodes.graph_files import weights_behind
         from alkahest.pictures.needed import stream_needed_multiplier
 
-        v, b, a = ModelWeights(variant, "variant"), ModelWeights(base, "base"), ModelWeights(bridge, "bridge")
+        behind = weights_behind("Alkahest Multiplier", models, prompt, unique_id)
+        v, b, a = (behind.weights[name] for name in models)
         found = with_progress(stream_needed_multiplier(v - b, a.protect("refiner"), basis, target or None))
-        return report_of(repr(found), float(found))
+        return report_of("\n".join([repr(found), *behind.notes]), float(found))
 
 
 class AlkahestSupplement(SavingNode):
@@ -87,7 +99,8 @@ class AlkahestSupplement(SavingNode):
                 "rank_max": ("INT", {"default": 64, "min": 0, "max": 4096, "tooltip": "0 for no cap"}),
                 "exclude": ("STRING", {"default": "refiner"}),
                 "filename_prefix": ("STRING", {"default": "loras/supplement"}),
-            }
+            },
+            "hidden": GRAPH,
         }
 
     FUNCTION = "extract"
@@ -97,17 +110,27 @@ class AlkahestSupplement(SavingNode):
     )
 
     def extract(
-        self, base: Any, variant: Any, energy: float, rank_max: int, exclude: str, filename_prefix: str
+        self,
+        base: Any,
+        variant: Any,
+        energy: float,
+        rank_max: int,
+        exclude: str,
+        filename_prefix: str,
+        prompt: Any = None,
+        unique_id: str = "",
     ) -> dict[str, Any]:
-        require_same("Alkahest Supplement LoRA", {"base": base, "variant": variant})
+        models = {"base": base, "variant": variant}
+        require_same("Alkahest Supplement LoRA", models)
         require_packages("Alkahest Supplement LoRA")
         from alkahest.lora.extract import stream_extract_lora
-        from alkahest.nodes.model import ModelWeights
+        from alkahest.nodes.graph_files import weights_behind
 
         path = self.path(filename_prefix)
-        delta = ModelWeights(variant, "variant") - ModelWeights(base, "base")
+        behind = weights_behind("Alkahest Supplement LoRA", models, prompt, unique_id)
+        delta = behind.weights["variant"] - behind.weights["base"]
         lora = with_progress(
             stream_extract_lora(delta, energy=energy, rank_max=rank_max or None, exclude=exclude.strip() or None)
         )
         lora.save(path)
-        return report_of(f"{path}\n{lora!r}")
+        return report_of("\n".join([f"{path}\n{lora!r}", *behind.notes]))

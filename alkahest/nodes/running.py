@@ -10,6 +10,7 @@ from typing import Any
 from alkahest.errors import UnsupportedError
 
 CATEGORY = "alkahest"
+GRAPH = {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"}  # hidden inputs: the graph that runs, and which node this is
 NEEDED = ("pandas", "blake3")  # beside what ComfyUI itself needs
 
 

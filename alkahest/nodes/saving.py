@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from alkahest.errors import AlkahestError
-from alkahest.nodes.merging import NOTED
+from alkahest.nodes.graph_files import left_beside, path_of, with_used
 from alkahest.nodes.running import SavingNode, report_of, require_packages, with_progress
 
 
@@ -42,7 +42,7 @@ class AlkahestSave(SavingNode):
             from alkahest.nodes.model import ModelWeights
 
             weights, options = ModelWeights(model, "model"), {"layout": "native"}
-            said = f"no recipe, because:\n{error}"
+            said = "\n".join([f"no recipe, because:\n{error}", *left_beside(prompt, unique_id)])
         saved = with_progress(weights.stream(path, metadata=texts, **options))
         return report_of(f"{saved!r}\n{said}")
 
@@ -54,22 +54,6 @@ def _from_files(prompt: Any, node: str, model: Any) -> tuple[Any, dict[str, Any]
     from alkahest.workflow.translate import recipes_of
 
     (recipe,) = recipes_of(read_graph(with_used(prompt, model)), node=str(node))
-    weights = build(recipe, {name: _path(file.folder, file.name) for name, file in recipe.files.items()})
+    weights = build(recipe, {name: path_of(file.folder, file.name) for name, file in recipe.files.items()})
     notes = "".join(f"\nnote: {note}" for note in recipe.notes)
     return weights, output_for(recipe, weights), f"recipe: {weights.text()}{notes}"
-
-
-def with_used(prompt: Any, model: Any) -> Any:
-    """The graph with the multipliers that our nodes used in place of links to nodes that computed them."""
-    used = model.attachments.get(NOTED) or {}
-    copied = json.loads(json.dumps(prompt))
-    for node, multiplier in used.items():
-        if isinstance(copied, dict) and isinstance(copied.get(node), dict):
-            copied[node].setdefault("inputs", {})["multiplier"] = multiplier
-    return copied
-
-
-def _path(folder: str, name: str) -> str:
-    import folder_paths
-
-    return str(folder_paths.get_full_path_or_raise(folder, name))

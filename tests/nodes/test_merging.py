@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-import types
 from typing import Any
 
 import pytest
-import tiny
-import torch
+from stand_in import Model, stand_in
 
 from alkahest.errors import AlgebraError, UnknownNameError
 from alkahest.nodes import AlkahestAdd, AlkahestMerge, AlkahestSubtract
 
 
-class Model:
-    """The part of ComfyUI's ModelPatcher that the nodes use."""
-
-    def __init__(self, seed: int) -> None:
-        self.model = torch.nn.Module()
-        self.model.diffusion_model = torch.nn.Module()
-        for name, value in tiny.native(tiny.state(seed)).items():
-            *path, last = name.split(".")
-            place = self.model.diffusion_model
-            for one in path:
-                if one not in dict(place.named_children()):
-                    place.add_module(one, torch.nn.Module())
-                place = place.get_submodule(one)
-            place.register_parameter(last, torch.nn.Parameter(value))
-        self.patches: dict[str, list[Any]] = {}
-        self.backup: dict[str, Any] = {}
-        self.hook_backup: dict[str, Any] = {}
-        self.attachments: dict[str, Any] = {}
-
-    def clone(self) -> Model:
-        found = copy.copy(self)
-        found.patches, found.attachments = dict(self.patches), dict(self.attachments)
-        return found
-
-    def add_patches(self, patches: dict[str, Any], patch: float, model: float) -> None:
-        for key, value in patches.items():
-            self.patches[key] = [*self.patches.get(key, []), (patch, value, model, None, None)]
-
-    def set_attachments(self, name: str, value: Any) -> None:
-        self.attachments[name] = value
-
-
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Model, Model]:
-    comfy, patcher = types.ModuleType("comfy"), types.ModuleType("comfy.model_patcher")
-    patcher.get_key_weight = lambda model, key: (model.get_parameter(key), None, None)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "comfy", comfy)
-    monkeypatch.setitem(sys.modules, "comfy.model_patcher", patcher)
+    stand_in(monkeypatch)
     return Model(1), Model(2), Model(3)
 
 
