@@ -289,6 +289,7 @@ def _json(found: Any) -> str:
     said = {
         "node": found.node,
         "saved_as": found.saved_as,
+        "plain": found.plain,
         "files": {n: str(f) for n, f in found.files.items()},
         "notes": found.notes,
     }

@@ -11,6 +11,7 @@ import alkahest
 from alkahest.errors import OutputError
 from alkahest.files.paths import expanded
 from alkahest.files.whole import write_text
+from alkahest.nodes.examples import FOLDER as EXAMPLES
 from alkahest.nodes.running import NEEDED
 
 _MARK = '"""Alkahest\'s nodes; written by `alkahest nodes install`, and removed by `alkahest nodes uninstall`."""'
@@ -37,8 +38,8 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 def install(comfyui: str | os.PathLike[str]) -> Path:
     """Register the nodes in a ComfyUI folder; returns the folder that holds them. Installing again updates it.
 
-    Nothing is copied: the folder holds one file, which takes the package from ComfyUI's Python or, if it is not
-    installed there, from where it is now. Raises OutputError if the folder is no ComfyUI, or holds other nodes of
+    The folder holds one file, which takes the package from ComfyUI's Python or, if it is not installed there, from
+    where it is now, and beside it the example workflows that ComfyUI lists among its templates. Raises OutputError if the folder is no ComfyUI, or holds other nodes of
     that name.
     """
     folder = _folder(comfyui)
@@ -46,6 +47,9 @@ def install(comfyui: str | os.PathLike[str]) -> Path:
     folder.mkdir(exist_ok=True)
     package = Path(alkahest.__file__).resolve().parent
     write_text(folder / "__init__.py", _LOADER.format(mark=_MARK, package=package.as_posix()))
+    (folder / EXAMPLES.name).mkdir(exist_ok=True)
+    for workflow in EXAMPLES.glob("*.json"):
+        write_text(folder / EXAMPLES.name / workflow.name, workflow.read_text(encoding="utf-8"))
     return folder
 
 

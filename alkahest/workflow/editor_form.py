@@ -6,7 +6,7 @@ The editor opens both, but of the API form it rounds every number to its widget'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,27 @@ SHAPES = {
         {"multiplier": "FLOAT", "protect": "STRING", "parts": "STRING"},
     ),
     "AlkahestSave": Shape({"model": "MODEL"}, {"filename_prefix": "STRING"}, ("STRING",)),
+    "CLIPLoader": Shape({}, {"clip_name": "COMBO", "type": "COMBO", "device": "COMBO"}, ("CLIP",)),
+    "VAELoader": Shape({}, {"vae_name": "COMBO"}, ("VAE",)),
+    "ModelSamplingAuraFlow": Shape({"model": "MODEL"}, {"shift": "FLOAT"}),
+    "CLIPTextEncode": Shape({"clip": "CLIP"}, {"text": "STRING"}, ("CONDITIONING",)),
+    "EmptySD3LatentImage": Shape({}, {"width": "INT", "height": "INT", "batch_size": "INT"}, ("LATENT",)),
+    "KSampler": Shape(
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
+        {
+            "seed": "INT",
+            "steps": "INT",
+            "cfg": "FLOAT",
+            "sampler_name": "COMBO",
+            "scheduler": "COMBO",
+            "denoise": "FLOAT",
+        },
+        ("LATENT",),
+    ),
+    "VAEDecode": Shape({"samples": "LATENT", "vae": "VAE"}, {}, ("IMAGE",)),
+    "SaveImage": Shape({"images": "IMAGE"}, {"filename_prefix": "STRING"}, ()),
 }
+_AFTER_SEED = "fixed"  # the editor keeps what becomes of a seed after a run behind it
 
 
 def to_editor(graph: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,9 +94,11 @@ def _node(number: int, about: Mapping[str, Any], links: list[list[Any]]) -> dict
     inputs += [
         {"name": name, "type": socket, "widget": {"name": name}, "link": None} for name, socket in shape.widgets.items()
     ]
+    title = about.get("_meta", {}).get("title", kind)
     return {
         "id": number,
         "type": kind,
+        **({} if title == kind else {"title": title}),
         "pos": [0, 0],
         "size": [_WIDTH, _ROW + _SLOT * max(len(shape.inputs), len(shape.outputs)) + _SLOT * len(shape.widgets)],
         "flags": {},
@@ -85,16 +107,26 @@ def _node(number: int, about: Mapping[str, Any], links: list[list[Any]]) -> dict
         "inputs": inputs,
         "outputs": [{"name": socket, "type": socket, "links": None} for socket in shape.outputs],
         "properties": {"Node name for S&R": kind},
-        "widgets_values": [values[name] for name in shape.widgets],
+        "widgets_values": list(_widget_values(values, shape)),
     }
 
 
+def _widget_values(values: Mapping[str, Any], shape: Shape) -> Iterator[Any]:
+    for name in shape.widgets:
+        yield values[name]
+        if name == "seed":
+            yield _AFTER_SEED
+
+
 def _place(nodes: Mapping[str, dict[str, Any]], links: list[list[Any]]) -> None:
-    """Columns by the longest way from a loader, so that every link runs to the right."""
+    """Columns such that every link runs to the right, and what feeds a node stands as near to it as it can."""
     column = dict.fromkeys(nodes, 0)
     for name, node in nodes.items():  # a node comes after what feeds it
         feeding = [str(origin) for _, origin, _, target, *_ in links if target == node["id"]]
         column[name] = 1 + max((column[one] for one in feeding), default=-1)
+    for name, node in reversed(nodes.items()):
+        fed = [str(target) for _, origin, _, target, *_ in links if origin == node["id"]]
+        column[name] = min((column[one] for one in fed), default=column[name] + 1) - 1
     below: dict[int, float] = {}
     for name, node in nodes.items():
         at = column[name]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import alkahest as ak
+from alkahest.nodes.examples import FOLDER, two_imports
 from alkahest.workflow.graph import read_graph
 from alkahest.workflow.translate import recipes_of
 
@@ -34,6 +35,12 @@ def browser(chromium: str) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def opened(browser: Any) -> Iterator[editor.Editor]:
     with editor.opened(browser) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def in_page(browser: Any) -> Iterator[editor.Editor]:
+    with editor.opened(browser, in_page=True) as found:
         yield found
 
 
@@ -69,9 +76,19 @@ def test_a_typed_number_is_sent_to_the_last_digit(
             assert opened.prompt()["1"]["inputs"][widget] == number, number
 
 
-def test_without_the_extension_six_digits_are_left(browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(editor.ANSWERS, "extensions", [])
-    with editor.opened(browser) as plain:
+@pytest.mark.parametrize(("kind", "widget", "least", "most"), numbers_of_ours())
+def test_so_is_one_that_is_typed_into_a_node_in_the_page(
+    kind: str, widget: str, least: float, most: float, in_page: editor.Editor
+) -> None:
+    in_page.load({"nodes": [{"id": 1, "type": kind, "pos": [300, 200]}], "links": [], "version": 0.4})
+    for number in NUMBERS:
+        if least <= number <= most:
+            in_page.type_into_page(1, widget, repr(number))
+            assert in_page.prompt()["1"]["inputs"][widget] == number, number
+
+
+def test_without_the_extension_six_digits_are_left(browser: Any) -> None:
+    with editor.opened(browser, extensions=[]) as plain:
         plain.load({"nodes": [{"id": 1, "type": "AlkahestMerge", "pos": [300, 200]}], "links": [], "version": 0.4})
         for number in (17.11, 171.1, 0.05, 0.04, 0.000001):
             plain.type_into(1, "multiplier", repr(number))
@@ -111,6 +128,28 @@ def test_a_graph_that_we_write_is_sent_as_it_was_written(
     for n, (x, y, width, height) in enumerate(boxes):  # it looks like a graph: no node lies on another
         for left, top, wide, high in boxes[:n]:
             assert x >= left + wide or left >= x + width or y >= top + high or top >= y + height
+
+
+@pytest.mark.parametrize("name", ["core", "alkahest"])
+def test_the_examples_are_sent_as_they_were_written(name: str, opened: editor.Editor) -> None:
+    opened.load(editor.json.loads((FOLDER / f"merge_two_imports_{name}.json").read_text()))
+    sent, wanted = opened.prompt(), two_imports(ours=name == "alkahest")
+    assert {n: (one["class_type"], one["inputs"]) for n, one in sent.items()} == {
+        n: (one["class_type"], one["inputs"]) for n, one in wanted.items()
+    }
+    titles = [one["_meta"]["title"] for one in sent.values()]
+    assert titles[:2] == ["the bridge: ALKAHEST", "a Turbo derivative"]
+
+
+@pytest.mark.parametrize("mode", ["opened", "in_page"])
+def test_an_error_of_ours_is_shown_on_its_node(mode: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(mode)
+    found.load({"nodes": [{"id": 1, "type": "AlkahestMerge", "pos": [300, 200]}], "links": [], "version": 0.4})
+    error = {"node_id": "1", "node_type": "AlkahestMerge", "exception_message": "Alkahest Merge: no number\n  fix: one"}
+    about = {"prompt_id": "1", "executed": [], "exception_type": "AlgebraError", "traceback": [], "timestamp": 1}
+    found.server.tell("execution_error", {**error, **about, "current_inputs": {}, "current_outputs": []})
+    shown = "() => [...document.querySelectorAll('textarea')].some(one => one.value.startsWith('Alkahest Merge: no'))"
+    found.page.wait_for_function(shown)
 
 
 def test_what_a_node_says_is_seen(opened: editor.Editor, tmp_path: Path) -> None:

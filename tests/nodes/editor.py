@@ -68,7 +68,8 @@ def object_info() -> dict[str, Any]:
 class Answer(web.RequestHandler):
     def get(self, name: str) -> None:
         first = name.split("/")[0]
-        found = object_info() if first == "object_info" else ANSWERS.get(first, [])
+        answers = self.application.settings["answers"]
+        found = object_info() if first == "object_info" else answers.get(first, [])
         self.set_header("Content-Type", "application/json")
         self.write(json.dumps(found))
 
@@ -90,7 +91,8 @@ class Socket(websocket.WebSocketHandler):
 class Server:
     """Runs in a thread of its own until it is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self.answers = answers
         self.address, self.sent, self.sockets = "", list[tuple[str, bytes]](), list[Socket]()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -108,6 +110,7 @@ class Server:
                 (r"/api/(.*)", Answer),
                 (r"/(.*)", web.StaticFileHandler, {"path": static, "default_filename": "index.html"}),
             ],
+            answers=self.answers,
             sent=self.sent,
             sockets=self.sockets,
         )
@@ -156,14 +159,23 @@ class Editor:
         field.fill(text)
         field.press("Enter")
 
+    def type_into_page(self, node: int, widget: str, text: str) -> None:
+        """The same where nodes are parts of the page ("Nodes 2.0") and not drawn on a canvas."""
+        field = self.page.locator(f"[data-node-id='{node}'] [data-widget-name='{widget}'] input")
+        field.focus()
+        field.fill(text)
+        field.press("Enter")
+
     def prompt(self) -> dict[str, Any]:
         """The graph as the editor would send it to the server."""
         return dict(self.page.evaluate("async () => (await window.app.graphToPrompt()).output"))
 
 
 @contextlib.contextmanager
-def opened(browser: Any) -> Iterator[Editor]:
-    server = Server()
+def opened(browser: Any, in_page: bool = False, **answers: Any) -> Iterator[Editor]:
+    """The editor, with its nodes on a canvas or in the page, and a server that gives other answers where told to."""
+    settings = {**ANSWERS["settings"], "Comfy.VueNodes.Enabled": in_page}
+    server = Server({**ANSWERS, "settings": settings, **answers})
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     try:
         page.goto(server.address)

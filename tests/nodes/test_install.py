@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import alkahest as ak
 from alkahest.cli import app
 from alkahest.errors import OutputError
 from alkahest.nodes.install import find_lacking, install, uninstall
@@ -22,6 +23,9 @@ def test_install_and_uninstall(comfyui: Path) -> None:
     folder = install(comfyui)
     assert folder == comfyui / "custom_nodes/alkahest"
     assert install(comfyui.parent) == folder  # the portable edition, and once more
+    examples = sorted((folder / "example_workflows").glob("*.json"))  # where ComfyUI looks for templates
+    assert [path.stem for path in examples] == ["merge_two_imports_alkahest", "merge_two_imports_core"]
+    assert all(ak.read_workflow(path) for path in examples)
     done = CliRunner().invoke(app, ["nodes", "uninstall", str(comfyui)])
     assert done.exit_code == 0
     assert not folder.exists()

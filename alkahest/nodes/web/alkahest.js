@@ -1,5 +1,6 @@
 // What ComfyUI's editor does not do by itself for these nodes: show what a node said below it, and keep every digit of
 // a number. Loaded by ComfyUI from WEB_DIRECTORY; see ComfyUI's documentation of JavaScript extensions.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
@@ -20,7 +21,17 @@ function keepDigits(widget) {
   Object.defineProperty(widget.options, "precision", { get: () => digits(widget.value), set: () => {}, enumerable: true });
 }
 
-function show(node, text) {
+// A node of the graph, or of a graph inside one of its nodes: 7, or 5:3.
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph, node;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+function show(node, text, failed = false) {
   let widget = node.widgets?.find((one) => one.name === REPORT);
   if (!widget) {
     widget = ComfyWidgets.STRING(node, REPORT, ["STRING", { multiline: true }], app).widget;
@@ -29,11 +40,13 @@ function show(node, text) {
     if (widget.element) {
       widget.element.readOnly = true;
       widget.element.style.fontFamily = "monospace";
-      widget.element.style.whiteSpace = "pre";
     }
   }
   widget.value = text;
-  if (widget.element) widget.element.style.borderLeft = WARNING.test(text) ? "4px solid #d55e00" : "none";
+  if (widget.element) {
+    widget.element.style.whiteSpace = failed ? "pre-wrap" : "pre"; // a report has columns
+    widget.element.style.borderLeft = failed || WARNING.test(text) ? "4px solid #d55e00" : "none";
+  }
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width, 360), Math.max(node.size[1], height + 60)]);
   node.graph?.setDirtyCanvas(true, true);
@@ -41,6 +54,13 @@ function show(node, text) {
 
 app.registerExtension({
   name: "alkahest",
+  setup() {
+    // The editor's own notice says that a node failed; why, only behind a button.
+    api.addEventListener("execution_error", ({ detail }) => {
+      const node = detail?.node_type?.startsWith("Alkahest") && nodeOf(detail.node_id);
+      if (node) show(node, detail.exception_message, true);
+    });
+  },
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("Alkahest")) return;
     for (const widget of node.widgets ?? []) {
