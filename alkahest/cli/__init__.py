@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from alkahest.cli import checkpoints, experiment, lora, measure, mini, nodes, train  # each adds its commands
+from alkahest.cli import checkpoints, experiment, lora, measure, mini, nodes, recipes, train  # each adds its commands
 from alkahest.cli.shared import app
 
-__all__ = ["app", "checkpoints", "experiment", "lora", "measure", "mini", "nodes", "train"]
+__all__ = ["app", "checkpoints", "experiment", "lora", "measure", "mini", "nodes", "recipes", "train"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,6 +37,12 @@ Dtype = Annotated[
 Layout = Annotated[str | None, typer.Option(help="native (ComfyUI), diffusers or all-in-one.")]
 ModelsDir = Annotated[
     Path | None, typer.Option(help="ComfyUI's folder, its models folder, or any that holds the files a workflow names.")
+]
+Passing = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of a workflow: a kind of node that changes no weights, where Alkahest does not know. Repeatable."
+    ),
 ]
 NodeId = Annotated[
     str | None, typer.Option("--node", help="Of a workflow that saves several models: the id of the node that saves.")
@@ -260,3 +268,9 @@ def _raise_if_stopped() -> None:
         raise KeyboardInterrupt
     if _stopped:
         raise SystemExit(128 + _stopped[0])
+
+
+def save(weights: alkahest.Weights, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Write weights and print what was written."""
+    result = drain(weights.stream(output, **options), quiet).result
+    print(json.dumps(dataclasses.asdict(result), indent=2, default=str) if as_json else result)

@@ -64,7 +64,7 @@ def two_imports(ours: bool) -> dict[str, Any]:
         node("UNETLoader", title, unet_name=file, weight_dtype="default") for title, file in _FILES.items()
     )
     imported = []
-    for title, variant, base in (("import of Turbo", *pairs[:2]), ("import of Base", *pairs[2:])):
+    for title, (variant, base) in {"import of Turbo": pairs[:2], "import of Base": pairs[2:]}.items():
         if ours:
             three = {"bridge": bridge, "variant": variant, "base": base}
             imported.append(node("AlkahestMerge", title, **three, multiplier=MULTIPLIER, protect="refiner", parts=""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from alkahest.engine.record import MAX_TEXT, METADATA_KEY, Recipe
 from alkahest.errors import RecipeError, refuse_unknown_options
@@ -18,7 +18,9 @@ from alkahest.workflow.translate import WorkflowRecipe, recipes_of
 
 
 @refuse_unknown_options
-def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Recipe]:
+def read_recipe(
+    path: str | os.PathLike[str], node: str | None = None, passing: Collection[str] = ()
+) -> tuple[str, Recipe]:
     """What a file is, in words, and the recipe in it.
 
     >>> what, recipe = ak.read_recipe("merged.safetensors"); recipe.text
@@ -26,10 +28,10 @@ def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[
 
     Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, and ComfyUI workflows: as JSON, in a
     picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
-    that saves the model; `ak.read_workflow` gives them all. What was trained has no recipe ``text``; ``made`` says what
+    that saves the model; `ak.read_workflow` gives them all, and says what ``passing`` is. What was trained has no recipe ``text``; ``made`` says what
     it was made of. Raises RecipeError if there is neither.
     """
-    what, found = recipes_in(path, node)
+    what, found = recipes_in(path, node, passing)
     if len(found) == 1:
         return what, found[0]
     known = [f"{one.node} ({one.saved_as or one.text})" for one in found if isinstance(one, WorkflowRecipe)]
@@ -42,7 +44,9 @@ def read_recipe(path: str | os.PathLike[str], node: str | None = None) -> tuple[
     )
 
 
-def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[str, Sequence[Recipe]]:
+def recipes_in(
+    path: str | os.PathLike[str], node: str | None = None, passing: Collection[str] = ()
+) -> tuple[str, Sequence[Recipe]]:
     """`read_recipe` with all recipes that a workflow has."""
     path = expanded(path, "recipe")
     if path.is_dir() or path.suffix == ".safetensors":
@@ -54,17 +58,17 @@ def recipes_in(path: str | os.PathLike[str], node: str | None = None) -> tuple[s
             said = "with a recipe inside" if recipe.text else "that was trained, which no recipe repeats"
             return f"a {kind} {said}", [recipe]
         if "prompt" in metadata or "workflow" in metadata:
-            return "a checkpoint that ComfyUI saved, with its workflow inside", read_workflow(path, node)
+            return "a checkpoint that ComfyUI saved, with its workflow inside", read_workflow(path, node, passing)
         raise RecipeError("recipe", "this checkpoint holds no recipe", file=path, fix="only merged files have one")
     reader = Reader(path)
     start = reader.read(0, min(reader.size, 64))
     if start.startswith(PNG):
-        return "a picture with a workflow in it", read_workflow(path, node)
+        return "a picture with a workflow in it", read_workflow(path, node, passing)
     if start.lstrip()[:1] == b"{":
         value = json_in(reader)
         if "recipe" in value:
             return "a recipe", [Recipe.from_json(reader.read(0, reader.size).decode(), path)]
-        return "a ComfyUI workflow", recipes_of(read_graph(value, path), path, node)
+        return "a ComfyUI workflow", recipes_of(read_graph(value, path), path, node, passing)
     if reader.size > MAX_TEXT * 10:
         raise RecipeError("recipe", "this is too long for a recipe", file=path, found=f"{reader.size:,} bytes")
     try:

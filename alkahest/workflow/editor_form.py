@@ -124,7 +124,7 @@ def _place(nodes: Mapping[str, dict[str, Any]], links: list[list[Any]]) -> None:
     for name, node in nodes.items():  # a node comes after what feeds it
         feeding = [str(origin) for _, origin, _, target, *_ in links if target == node["id"]]
         column[name] = 1 + max((column[one] for one in feeding), default=-1)
-    for name, node in reversed(nodes.items()):
+    for name, node in reversed(list(nodes.items())):
         fed = [str(target) for _, origin, _, target, *_ in links if origin == node["id"]]
         column[name] = min((column[one] for one in fed), default=column[name] + 1) - 1
     below: dict[int, float] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from alkahest.errors import RecipeError, refuse_unknown_options
@@ -21,7 +21,9 @@ _MAX_TEXT = 64 << 20  # bytes of one text in a picture, unpacked
 
 
 @refuse_unknown_options
-def read_workflow(path: str | os.PathLike[str], node: str | None = None) -> list[WorkflowRecipe]:
+def read_workflow(
+    path: str | os.PathLike[str], node: str | None = None, passing: Collection[str] = ()
+) -> list[WorkflowRecipe]:
     """The recipes in a ComfyUI workflow, one for each model that it saves, or else draws with.
 
     >>> (recipe,) = ak.read_workflow("merge.json"); recipe.text, recipe.files
@@ -29,17 +31,18 @@ def read_workflow(path: str | os.PathLike[str], node: str | None = None) -> list
     >>> build(recipe, recipe.locate("ComfyUI/models")).save("out.safetensors", **recipe.output)
 
     Takes the editor's form (with subgraphs) and the API form as JSON, PNG pictures, and checkpoints that ComfyUI
-    saved, of which only the recipe of that very file is given. ``node`` is the id of the one node that is asked for.
+    saved, of which only the recipe of that very file is given. ``node`` is the id of the one node that is asked for,
+    ``passing`` holds kinds of nodes of which you know that they change no weights, where Alkahest does not.
     Raises RecipeError that names the node, for whatever cannot be said in a recipe.
     """
     path = expanded(path, "recipe")
     if path.suffix == ".safetensors" or path.is_dir():
-        found = recipes_of(graph_in(locate(path).metadata, path), path, node)
+        found = recipes_of(graph_in(locate(path).metadata, path), path, node, passing)
         return _own(found, path) if node is None else found
     reader = Reader(path)
     if reader.size >= 8 and reader.read(0, 8) == PNG:
-        return recipes_of(graph_in(dict(_texts(reader)), path), path, node)
-    return recipes_of(read_graph(json_in(reader), path), path, node)
+        return recipes_of(graph_in(dict(_texts(reader)), path), path, node, passing)
+    return recipes_of(read_graph(json_in(reader), path), path, node, passing)
 
 
 def graph_in(metadata: Mapping[str, str], file: object) -> Graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ _KINDS = {**COMMUNITY, **CORE, **OWN}
 class Reading:
     """Follows the graph backwards from one node."""
 
-    def __init__(self, graph: Graph, source: Path | None, saves: bool = True) -> None:
+    def __init__(self, graph: Graph, source: Path | None, saves: bool = True, passing: Collection[str] = ()) -> None:
         self.graph, self.source, self.saves = graph, source, saves
+        self.passing = frozenset(passing)  # kinds of nodes of which the caller says that they change no weights
         self.files: dict[str, ModelFile] = {}
         self.notes: list[str] = []
         self.computed: dict[str, str] = {}  # id of a node that computes a multiplier -> the name it has in the recipe
@@ -85,6 +87,9 @@ class Reading:
         if node.kind in PASSING:
             self.pass_through(node)
             return self.model(node, "model")
+        if node.kind in self.passing:
+            self.notes.append(f"{node} is passed through because you said that it changes no weights")
+            return self.model(node, "model")
         if node.kind.startswith(_OTHER_FAMILIES):
             raise self.refusal(node, "this node is for another family of models", expected="Z-Image")
         raise self.refusal(
@@ -93,7 +98,8 @@ class Reading:
             expected=", ".join([*CORE, *OWN, "..."]),
             fix="it is a group node of an older editor: unpack it there and save again"
             if node.kind.startswith("workflow")
-            else "take it out, or save the model before it and start from that file",
+            else f"if it changes no weights: --passing {node.kind!r}, or passing= in Python; else save the model before it "
+            "and start from that file",
         )
 
     def pass_through(self, node: Node) -> None:

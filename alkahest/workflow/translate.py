@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ class WorkflowRecipe(Recipe):
         return {name: find_model(file, models, self.source) for name, file in self.files.items()}
 
 
-def recipes_of(graph: Graph, source: Path | None = None, node: str | None = None) -> list[WorkflowRecipe]:
+def recipes_of(
+    graph: Graph, source: Path | None = None, node: str | None = None, passing: Collection[str] = ()
+) -> list[WorkflowRecipe]:
     """One recipe for every node that saves a model, or for one of them; if there is none, for every model that is
     sampled.
     """
@@ -72,7 +75,7 @@ def recipes_of(graph: Graph, source: Path | None = None, node: str | None = None
         raise RecipeError(
             "workflow", f"no node {node} saves a model", file=source, fix=nearest(str(node), [one.id for one in found])
         )
-    made, failed = _each(graph, source, chosen)
+    made, failed = _each(graph, source, chosen, passing)
     if not made:
         errors = [error for _, error in failed]
         raise next((error for error in errors if "is missing" not in error.problem), errors[0])
@@ -84,14 +87,14 @@ def recipes_of(graph: Graph, source: Path | None = None, node: str | None = None
 
 
 def _each(
-    graph: Graph, source: Path | None, chosen: list[Node]
+    graph: Graph, source: Path | None, chosen: list[Node], passing: Collection[str]
 ) -> tuple[list[WorkflowRecipe], list[tuple[Node, AlkahestError]]]:
     """The recipes of outputs, and why others have none: one that cannot be read spoils no other."""
     made: list[WorkflowRecipe] = []
     failed: list[tuple[Node, AlkahestError]] = []
     for one in chosen:
         try:
-            made.append(_saved(Reading(graph, source, saves=one.kind not in _SAMPLERS), one))
+            made.append(_saved(Reading(graph, source, one.kind not in _SAMPLERS, passing), one))
         except AlkahestError as error:
             failed.append((one, error))
     return made, failed

@@ -12,8 +12,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_translate import LOADERS, SAVE, loader, node, recipe, write
+from typer.testing import CliRunner
 
 import alkahest as ak
+from alkahest.cli import app
 from alkahest.errors import RecipeError
 from alkahest.recipes.inputs import build
 from alkahest.workflow.editor import Absent, Link
@@ -277,6 +279,28 @@ def test_widgets_have_the_values_that_comfyuis_editor_sends() -> None:
             mine.remove(fitting[0])
             compared += len(literals)
     assert compared > 1000
+
+
+def test_an_unknown_node_is_passed_through_where_somebody_says_so(tmp_path: Path) -> None:
+    graph = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "bridge.safetensors", "weight_dtype": "default"}},
+        "2": {"class_type": "SomebodyElses", "inputs": {"model": ["1", 0], "amount": 0.3}},
+        "3": {"class_type": "ModelSave", "inputs": {"model": ["2", 0], "filename_prefix": "out"}},
+    }
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(graph))
+    with pytest.raises(RecipeError, match=r"if it changes no weights: --passing 'SomebodyElses'"):
+        ak.read_workflow(path)
+    (recipe,) = ak.read_workflow(path, passing=["SomebodyElses"])
+    assert recipe.text == "bridge"
+    assert recipe.notes == ["node 2 (SomebodyElses) is passed through because you said that it changes no weights"]
+    assert ak.read_recipe(path, passing=["SomebodyElses"])[1].text == "bridge"
+    said = CliRunner().invoke(app, ["recipe", str(path), "--passing", "SomebodyElses", "--json"])
+    found = json.loads(said.stdout)
+    assert (found["recipe"], found["plain"], found["notes"]) == ("bridge", "bridge", recipe.notes)
+    refused = CliRunner().invoke(app, ["merge", "a", "--passing", "X", "-o", str(tmp_path / "x.safetensors")])
+    assert refused.exit_code == 1
+    assert "--passing are for a workflow" in refused.output
 
 
 def test_no_node_is_both_passed_through_and_read() -> None:
