@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json or hub id.")],
+    source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json, hub id or mini:NAME.")],
     keys: Annotated[
         str | None, typer.Option(help="List the tensors that this pattern selects, such as refiner.")
     ] = None,
@@ -59,7 +59,7 @@ def inspect(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json or hub id.")],
+    source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json, hub id or mini:NAME.")],
     output: Output,
     dtype: Dtype = None,
     layout: Layout = None,

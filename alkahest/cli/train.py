@@ -86,11 +86,7 @@ def make_dataset(
         lines = lines_of(prompts, "make_dataset")
         models: dict[str, Any] = {}
         for source in model:
-            weights = (
-                alkahest.mini.load(source.removeprefix("mini:"))
-                if source.startswith("mini:")
-                else alkahest.open(source)
-            )
+            weights = alkahest.open(source)
             models[weights.name if weights.name not in models else f"{weights.name}_{len(models)}"] = alkahest.pipeline(
                 weights, components, device=device
             )

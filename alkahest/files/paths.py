@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from alkahest.errors import FileFormatError, OutputError
+from alkahest.errors import FileFormatError, OutputError, nearest
 
 _QUOTES = "\"'"
+MINI = "mini:"  # before a name of the family of miniatures, wherever a path is taken
+_SHIPPED = Path(__file__).parent.parent / "mini" / "weights"
 
 
 def expanded(source: str | os.PathLike[str], operation: str) -> Path:
@@ -16,8 +18,9 @@ def expanded(source: str | os.PathLike[str], operation: str) -> Path:
     >>> expanded('"~/models/a.safetensors"', "open")
     PosixPath('/home/ada/models/a.safetensors')
 
-    Raises FileFormatError (OutputError for an output) for what can be no path: a NUL, a user that does not exist, a
-    name that is too long.
+    ``mini:tb1`` is that member of the miniature family, and ``mini:`` the folder that they lie in. Raises
+    FileFormatError (OutputError for an output) for what can be no path: a NUL, a user that does not exist, a name that
+    is too long, a miniature that there is none of.
     """
     text = os.fspath(source)
     if not isinstance(text, str):  # bytes
@@ -27,7 +30,8 @@ def expanded(source: str | os.PathLike[str], operation: str) -> Path:
             raise ValueError("it holds a NUL")
         path = Path(text)
         if not os.path.lexists(path):
-            path = Path(_bare(text)).expanduser()
+            bare = _bare(text)
+            path = _shipped(bare, operation) if bare.startswith(MINI) else Path(bare).expanduser()
         os.path.lexists(path)
         path.exists()
     except (OSError, ValueError, RuntimeError) as error:
@@ -40,6 +44,22 @@ def expanded(source: str | os.PathLike[str], operation: str) -> Path:
             fix="check the path; ~name is the home of a user of this machine",
         ) from None
     return path
+
+
+def _shipped(text: str, operation: str) -> Path:
+    """The file or folder of the package that ``mini:NAME`` means; a file's suffix may be left out."""
+    name = text.removeprefix(MINI)
+    if operation == "save":
+        fix = f"a path of your own, such as {name or 'merged'}.safetensors"
+        raise OutputError(operation, "the miniature family is read, not written", file=text, fix=fix)
+    files = [path for path in sorted(_SHIPPED.glob("*.safetensors")) if path.stem != "judge"]  # which is no model here
+    known = {path.stem: path for path in files} | {"components": _SHIPPED / "components"}
+    if not name:
+        return _SHIPPED
+    found = known.get(name.removesuffix(".safetensors"))
+    if found is None or not found.exists():
+        raise FileFormatError(operation, "there is no such miniature", file=text, fix=nearest(name, known))
+    return found
 
 
 def recorded_name(path: Path) -> str:

@@ -16,7 +16,7 @@ from alkahest.engine.load import fill
 from alkahest.engine.options import Options
 from alkahest.engine.scalars import Rules
 from alkahest.errors import FileFormatError, RecipeError
-from alkahest.files.paths import expanded
+from alkahest.files.paths import MINI, expanded
 from alkahest.model import seeded
 from alkahest.model.dtypes import FORMATS
 from alkahest.model.families import Family
@@ -33,8 +33,6 @@ from alkahest.training import parallel
 from alkahest.training.config import Config
 from alkahest.training.events import TrainingStep
 
-_MINI = "mini:"
-
 
 def open_inputs(config: Config) -> dict[str, Checkpoint]:
     """The checkpoints that a run names, opened: ``mini:NAME`` is one of the miniature family, all else a path or hub
@@ -42,8 +40,8 @@ def open_inputs(config: Config) -> dict[str, Checkpoint]:
     """
     inputs = {}
     for name, source in config.inputs.items():
-        if source.startswith(_MINI):
-            inputs[name] = mini.load(source.removeprefix(_MINI))
+        if source.startswith(MINI):
+            inputs[name] = mini.load(source.removeprefix(MINI))
         else:
             found = config.folder / expanded(source, "finetune")
             inputs[name] = open_checkpoint(found if found.exists() else source, name=name)
