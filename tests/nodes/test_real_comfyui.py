@@ -25,6 +25,25 @@ pytestmark = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="not ru
 PREFIX = "model.diffusion_model."
 
 
+OTHERS = """
+class SomebodyElses:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "change", "others"
+
+    def change(self, model):
+        changed = model.clone()
+        keys = [key for key in model.get_key_patches("diffusion_model.layers.") if key.endswith(".w1.weight")]
+        changed.add_patches({key: ("diff", (model.get_key_patches()[key][0][0],)) for key in keys}, 0.25)
+        return (changed,)
+
+
+NODE_CLASS_MAPPINGS = {"SomebodyElses": SomebodyElses}
+"""
+
+
 @pytest.fixture(scope="module")
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from comfyui import started
@@ -35,6 +54,8 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     ak.made_up(layers=1, seed=1).save(places["bridge"])
     ak.made_up(layers=1, seed=2, delta=0.02).save(places["z/variant"])
     ak.made_up(layers=1, seed=2).save(places["base"])
+    (base / "custom_nodes/others").mkdir(parents=True)
+    (base / "custom_nodes/others/__init__.py").write_text(OTHERS)
     with started(base, "--bf16-unet") as server:
         yield server
 
@@ -198,14 +219,14 @@ def test_recipe_save_of_a_graph_that_no_recipe_tells(comfyui: Any) -> None:
     graph = {
         **LOADERS,
         "nm": GRAPHS["our merge"]["nout"],
-        "nout": node("PerturbedAttentionGuidance", model="nm", scale=3.0),
+        "nout": node("SomebodyElses", model="nm"),
         "nsave": node("AlkahestSave", model="nout", filename_prefix="out/streamed"),
         "ncore": node("ModelSave", model="nout", filename_prefix="out/core"),
     }
     said = comfyui.run(graph)
-    assert "PerturbedAttentionGuidance" in said["nsave"]["text"][0]
+    assert "SomebodyElses" in said["nsave"]["text"][0]
     assert differing(comfyui.saved("out/streamed"), comfyui.saved("out/core")) == {}
-    with pytest.raises(ak.AlkahestError, match="PerturbedAttentionGuidance"):
+    with pytest.raises(ak.AlkahestError, match="SomebodyElses"):
         ak.read_recipe(comfyui.saved("out/streamed"))
     for name in ("streamed", "core"):
         comfyui.saved(f"out/{name}").unlink()
