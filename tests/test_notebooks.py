@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
-import shutil
+import contextlib
+import io
 from pathlib import Path
 
 import nbformat
 import pytest
 import tiny
-from nbclient.exceptions import CellExecutionError
+from IPython.core.interactiveshell import InteractiveShell
 from nbformat import NotebookNode
 from notebook_runs import FOLDER, NOTEBOOKS, executed
 
 import alkahest as ak
+from alkahest.lab.models import KEYS, write_models
 
 
 def source_lines(cell: NotebookNode) -> list[str]:
@@ -58,115 +60,109 @@ def test_house_shape(path: Path) -> None:
     assert "widgets" not in notebook.metadata
 
 
-OWN = {
-    "01-two-lineages": {"base": "base", "turbo": "turbo", "deturbo": "deturbo", "variant": "base-variant"},
-    "02-the-naive-merge": {"base": "base", "turbo": "turbo"},
-    "04-delta-magnitudes": {
-        "base": "base",
-        "strong": "base-variant",
-        "weak": "base-weak",
-        "weak_bf16": "base-weak-bf16",
-    },
-    "06-importing-a-model": {"bridge": "tb1", "base": "deturbo", "variant": "turbo-variant"},
-    "08-merging-across-lineages": {
-        "bridge": "tb1",
-        "base": "base",
-        "of_base": "base-variant",
-        "deturbo": "deturbo",
-        "of_turbo": "turbo-variant",
-    },
-}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_runs_clean_and_its_outputs_are_fresh(path: Path, tmp_path: Path) -> None:
-    """Once for two questions: those that take files of one's own are given the miniatures as such files."""
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    (tmp_path / "experiments").symlink_to(FOLDER.parent / "experiments")  # where recorded results are read from
-    committed = nbformat.read(path, as_version=4)
-    fresh = executed(with_own_files(path, tmp_path, OWN[path.stem]) if path.stem in OWN else path, folder)
+    """Without any files of one's own, on the miniatures."""
+    (tmp_path / "notebooks").mkdir()
+    link_recorded(tmp_path)
+    fresh = executed(path, tmp_path / "notebooks")
     for cell in fresh.cells:
         for output in cell.get("outputs", []):
             assert output.output_type != "error"
             assert output.get("name") != "stderr", output.get("text")
-    own = path.stem in OWN  # titles say so of files that lie in the package
-    found, expected = (
-        [text.replace(" (miniatures)", "") if own else text for text in texts(one)] for one in (fresh, committed)
-    )
-    assert found == expected, "run `make notebooks`"
+    assert texts(fresh) == texts(nbformat.read(path, as_version=4)), "run `make notebooks`"
 
 
-def with_own_files(path: Path, folder: Path, own: dict[str, str]) -> Path:
-    """The notebook with files where it takes the miniatures; they have the miniatures' names, and lie elsewhere."""
-    given = {key: str(folder / f"{member}.safetensors") for key, member in own.items()}
-    for key, member in own.items():
-        shutil.copy(ak.mini.load(member).path, given[key])
-    notebook = nbformat.read(path, as_version=4)
-    assert "CHECKPOINTS = None" in notebook.cells[2].source
-    notebook.cells[2].source = notebook.cells[2].source.replace("CHECKPOINTS = None", f"CHECKPOINTS = {given}")
-    nbformat.write(notebook, folder / "own.ipynb")
-    return folder / "own.ipynb"
+# What makes a notebook short, where files and settings are not what is looked at.
+SHORT: dict[str, dict[str, object]] = {
+    "02-the-naive-merge": {"PROMPTS": 1, "STEPS": 2},
+    "05-why-171x": {"KS": (30,), "PROMPTS": 1, "COUNT": 4, "STEPS": 2},
+    "06-importing-a-model": {"COUNT": 4, "STEPS": 2},
+    "07-supplement-loras": {"RANKS": (4,), "STRENGTHS": (0.1,), "PROMPTS": 3, "STEPS": 2},
+    "08-merging-across-lineages": {"STEPS": 1, "PROMPTS": ["a cyan heart", "a red ball", "a fox"]},
+}
+WIDTH = {"dim": 64, "n_heads": 2, "n_kv_heads": 2}  # the miniatures' is 96, and they have four layers
+TRAINED_FROM = {"variant": "base", "of_turbo": "deturbo", "weak": "base", "weak_bf16": "base"}
 
 
-def test_the_notebook_for_files_of_ones_own_runs_on_them(tmp_path: Path) -> None:
-    (tmp_path / "notebooks").mkdir()
-    own = {"bridge": "tb1", "variant": "base-variant", "base": "base", "other_base": "turbo"}  # by default it has more
-    path = with_own_files(FOLDER / "09-your-own-files.ipynb", tmp_path, own)
-    assert any("fits on the disk: True" in text for text in texts(executed(path, tmp_path / "notebooks")))
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models file that names everything, and no miniature."""
+    from diffusers import ZImagePipeline
+
+    folder = tmp_path_factory.mktemp("own")
+    states = {}
+    for seed, name in enumerate(("base", "turbo", "deturbo", "bridge")):
+        states[name] = tiny.model(seed, **WIDTH).state_dict()
+    for seed, (name, base) in enumerate(TRAINED_FROM.items()):
+        changed = tiny.near(states[base], 0.001 if "weak" in name else 0.05, 9 + seed)
+        states[name] = {key: states[base][key] if "refiner" in key else value for key, value in changed.items()}
+    assert states.keys() == KEYS.keys()
+    for name, values in states.items():
+        tiny.write(folder / f"my_{name}.safetensors", tiny.native(values))
+    ZImagePipeline(transformer=None, **tiny.components()).save_pretrained(folder / "parts")
+    named = {name: f"my_{name}.safetensors" for name in states} | {"components": "parts"}
+    return write_models(folder / "models.toml", named)
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_without_files_of_ones_own_it_takes_the_same_miniatures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(FOLDER)
-    loaded = []
-    monkeypatch.setattr(ak.mini, "load", lambda member, load=ak.mini.load: loaded.append(member) or load(member))
-    space: dict[str, object] = {}
-    for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells[:5]:
-        if cell.cell_type == "code":
-            exec(cell.source, space)
-    assert set(loaded) >= set(OWN[name].values())
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_runs_to_its_end_on_files_of_ones_own(path: Path, own: Path, tmp_path: Path) -> None:
+    said = run_cells(path, tmp_path, MODELS=str(own))
+    assert "your files, named in models.toml: " in said
+    assert "miniatures, because" not in said
 
 
-def test_the_switch_to_real_files_works(trio: dict[str, Path], tmp_path: Path) -> None:
-    notebook = nbformat.read(FOLDER / "00-start-here.ipynb", as_version=4)
-    cell = notebook.cells[2]
-    assert "CHECKPOINTS = None" in cell.source
-    cell.source = cell.source.replace(
-        "CHECKPOINTS = None", f"CHECKPOINTS = { {name: str(path) for name, path in trio.items()} }"
-    )
-    nbformat.write(notebook, tmp_path / "real.ipynb")
-    fresh = executed(tmp_path / "real.ipynb", tmp_path)
-    assert any("2 layers, width 96" in text for text in texts(fresh))
+@pytest.mark.parametrize("name", ["01-two-lineages", "06-importing-a-model", "09-your-own-files"])
+def test_what_is_not_named_is_a_miniature_and_said(name: str, own: Path, tmp_path: Path) -> None:
+    """As most people have it: Base, a derivative of it and a bridge; nothing to draw with."""
+    few = {key: str(own.parent / f"my_{key}.safetensors") for key in ("bridge", "base", "variant")}
+    said = run_cells(FOLDER / f"{name}.ipynb", tmp_path, MODELS=str(write_models(tmp_path / "few.toml", few)))
+    expected = {
+        "01-two-lineages": "miniatures, because few.toml names no turbo (your base is not used here)",
+        "06-importing-a-model": "miniatures, because no components are named to draw yours with",
+        "09-your-own-files": "your files, named in few.toml: bridge = my_bridge.safetensors",
+    }
+    assert expected[name] in said
 
 
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("09-your-own-files", '{"bridge": "brige.safetensors"}', "did you mean"),
-        (
-            "06-importing-a-model",
-            '{"bridge": "text.safetensors", "base": "base.safetensors", "variant": "base.safetensors"}',
-            "not a safetensors file|safetensors",
-        ),
-        (
-            "00-start-here",
-            '{"bridge": "bridge.safetensors", "variant": "other.safetensors", "base": "base.safetensors"}',
-            "shape|tensors",
-        ),
+        ("09-your-own-files", {"bridge": "my_brige"}, "as models.toml names it: no such file.*did you mean"),
+        ("06-importing-a-model", {"bridge": "text"}, "as models.toml names it: .*not a safetensors file"),
+        ("00-start-here", {"variant": "deep"}, "shape|tensors"),
     ],
 )
 def test_a_missing_or_wrong_file_is_said(
-    name: str, given: str, message: str, trio: dict[str, Path], tmp_path: Path
+    name: str, given: dict[str, str], message: str, own: Path, tmp_path: Path
 ) -> None:
-    for each, path in trio.items():
-        (tmp_path / f"{each}.safetensors").write_bytes(path.read_bytes())
+    for each in ("bridge", "base", "variant"):
+        (tmp_path / f"my_{each}.safetensors").symlink_to(own.parent / f"my_{each}.safetensors")
     (tmp_path / "text.safetensors").write_text("I am no model")
-    tiny.write(tmp_path / "other.safetensors", tiny.state(layers=1))
-    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    notebook.cells[2].source = notebook.cells[2].source.replace("CHECKPOINTS = None", f"CHECKPOINTS = {given}")
-    nbformat.write(notebook, tmp_path / "wrong.ipynb")
-    with pytest.raises(CellExecutionError, match=message) as caught:
-        executed(tmp_path / "wrong.ipynb", tmp_path)
-    assert "Error" in caught.value.ename
-    assert "alkahest" in caught.value.traceback
+    tiny.write(tmp_path / "deep.safetensors", tiny.state(layers=1))
+    named = {each: f"my_{each}" for each in ("bridge", "base", "variant")} | given
+    models = write_models(tmp_path / "models.toml", {each: f"{file}.safetensors" for each, file in named.items()})
+    with pytest.raises(ak.AlkahestError, match=f"(?s){message}"):
+        run_cells(FOLDER / f"{name}.ipynb", tmp_path, MODELS=str(models))
+
+
+def link_recorded(folder: Path) -> None:
+    """Where notebooks look for recorded results."""
+    (folder / "experiments").symlink_to(FOLDER.parent / "experiments")
+
+
+def run_cells(path: Path, folder: Path, **parameters: object) -> str:
+    """What a notebook's cells print and show, run in this process: a kernel for each would take longer than they do."""
+    link_recorded(folder)
+    (folder / "notebooks").mkdir()
+    shell = InteractiveShell()
+    said = io.StringIO()
+    with contextlib.chdir(folder / "notebooks"), contextlib.redirect_stdout(said):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type != "code":
+                continue
+            result = shell.run_cell(cell.source)
+            if cell.metadata.get("tags") == ["parameters"]:
+                shell.push({**SHORT.get(path.stem, {}), **parameters})
+            result.raise_error()
+    return said.getvalue()

@@ -14,7 +14,7 @@ from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
 from alkahest.files.shards import Located, choose_in_folder, open_index, open_shard_files, read_json, shards_with
 
-_HUB_ID = re.compile(r"(\w[\w.-]*)/\w[\w.-]*(?<!\.safetensors)(/.+\.safetensors)?")
+HUB_ID = re.compile(r"(\w[\w.-]*)/\w[\w.-]*(?<!\.safetensors)(/.+\.safetensors)?")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
@@ -28,7 +28,7 @@ def locate(source: str | os.PathLike[str]) -> Located:
     if not str(source):
         raise FileFormatError("open", "an empty path", fix="name a file, a folder or a hub id")
     path = expanded(source, "open")
-    hub_id = _HUB_ID.fullmatch(str(source).strip())
+    hub_id = HUB_ID.fullmatch(str(source).strip())
     if hub_id and not path.exists() and not Path(hub_id[1]).is_dir():
         path = _from_hub(str(source).strip())
     try:

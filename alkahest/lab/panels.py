@@ -21,6 +21,7 @@ from alkahest.lab.explore import Explorer, explore
 from alkahest.lab.figure import COLOURS
 from alkahest.lab.jobs import Job
 from alkahest.lab.live_merge import live_merge as live_merge
+from alkahest.lab.models_picker import models_picker as models_picker
 from alkahest.lab.sampling_grid import sampling_grid as sampling_grid
 from alkahest.lab.training_monitor import training_monitor as training_monitor
 from alkahest.lora.rank import RULES, lora_ranks
@@ -37,6 +38,7 @@ __all__ = [
     "checkpoint_picker",
     "delta_browser",
     "live_merge",
+    "models_picker",
     "multiplier_panel",
     "rank_panel",
     "sampling_grid",

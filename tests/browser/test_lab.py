@@ -267,3 +267,16 @@ def test_the_other_panels_in_the_browser(opened: Callable[..., Any], tmp_path: P
     page.get_by_text("nothing measured yet").wait_for(timeout=WAIT)
     assert errors(page) == 0
     page.screenshot(path=tmp_path / "panels.png", full_page=True)
+
+
+def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:
+    path = ak.mini.load("base").path
+    page = opened("models", FAMILY, f"panels.models_picker('{tmp_path}/models.toml', '{path.parent}')")
+    box = page.get_by_label("base: Base, which its derivatives were trained from", exact=True)
+    box.fill(str(path), timeout=WAIT)
+    box.press("Enter")
+    page.get_by_text("1,501,504 parameters, 4 layers, width 96").wait_for(timeout=WAIT)
+    page.screenshot(path=tmp_path / "models.png")
+    page.get_by_role("button", name="Save models.toml").click()
+    page.get_by_text("Run the notebook again from its top").wait_for(timeout=WAIT)
+    assert f'base = "{path}"' in (tmp_path / "models.toml").read_text()
