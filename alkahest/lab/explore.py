@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,8 @@ from matplotlib.figure import Figure
 
 from alkahest.errors import AlkahestError, unknown
 from alkahest.lab.figure import png
-from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, number_with_slider
+from alkahest.lab.number_slider import NumberSlider
+from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw
 
 _DRAWING = threading.Lock()  # callbacks come from several threads, and matplotlib's caches are shared
 
@@ -25,11 +25,16 @@ class Explorer(Panel):
         super().__init__()
         self._draw = draw
         self._size = size
-        self._ranges: dict[str, tuple[float, float]] = {}
         self._redraw = Redraw(self._draw_figure, self.alert)
         self.controls: dict[str, Any] = {}
-        rows = [self._row(name, default, controls.get(name)) for name, default in _defaults(draw, controls).items()]
-        self.children = [widgets.HBox(rows, layout=widgets.Layout(flex_flow="row wrap")), self.picture, self.status]
+        self.rows = {
+            name: self._row(name, default, controls.get(name)) for name, default in _defaults(draw, controls).items()
+        }
+        self.children = [
+            widgets.HBox(list(self.rows.values()), layout=widgets.Layout(flex_flow="row wrap")),
+            self.picture,
+            self.status,
+        ]
         for control in self.controls.values():
             control.observe(lambda _: self._redraw.request(), names="value")
         self.redraw()
@@ -49,23 +54,13 @@ class Explorer(Panel):
             figure = Figure(figsize=self._size, layout="constrained", facecolor="white")
             alt = str(self._draw(figure, **values))
             self.show(png(figure), alt)
-            self.status.value = "<br>".join(html.escape(line, quote=False) for line in self._outside(values))
+            self.say("")
         yield
 
     def _row(self, name: str, default: Any, given: Any) -> Any:
-        control, slider, bounds = _control(name, default, given)
-        self.controls[name] = control
-        if bounds is not None:
-            self._ranges[name] = bounds
-        return control if slider is None else widgets.VBox([control, slider])
-
-    def _outside(self, values: dict[str, Any]) -> list[str]:
-        found = [(name, values[name], *bounds) for name, bounds in self._ranges.items()]
-        return [
-            f"{name} = {value:g} lies outside the slider's {low:g} to {high:g}; it is used as it stands"
-            for name, value, low, high in found
-            if not low <= value <= high
-        ]
+        row = _control(name, default, given)
+        self.controls[name] = row.box if isinstance(row, NumberSlider) else row
+        return row
 
 
 def explore(draw: Callable[..., str], *, size: tuple[float, float] = (9, 4.5), **controls: Any) -> Explorer:
@@ -74,8 +69,8 @@ def explore(draw: Callable[..., str], *, size: tuple[float, float] = (9, 4.5), *
     >>> explore(lambda fig, *, k=1.0: plots.survival(table, ax=fig.subplots()).alt, k=(0.1, 1000, "log"))
 
     A control follows from the default: a number box, a text box, a checkbox. ``name=[...]`` gives a menu,
-    ``name=(low, high)`` or ``(low, high, "log")`` a slider that writes into the number box. The box is the
-    truth: it takes any number, and the status line says when that lies outside the slider's range. Drawing
+    ``name=(low, high)`` or ``(low, high, "log")`` a slider beside the number box. The two are one value: the box takes any
+    number, the slider goes where it is, and a line says when that lies outside its range. Drawing
     waits until the controls rest, runs in a thread of its own, and shows its errors instead of raising.
     """
     return Explorer(draw, size, controls)
@@ -98,8 +93,8 @@ def _defaults(draw: Callable[..., str], controls: dict[str, Any]) -> dict[str, A
     return found
 
 
-def _control(name: str, default: Any, given: Any) -> tuple[Any, Any, tuple[float, float] | None]:
-    """A control for one argument; a slider that writes into it and its range, if one was asked for."""
+def _control(name: str, default: Any, given: Any) -> Any:
+    """A control for one argument, with a slider if a range was asked for."""
     label = {"description": name.replace("_", " "), "style": STYLE, "layout": WIDE}
     if isinstance(given, tuple):
         return _number_with_slider(name, default, given, label)
@@ -107,7 +102,7 @@ def _control(name: str, default: Any, given: Any) -> tuple[Any, Any, tuple[float
         options = list(given)
         if default not in options:
             raise AlkahestError("explore", f"the default of {name} is not in its menu", expected=options, found=default)
-        return widgets.Dropdown(options=options, value=default, **label), None, None
+        return widgets.Dropdown(options=options, value=default, **label)
     for kind, control in (
         (bool, widgets.Checkbox),
         (int, widgets.IntText),
@@ -115,7 +110,7 @@ def _control(name: str, default: Any, given: Any) -> tuple[Any, Any, tuple[float
         (str, widgets.Text),
     ):
         if isinstance(default, kind):
-            return control(value=default, **label), None, None
+            return control(value=default, **label)
     raise AlkahestError(
         "explore",
         f"no control is known for the default of {name}",
@@ -124,9 +119,7 @@ def _control(name: str, default: Any, given: Any) -> tuple[Any, Any, tuple[float
     )
 
 
-def _number_with_slider(
-    name: str, default: Any, given: tuple[Any, ...], label: dict[str, Any]
-) -> tuple[Any, Any, tuple[float, float]]:
+def _number_with_slider(name: str, default: Any, given: tuple[Any, ...], label: dict[str, Any]) -> NumberSlider:
     low, high, *kind = given
     log = kind == ["log"]
     if not low < high or (log and low <= 0) or (kind and not log):
@@ -136,4 +129,4 @@ def _number_with_slider(
             expected="(low, high) or (low, high, 'log')",
             found=given,
         )
-    return *number_with_slider(label["description"], default, low, high, log), (float(low), float(high))
+    return NumberSlider(label["description"], default, low, high, log)

@@ -22,7 +22,8 @@ from alkahest.files.paths import expanded
 from alkahest.files.whole import write_text
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
-from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, number_with_slider, text_lines
+from alkahest.lab.number_slider import NumberSlider
+from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, text_lines
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample
@@ -97,7 +98,8 @@ class _Row(widgets.VBox):  # type: ignore[misc]
         self, name: str, delta: Delta, k: float, bounds: tuple[float, float], log: bool, parts: Sequence[str]
     ) -> None:
         self.delta, self.name = delta, name
-        self.k, slider = number_with_slider(f"k of {name}" if log else f"strength of {name}", k, *bounds, log)
+        number = NumberSlider(f"k of {name}" if log else f"strength of {name}", k, *bounds, log)
+        self.k = number.box
         parts = parts or list(dict.fromkeys(delta.family.part_of(key).split(".")[0] for key in delta.shapes))
         self.parts = {
             part: widgets.FloatText(value=1.0, description=f"{name}: {part} x", style=STYLE, layout=WIDE)
@@ -106,7 +108,7 @@ class _Row(widgets.VBox):  # type: ignore[misc]
         self.by_part = widgets.Checkbox(value=False, description=f"{name}: by part", style=STYLE, indent=False)
         box = widgets.VBox(list(self.parts.values()), layout=widgets.Layout(display="none"))
         self.by_part.observe(lambda change: setattr(box.layout, "display", None if change["new"] else "none"), "value")
-        super().__init__([self.k, slider, self.by_part, box])
+        super().__init__([number, self.by_part, box])
 
     @property
     def controls(self) -> list[Any]:

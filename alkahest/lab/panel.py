@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -127,24 +126,3 @@ def text_lines(label: str, texts: Sequence[str], **given: Any) -> Any:
 def lines_of(box: Any) -> list[str]:
     """The texts in a box, empty lines left out."""
     return [line.strip() for line in box.value.splitlines() if line.strip()]
-
-
-def number_with_slider(name: str, value: float, low: float, high: float, log: bool = False) -> tuple[Any, Any]:
-    """A number box that takes any number, and a slider that writes into it and never back."""
-    box = widgets.FloatText(value=float(value), description=name, style=STYLE, layout=WIDE)
-    # readout=False: the box shows the number, and the slider's own is rounded to its step.
-    common = {"description": f"{name} (slider)", "readout": False, "style": STYLE}
-    inside = min(max(float(value), low), high)
-    if log:
-        slider = widgets.FloatLogSlider(value=inside, min=math.log10(low), max=math.log10(high), step=0.01, **common)
-    else:
-        slider = widgets.FloatSlider(value=inside, min=low, max=high, step=(high - low) / 200, **common)
-
-    def moved(change: Any) -> None:
-        # As it is shown, a slider takes its value to its nearest step and says so: nobody moved it then.
-        old, new = (math.log10(change[name]) if log else change[name] for name in ("old", "new"))
-        if abs(new - old) > 0.6 * slider.step:
-            box.value = float(f"{change['new']:.4g}")
-
-    slider.observe(moved, names="value")
-    return box, slider
