@@ -14,16 +14,14 @@ import pandas as pd
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
-from alkahest.engine.options import Options
-from alkahest.engine.record import readers_of, recipe_of
-from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options, unknown
-from alkahest.files.hashes import blake3_of
-from alkahest.files.paths import expanded
-from alkahest.files.whole import write_text
+from alkahest.errors import AlgebraError, refuse_unknown_options, unknown
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
-from alkahest.lab.number_slider import NumberSlider
-from alkahest.lab.panel import STYLE, WIDE, Panel, Redraw, lines_of, text_lines
+from alkahest.lab.live_controls import DeltaRow, sampling_controls
+from alkahest.lab.measure_words import Range, measures_table
+from alkahest.lab.panel import STYLE, Panel, Redraw, lines_of
+from alkahest.lab.recipe_file import stream_recipe
+from alkahest.lab.trail import Drawn, Trail
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
 _DRAWING = threading.Lock()  # one live merge draws at a time: two would halve each other's speed
 _PREVIEW = 0.25  # seconds between previews
 _WRAP = widgets.Layout(flex_flow="row wrap")
+_OWN_SEEDS = 3  # of the bridge's own pictures, whose measures are the usual range
 
 
 @refuse_unknown_options
@@ -83,45 +82,13 @@ def live_merge(
             raise unknown("live_merge", "no such sampling setting", name, (*SETTINGS, "seed"))
     starts = k if isinstance(k, Mapping) else dict.fromkeys(deltas, k)
     rows = [
-        _Row(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts) for name, delta in deltas.items()
+        DeltaRow(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts)
+        for name, delta in deltas.items()
     ]
-    rows += [_Row(name, lora, 0.0, (0.0, 2.0), False, parts) for name, lora in (loras or {}).items()]
+    rows += [DeltaRow(name, lora, 0.0, (0.0, 2.0), False, parts) for name, lora in (loras or {}).items()]
     live = LiveModel(bridge, components, memory=memory, dtype=dtype, storage=storage, device=device, offload=offload)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     return LiveMerge(bridge, rows, texts, live, protect, dict(sampling or {}), look)
-
-
-class _Row(widgets.VBox):  # type: ignore[misc]
-    """One delta's multiplier, and one for each of its parts behind a checkbox."""
-
-    def __init__(
-        self, name: str, delta: Delta, k: float, bounds: tuple[float, float], log: bool, parts: Sequence[str]
-    ) -> None:
-        self.delta, self.name = delta, name
-        number = NumberSlider(f"k of {name}" if log else f"strength of {name}", k, *bounds, log)
-        self.k = number.box
-        parts = parts or list(dict.fromkeys(delta.family.part_of(key).split(".")[0] for key in delta.shapes))
-        self.parts = {
-            part: widgets.FloatText(value=1.0, description=f"{name}: {part} x", style=STYLE, layout=WIDE)
-            for part in parts
-        }
-        self.by_part = widgets.Checkbox(value=False, description=f"{name}: by part", style=STYLE, indent=False)
-        box = widgets.VBox(list(self.parts.values()), layout=widgets.Layout(display="none"))
-        self.by_part.observe(lambda change: setattr(box.layout, "display", None if change["new"] else "none"), "value")
-        super().__init__([number, self.by_part, box])
-
-    @property
-    def controls(self) -> list[Any]:
-        return [self.k, self.by_part, *self.parts.values()]
-
-    @property
-    def scaled(self) -> Delta | None:
-        """The delta times what the boxes say; None at 0."""
-        if self.k.value == 0:
-            return None
-        factors = {part: box.value for part, box in self.parts.items() if box.value != 1} if self.by_part.value else {}
-        delta = self.delta.scaled(factors) if factors else self.delta
-        return delta * float(self.k.value)
 
 
 class LiveMerge(Panel):
@@ -132,7 +99,7 @@ class LiveMerge(Panel):
     def __init__(
         self,
         bridge: Weights,
-        rows: list[_Row],
+        rows: list[DeltaRow],
         prompts: list[str],
         live: LiveModel,
         protect: str,
@@ -144,7 +111,10 @@ class LiveMerge(Panel):
         self.images: list[Image] = []
         self.measures: dict[str, float] = {}
         self._shown: Weights = bridge
-        self._kept: list[dict[str, Any]] = []
+        self._drawn_values: dict[str, float] = {}
+        self._kept: list[Drawn] = []
+        self._picked: Drawn | None = None
+        self._usual: dict[str, Range] = {}
         self._redraw = Redraw(self._draw_picture, self.alert)
         self.protect = widgets.Checkbox(
             value=True,
@@ -153,7 +123,7 @@ class LiveMerge(Panel):
             style=STYLE,
             indent=False,
         )
-        self.settings = _sampling_controls(prompts, sampling)
+        self.settings = sampling_controls(prompts, sampling)
         self._fixed = {name: value for name, value in sampling.items() if name not in self.settings}
         self._arrange()
         for control in [self.protect, *self.settings.values(), *(c for row in rows for c in row.controls)]:
@@ -174,7 +144,7 @@ class LiveMerge(Panel):
     @property
     def kept(self) -> pd.DataFrame:
         """Recipe text and measures of what was kept."""
-        return pd.DataFrame([{"recipe": one["recipe"], **one["measures"]} for one in self._kept])
+        return pd.DataFrame([{"recipe": one.recipe, **one.measures} for one in self._kept])
 
     def wait(self, seconds: float | None = None) -> None:
         """Block until the picture follows the controls; for scripts and tests."""
@@ -187,37 +157,65 @@ class LiveMerge(Panel):
 
     def keep(self) -> None:
         """Put the picture aside, to compare with what comes."""
-        if self.images:
-            self._kept.append({"recipe": self._shown.text(), "png": self._png, "measures": self.measures})
+        if self.trail.drawn:
+            self._kept.append(self._now)
             self._set_beside()
 
     def forget(self) -> None:
-        """Drop what was kept."""
+        """Drop what was kept, and what was chosen of the curve."""
         self._kept.clear()
+        self._picked = None
+        self._set_beside()
+
+    def pick(self, drawn: Drawn) -> None:
+        """Show a picture of the curve beside the present one."""
+        self._picked = drawn
         self._set_beside()
 
     def _arrange(self) -> None:
-        self.bar = widgets.FloatProgress(min=0.0, max=1.0)
-        self.cancel_button = widgets.Button(description="Cancel", disabled=True, tooltip="Stop drawing")
-        keep = widgets.Button(description="Keep", tooltip="Put this picture aside, to compare")
-        forget = widgets.Button(description="Forget kept", tooltip="Drop the pictures that were kept")
+        narrow = {"layout": widgets.Layout(width="8em")}
+        self.bar = widgets.FloatProgress(min=0.0, max=1.0, **narrow)
+        self.cancel_button = widgets.Button(description="Cancel", disabled=True, tooltip="Stop drawing", **narrow)
+        keep = widgets.Button(description="Keep", tooltip="Put this picture aside, to compare", **narrow)
+        forget = widgets.Button(description="Forget kept", tooltip="Drop the pictures that were kept", **narrow)
         for button, pressed in ((self.cancel_button, self.cancel), (keep, self.keep), (forget, self.forget)):
             button.on_click(lambda _, pressed=pressed: pressed())
-        self.table, self.comparison = widgets.HTML(), widgets.HTML()
+        self.picture.layout = widgets.Layout(flex="0 1 auto", min_width="0")
+        self.comparison = widgets.HTML(layout=widgets.Layout(flex="1 1 0", min_width="0"))
+        self.table = widgets.HTML()
+        self.trail = Trail([row.name for row in self.rows], self.pick)
         self.recipe_path = widgets.Text(value="merge.json", description="recipe file", style=STYLE)
         self.model_path = widgets.Text(value="merged.safetensors", description="model file", style=STYLE)
-        self.save_recipe = Job(self._recipe_saved, title="Save recipe")
+        self.save_recipe = Job(lambda: stream_recipe(self.expression, self.recipe_path.value), title="Save recipe")
         self.save_model = Job(lambda: self.expression.stream(self.model_path.value), unit="B", title="Save model")
-        self.children = [
-            widgets.HBox([*self.rows, widgets.VBox([self.protect, *list(self.settings.values())[2:]])], layout=_WRAP),
-            widgets.HBox(list(self.settings.values())[:2], layout=_WRAP),
-            widgets.HBox([self.cancel_button, keep, forget, self.bar]),
-            widgets.HBox([self.picture, self.table], layout=_WRAP),
+        self.measure_bridge = Job(self._own_range, on_result=self._set_usual, title="Bridge's own range")
+        prompts, negative, *numbers = self.settings.values()
+        for area in (prompts, negative):
+            area.layout = widgets.Layout(width="97%", height="4em")
+        left = [*self.rows, self.protect, widgets.HBox(numbers, layout=_WRAP), prompts, negative]
+        right = [
+            widgets.HBox([self.cancel_button, keep, forget, self.bar], layout=_WRAP),
+            widgets.HBox([self.picture, self.comparison]),
+            self.table,
+            self.trail,
             self.status,
-            self.comparison,
+        ]
+        self.children = [
+            widgets.HBox(
+                [
+                    widgets.VBox(left, layout=widgets.Layout(flex="1 1 20em", max_width="24em")),
+                    widgets.VBox(right, layout=widgets.Layout(flex="3 1 24em", min_width="24em")),
+                ]
+            ),
+            self.measure_bridge,
             widgets.HBox([self.recipe_path, self.save_recipe], layout=_WRAP),
             widgets.HBox([self.model_path, self.save_model], layout=_WRAP),
         ]
+
+    @property
+    def _now(self) -> Drawn:
+        values = dict(self._drawn_values)
+        return Drawn(self._shown.text(), values, self._png, self.measures)
 
     def _draw_picture(self) -> Iterator[None]:
         self.cancel_button.disabled = False
@@ -237,11 +235,11 @@ class LiveMerge(Panel):
 
     def _sample_picture(self, started: float) -> Iterator[None]:
         wanted, shown = self.expression, started
-        values = {name: control.value for name, control in self.settings.items() if name != "prompts"}
+        values = {row.name: float(row.k.value) for row in self.rows}
         prompts = lines_of(self.settings["prompts"])
         change = self.live.become(wanted)
         yield
-        run = sample(self.live, prompts, **values, **self._fixed)
+        run = sample(self.live, prompts, **self._sampling())
         previews: list[Image] = []
         for step in run:
             self.bar.value = step.done / step.total
@@ -250,46 +248,53 @@ class LiveMerge(Panel):
                 self.picture.value = image_tag(strip(previews), "preview of what is being drawn")
             yield
         images = run.images
-        measures = {name: float(value) for name, value in self._look(images).mean(numeric_only=True).items()}
+        measures = self._measured(images)
         picture, pictured = strip(images), "; ".join(f"{number}. {text}" for number, text in enumerate(prompts, 1))
         # All at once, so that what is kept belongs together.
-        self.images, self._shown, self.measures = images, wanted, measures
+        self.images, self._shown, self.measures, self._drawn_values = images, wanted, measures, values
         self.show(picture, f"{wanted.text()}: {pictured}")
+        self.trail.add(self._now)
         self._set_beside()
         took = (
             f"{change.tensors} tensors rewritten in {change.seconds:.2f} s, drawn in {time.monotonic() - started:.1f} s"
         )
         self.say("\n".join([wanted.text(), took, *wanted.protection_notes()]))
 
+    def _sampling(self) -> dict[str, Any]:
+        values = {name: control.value for name, control in self.settings.items() if name != "prompts"}
+        return {**values, **self._fixed}
+
+    def _measured(self, images: Sequence[Image]) -> dict[str, float]:
+        return {name: float(value) for name, value in self._look(images).mean(numeric_only=True).items()}
+
+    def _own_range(self) -> Iterator[Event]:
+        """Pictures of the bridge as it is, by other seeds too, and the least and most of each of their measures."""
+        prompts, settings = lines_of(self.settings["prompts"]), self._sampling()
+        rows = []
+        with _DRAWING, self.live.lock:
+            self.live.become(self.bridge)
+            for number in range(_OWN_SEEDS):
+                yield Event(number, _OWN_SEEDS, f"seed {settings['seed'] + number}")
+                images = sample(self.live, prompts, **{**settings, "seed": settings["seed"] + number}).images
+                rows += [self._measured([image]) for image in images]
+        table = pd.DataFrame(rows)
+        usual = {str(name): (float(table[name].min()), float(table[name].max())) for name in table}
+        yield Event(_OWN_SEEDS, _OWN_SEEDS, f"{len(rows)} pictures of the bridge", usual)
+
+    def _set_usual(self, usual: dict[str, Range]) -> None:
+        self._usual = usual
+        self._set_beside()
+
     def _set_beside(self) -> None:
-        columns = {"now": self.measures} | {f"kept {n}": one["measures"] for n, one in enumerate(self._kept, 1)}
-        self.table.value = pd.DataFrame(columns).to_html(float_format="{:.4g}".format, border=0)
+        beside = {f"kept {number}": one for number, one in enumerate(self._kept, 1)}
+        if self._picked is not None:
+            beside["chosen"] = self._picked
+        columns = {"now": self.measures} | {name: one.measures for name, one in beside.items()}
+        self.table.value = measures_table(columns, self._usual, "the bridge")
         figures = [
-            f"<figure style='margin:0.5em 0'>{image_tag(one['png'], one['recipe'])}<figcaption>kept {number}: "
-            f"<code>{html.escape(one['recipe'])}</code></figcaption></figure>"
-            for number, one in enumerate(self._kept, 1)
+            f"<figure style='margin:0; flex:0 1 auto; min-width:0; max-width:{100 / len(beside):.0f}%'>{image_tag(one.png, one.recipe)}<figcaption>{name}: "
+            f"<code>{html.escape(one.recipe)}</code></figcaption></figure>"
+            for name, one in beside.items()
         ]
-        self.comparison.value = "".join(figures)
-
-    def _recipe_saved(self) -> Iterator[Event]:
-        expression, path = self.expression, expanded(self.recipe_path.value, "save")
-        if path.suffix != ".json":
-            raise OutputError("save recipe", "a recipe is a .json file", file=path, fix=str(path.with_suffix(".json")))
-        readers, hashes = readers_of(expression), {}
-        for number, reader in enumerate(readers):
-            yield Event(number, len(readers), reader.path.name)
-            (hashes[reader],) = blake3_of([reader])
-        write_text(path, recipe_of(expression, Options(), hashes).to_json() + "\n")
-        yield Event(len(readers), len(readers), path.name, path)
-
-
-def _sampling_controls(prompts: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    style: dict[str, Any] = {"style": STYLE, "continuous_update": False}
-    return {
-        "prompts": text_lines("prompts, one a line", prompts, continuous_update=False),
-        "negative_prompt": text_lines("negative prompt", [given.get("negative_prompt", "")], continuous_update=False),
-        "seed": widgets.IntText(value=given.get("seed", 0), description="seed", layout=WIDE, **style),
-        "steps": widgets.IntText(value=given.get("steps", 24), description="steps", layout=WIDE, **style),
-        "cfg": widgets.FloatText(value=given.get("cfg", 2.0), description="cfg", layout=WIDE, **style),
-        "shift": widgets.FloatText(value=given.get("shift", 3.0), description="shift", layout=WIDE, **style),
-    }
+        row = "<div style='display:flex; gap:0.5em; margin-left:0.5em; line-height:1.3; overflow-wrap:anywhere'>"
+        self.comparison.value = f"{row}{''.join(figures)}</div>" if figures else ""

@@ -100,7 +100,7 @@ def opened(lab: tuple[str, Path], chromium: str) -> Iterator[Callable[..., Any]]
 
         pages: dict[str, Any] = {}
 
-        def notebook(name: str, *cells: str, dark: bool = False, source: Path | None = None) -> Any:
+        def notebook(name: str, *cells: str, dark: bool = False, source: Path | None = None, height: int = 1500) -> Any:
             made = (
                 nbformat.read(source, as_version=4)
                 if source
@@ -110,7 +110,7 @@ def opened(lab: tuple[str, Path], chromium: str) -> Iterator[Callable[..., Any]]
                 )
             )
             nbformat.write(made, folder / f"{name}.ipynb")
-            page = browser.new_page(viewport={"width": 1300, "height": 1500})
+            page = browser.new_page(viewport={"width": 1280, "height": height})
             pages[name] = page
             page.goto(f"{address}/lab/tree/{name}.ipynb?token={TOKEN}&reset")
             page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)

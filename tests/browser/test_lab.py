@@ -159,6 +159,7 @@ def test_a_live_merge_by_keyboard_alone(opened: Callable[..., Any], tmp_path: Pa
         "recipe file",
         "Save recipe",
         "model file",
+        "Bridge's own range",
         "Save model",
     ]
     named = [name.partition(": ")[2] for name in seen]
@@ -173,6 +174,10 @@ def test_a_live_merge_by_keyboard_alone(opened: Callable[..., Any], tmp_path: Pa
     page.get_by_role("button", name="Keep").focus()
     page.keyboard.press("Enter")
     page.get_by_text("kept 1:").wait_for(timeout=WAIT)
+    dot = page.get_by_role("button", name="heart at 1: how smooth").first
+    dot.focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("chosen:").wait_for(timeout=WAIT)
     page.get_by_role("button", name="Save recipe").focus()
     page.keyboard.press("Enter")
     page.get_by_text("done in").first.wait_for(timeout=WAIT)
@@ -267,6 +272,35 @@ def test_the_other_panels_in_the_browser(opened: Callable[..., Any], tmp_path: P
     page.get_by_text("nothing measured yet").wait_for(timeout=WAIT)
     assert errors(page) == 0
     page.screenshot(path=tmp_path / "panels.png", full_page=True)
+
+
+# Whether an element lies in the window as it is.
+INSIDE = "one => { const at = one.getBoundingClientRect(); return at.top >= 0 && at.bottom <= window.innerHeight; }"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_live_merge_fits_a_small_screen(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
+    page = opened(f"small-{dark}", FAMILY, MERGE, height=720, dark=dark)
+    picture(page, "(turbo_variant - deturbo): 1. a red heart")
+    box = typed(page, "k of heart", "171.1")
+    picture(page, "+ 171.1 * (turbo_variant - deturbo): 1. a red heart")
+    page.get_by_text("in ComfyUI: subtract 10 x add 17.11").wait_for(timeout=WAIT)
+    handle = page.locator("[role=slider]").first
+    assert handle.get_attribute("aria-valuenow") == "2.2"  # log10: the slider has gone where the box is
+    page.get_by_role("button", name="Keep").click()
+    typed(page, "k of heart", "5000")
+    page.get_by_text("k of heart = 5000 lies outside the slider's 0.1 to 1000").wait_for(timeout=WAIT)
+    picture(page, "+ 5000 * (turbo_variant - deturbo): 1. a red heart")
+    page.get_by_role("button", name="heart at 1: how smooth").click()
+    page.get_by_text("chosen:").wait_for(timeout=WAIT)
+    box.scroll_into_view_if_needed()
+    box.evaluate("one => one.scrollIntoView({block: 'start'})")
+    page.screenshot(path=tmp_path / "small.png")
+    images = page.locator(".jp-OutputArea img[role=img]")
+    assert images.count() == 3  # the present one, the kept one, and the dot's, in one row
+    assert len({round(images.nth(number).bounding_box()["y"]) for number in range(3)}) == 1
+    for one in (box, page.get_by_label("cfg", exact=True), images.first, page.locator("svg[role=group]")):
+        assert one.evaluate(INSIDE)
 
 
 def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:

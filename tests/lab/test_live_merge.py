@@ -7,11 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from waiting import until
 
 import alkahest as ak
 from alkahest.errors import AlgebraError, UnknownNameError
+from alkahest.lab.figure import image_tag
 from alkahest.lab.live_merge import LiveMerge, live_merge
 from alkahest.recipes.inputs import build
 from alkahest.recipes.read import read_recipe
@@ -87,9 +89,59 @@ def test_pictures_are_kept_beside_what_comes(panel: LiveMerge) -> None:
     assert panel.kept.iloc[0]["lag1"] == first["lag1"] != panel.measures["lag1"]
     assert panel.comparison.value.count("<img") == 1
     assert "kept 1" in panel.table.value
+    assert "how grainy (high_freq)" in panel.table.value
     panel.forget()
     assert panel.comparison.value == ""
     assert not len(panel.kept)
+
+
+def test_what_was_drawn_is_a_dot_and_a_click_shows_it_beside(panel: LiveMerge) -> None:
+    first = panel._png
+    panel.rows[0].k.value = 30.0
+    panel.wait(60)
+    curve = panel.trail.curve
+    assert [dot["x"] for dot in curve.dots] == [2.0, 30.0]
+    assert [dot["y"] for dot in curve.dots] == [one.measures["lag1"] for one in panel.trail.drawn]
+    assert curve.dots[0]["label"].startswith("cyan at 2: how smooth (lag1) 0.")
+    assert panel.comparison.value == ""
+    curve.chosen = 0
+    assert image_tag(first, panel.trail.drawn[0].recipe) in panel.comparison.value
+    assert panel.rows[0].k.value == 30.0
+    panel.trail.measure.value = "grid"
+    panel.trail.over.value = "heart"
+    assert [dot["x"] for dot in curve.dots] == [0.0, 0.0]
+    assert curve.dots[1]["y"] == panel.measures["grid"]
+    panel.settings["seed"].value = 5
+    panel.wait(60)
+    panel.settings["seed"].value = 3
+    panel.wait(60)
+    assert len(curve.dots) == 3  # the same picture again is no other dot
+
+
+def test_the_factor_pair_is_that_of_the_number_in_the_box(panel: LiveMerge) -> None:
+    panel.rows[0].k.value = 171.1
+    assert "subtract 10 x add 17.11" in panel.rows[0].pair.value
+    panel.rows[0].k.value = 0.0753
+    assert "subtract 1 x add 0.0753" in panel.rows[0].pair.value
+    panel.rows[0].k.value = float("nan")
+    assert panel.rows[0].pair.value == ""
+    assert panel.rows[2].pair.value == ""  # a LoRA
+
+
+def test_the_bridges_own_range_stands_beside(panel: LiveMerge, parts: tuple[Any, Any, Any]) -> None:
+    panel.rows[0].k.value = 200.0
+    panel.wait(60)
+    panel.measure_bridge.start()
+    panel.measure_bridge.wait(60)
+    assert panel.measure_bridge.error is None
+    rows = [
+        ak.picture_measures(ak.sample(ak.pipeline(parts[0]), PROMPTS, **{**SAMPLING, "seed": seed}).images)
+        for seed in range(3, 6)
+    ]
+    low, high = (getattr(pd.concat(rows).lag1, which)() for which in ("min", "max"))
+    assert f"{low:.3g} to {high:.3g}" in panel.table.value
+    assert "the bridge's own" in panel.table.value.replace("&#x27;", "'")
+    assert f"<b>{panel.measures['contrast']:.4g} " in panel.table.value  # 200 times too much is outside, and says so
 
 
 def test_what_fails_is_said_and_the_picture_stays(panel: LiveMerge) -> None:

@@ -1,0 +1,71 @@
+"""Dots that can be clicked: an anywidget, or a list to choose from where anywidget is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import traitlets
+
+from alkahest.lab.panel import STYLE
+
+Dot = dict[str, Any]  # x, y, and the label that says what it is
+
+
+def clickable_dots(title: str) -> Any:
+    """A widget with ``dots``, ``x_label``, ``y_label``, and ``chosen``, the number of the dot that was clicked or -1.
+
+    >>> curve = clickable_dots("pictures over k")
+    >>> curve.dots = [{"x": 171.1, "y": 0.98, "label": "k = 171.1"}]
+    """
+    try:
+        import anywidget
+    except ImportError:
+        return DotList(title)
+    # Built here, so that this module can be imported without anywidget.
+    traits = {**_traits(True), "_esm": Path(__file__).with_name("dots.js"), "__module__": __name__}
+    return type("Dots", (anywidget.AnyWidget,), traits)(title=title)
+
+
+def _traits(sync: bool) -> dict[str, Any]:
+    tags = {"sync": sync}
+    return {
+        "dots": traitlets.List().tag(**tags),
+        "chosen": traitlets.Int(-1).tag(**tags),
+        "title": traitlets.Unicode().tag(**tags),
+        "x_label": traitlets.Unicode().tag(**tags),
+        "y_label": traitlets.Unicode().tag(**tags),
+    }
+
+
+class DotList(widgets.VBox):  # type: ignore[misc]
+    """The same dots as a list."""
+
+    dots: Any = traitlets.List()
+    chosen: Any = traitlets.Int(-1)
+    title: Any = traitlets.Unicode()
+    x_label: Any = traitlets.Unicode()
+    y_label: Any = traitlets.Unicode()
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+        self.list = widgets.Select(description=title, rows=5, style=STYLE)
+        self.children = [self.list]
+        self.observe(lambda _: self._fill(), ["dots", "y_label"])
+        self.list.observe(lambda change: self._picked(change["new"]), "value")
+
+    def _fill(self) -> None:
+        wanted = self.chosen  # new options select the first of them
+        self.list.options = [(_line(dot, self.y_label), number) for number, dot in enumerate(self.dots)]
+        self.list.value = wanted if 0 <= wanted < len(self.dots) else None
+        self.chosen = wanted
+
+    def _picked(self, number: int | None) -> None:
+        if number is not None:
+            self.chosen = number
+
+
+def _line(dot: Dot, measure: str) -> str:
+    return f"{dot['label']}, {measure} {dot['y']:.4g}" if measure else str(dot["label"])

@@ -1,0 +1,30 @@
+"""An expression as a recipe file, which ``alkahest merge --recipe`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alkahest.algebra.weights import Weights
+from alkahest.engine.events import Event
+from alkahest.engine.options import Options
+from alkahest.engine.record import readers_of, recipe_of
+from alkahest.errors import OutputError
+from alkahest.files.hashes import blake3_of
+from alkahest.files.paths import expanded
+from alkahest.files.whole import write_text
+
+
+def stream_recipe(expression: Weights, file: str) -> Iterator[Event]:
+    """Hash the files behind an expression and write its recipe; the last event has the path.
+
+    Raises OutputError if the file is no .json.
+    """
+    path = expanded(file, "save")
+    if path.suffix != ".json":
+        raise OutputError("save recipe", "a recipe is a .json file", file=path, fix=str(path.with_suffix(".json")))
+    readers, hashes = readers_of(expression), {}
+    for number, reader in enumerate(readers):
+        yield Event(number, len(readers), reader.path.name)
+        (hashes[reader],) = blake3_of([reader])
+    write_text(path, recipe_of(expression, Options(), hashes).to_json() + "\n")
+    yield Event(len(readers), len(readers), path.name, path)
