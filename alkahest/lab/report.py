@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-import math
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -13,6 +11,7 @@ from alkahest.files.whole import write_text
 from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
 from alkahest.measure.lineage import check_of
+from alkahest.measure.measured_table import readable_html
 from alkahest.measure.multiplier import Multiplier
 from alkahest.measure.rounding import absorbed, rounding_curve
 from alkahest.measure.table import rolled_up
@@ -27,7 +26,6 @@ td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #8884; 
 td:first-child, th:first-child { text-align: left; }
 code { overflow-wrap: anywhere; } figcaption { font-size: 85%; opacity: .8; } details { margin: 1em 0; }
 """
-_COLUMNS = ["tensors", "elements", "relative", "rms", "largest", "cosine", "changed"]
 
 
 def write_report(path: str | Path, table: pd.DataFrame, multiplier: Multiplier | None = None) -> None:
@@ -55,7 +53,7 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
             f"<p><b>Sizes and rounding are of what the title names</b>, {multiple:.4g} times the length of variant - "
             "base: over k below, 1 is that multiple. Cosine and the verdict are of variant and base themselves.</p>"
         )
-    parts += ["<h2>By part</h2>", _table(_with_absorbed(rolled_up(table, "part")), ["part", *_COLUMNS, "absorbed"])]
+    parts += ["<h2>By part</h2>", _table(_with_absorbed(rolled_up(table, "part")))]
     if not table.base_norm.isna().any():
         parts += ["<h2>Can it be imported?</h2>", check_of(table)._repr_html_()]
     if multiplier is not None:
@@ -71,7 +69,7 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
     parts += ["<h2>Rounding</h2>", _figure(plots.survival(curve)), _figure(plots.noise(curve))]
     parts += [
         "<h2>Every tensor</h2><details><summary>show</summary>",
-        _table(_with_absorbed(table), ["tensor", "variant_storage", "base_storage", *_COLUMNS[1:], "absorbed"]),
+        _table(_with_absorbed(table)),
         "</details>",
     ]
     return _page(of, parts)
@@ -85,22 +83,8 @@ def _figure(plot: Plot) -> str:
     return f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>"
 
 
-def _table(table: pd.DataFrame, columns: list[str]) -> str:
-    def shown(value: Any) -> str:
-        if isinstance(value, float) and math.isnan(value):
-            return "-"
-        if isinstance(value, float):
-            return (
-                f"{value:.6f}".rstrip("0").rstrip(".") if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
-            )
-        return f"{value:,}" if isinstance(value, int) else _text(str(value))
-
-    head = "".join(f"<th>{_text(name)}</th>" for name in columns)
-    rows = [
-        "<tr>" + "".join(f"<td>{shown(value)}</td>" for value in row) + "</tr>"
-        for row in table[columns].astype(object).itertuples(index=False)
-    ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+def _table(table: pd.DataFrame) -> str:
+    return readable_html(table, with_rest=False)
 
 
 def _page(title: str, parts: list[str]) -> str:

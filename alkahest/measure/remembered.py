@@ -62,12 +62,14 @@ class Kind:
         """A DataFrame whose columns have the same dtypes whatever is in it, and however it came."""
         import pandas as pd
 
+        from alkahest.measure.measured_table import MeasuredTable
+
         names = [*NAMES, *(name for name in self.columns if name not in NAMES)]
         found = pd.DataFrame([dict(row) for row in rows], columns=names, dtype=object)
         numbers = {name: "float64" for name in names if name not in (*_TEXT, *self.objects, *self.words)}
         whole = dict.fromkeys(("block", *self.whole), "int64")
         text = dict.fromkeys(("tensor", "part", "module", *self.words), "str")
-        return found.astype({**numbers, **whole, **text})
+        return MeasuredTable(found.astype({**numbers, **whole, **text}))
 
     @property
     def settings(self) -> list[Any]:

@@ -154,7 +154,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
 
     Norms are those of all tensors of a group together; shares are of all their elements.
     """
-    import pandas as pd
+    from alkahest.measure.measured_table import MeasuredTable
 
     names = [by] if isinstance(by, str) else list(by)
     for name in names:
@@ -190,7 +190,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
                 "ulp_energy": np.sum(list(found.ulp_energy), axis=0),
             }
         )
-    result = pd.DataFrame(rows)
+    result = MeasuredTable(rows)
     result.attrs |= table.attrs
     return result
 

@@ -314,3 +314,23 @@ def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path) 
     page.get_by_role("button", name="Save models.toml").click()
     page.get_by_text("Run the notebook again from its top").wait_for(timeout=WAIT)
     assert f'base = "{path}"' in (tmp_path / "models.toml").read_text()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_table_is_one_line_a_tensor(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
+    page = opened(
+        f"table-{dark}",
+        FAMILY,
+        "table = ak.delta_table(ak.mini.load('base-variant') - b)\ntable",
+        height=720,
+        dark=dark,
+    )
+    page.get_by_text("also in the table: ").wait_for(timeout=WAIT)
+    rows = page.locator(".jp-OutputArea tbody tr")
+    assert rows.count() == len(ak.mini.load("base").shapes)
+    assert rows.nth(0).bounding_box()["height"] < 30
+    head = page.locator(".jp-OutputArea thead th").first
+    before = head.bounding_box()["y"]
+    page.locator(".jp-OutputArea div:has(> table)").first.evaluate("one => one.scrollTo(0, 500)")
+    assert abs(head.bounding_box()["y"] - before) < 2  # the head stays in sight
+    page.screenshot(path=tmp_path / "table.png")
