@@ -24,6 +24,7 @@ from alkahest.cli.shared import (
     exit_on_error,
     options_of,
     require_outputs,
+    say_replaced,
     split_arguments,
 )
 
@@ -153,7 +154,9 @@ def convert_lora(
     """Write a LoRA under another program's names, number for number."""
     with exit_on_error():
         lora = alkahest.open_lora(source, only=only)
-        print(alkahest.convert_lora(lora, output, flavour))
+        with say_replaced(output):
+            converted = alkahest.convert_lora(lora, output, flavour)
+        print(converted)
         _say_dropped(flavour, lora)
         for why, names in lora.left.items():
             print(f"{len(names)} tensors {why} are left out: {names[0]}, ...", file=sys.stderr)
@@ -249,14 +252,15 @@ def _extract(
     inputs = [reader.path for leaf in delta.leaves() for reader in leaf.files]
     check_target(output, flavour, bool(asked.get("full")), inputs)
     found: Extracted = drain(stream_extract_lora(delta, **asked), quiet).result
-    lora = found.save(output, flavour)
-    _say_dropped(flavour, lora)
-    if csv is not None:
-        write_text(csv, found.report.to_csv(index=False))
-    if plot is not None:
-        from alkahest.lab import plots
+    with say_replaced(output, csv, plot):
+        lora = found.save(output, flavour)
+        if csv is not None:
+            write_text(csv, found.report.to_csv(index=False))
+        if plot is not None:
+            from alkahest.lab import plots
 
-        write_file(plot, plots.lora_report(found.report).png())
+            write_file(plot, plots.lora_report(found.report).png())
+    _say_dropped(flavour, lora)
     print(
         json.dumps({"path": str(lora.path), **found.summary()}, indent=2)
         if as_json

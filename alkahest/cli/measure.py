@@ -30,6 +30,7 @@ from alkahest.cli.shared import (
     exit_on_error,
     options_of,
     require_outputs,
+    say_replaced,
 )
 
 if TYPE_CHECKING:
@@ -208,6 +209,11 @@ def cache(
 
 def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:
     """Write what was asked for of a table, and of the multiplier ``found`` from it."""
+    with say_replaced(csv, plot, html):
+        _write_each(table, csv, plot, html, found)
+
+
+def _write_each(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any) -> None:
     from alkahest.files.whole import write_file, write_text
 
     if csv is not None:

@@ -42,6 +42,7 @@ from alkahest.cli.shared import (
     exit_on_error,
     options_of,
     save,
+    say_replaced,
     split_arguments,
 )
 from alkahest.errors import RecipeError
@@ -173,7 +174,9 @@ def workflow(
     with exit_on_error():
         expression, given = split_arguments(what or [])
         weights = _compute_multipliers(_expression(expression, recipe, None, None, (), given)[1], given, {}, False, {})
-        for note in alkahest.write_workflow(weights, output, prefix, form):
+        with say_replaced(output):
+            notes = alkahest.write_workflow(weights, output, prefix, form)
+        for note in notes:
             print(f"note: {note}", file=sys.stderr)
         print(output)
 

@@ -270,6 +270,18 @@ def _raise_if_stopped() -> None:
         raise SystemExit(128 + _stopped[0])
 
 
+@contextlib.contextmanager
+def say_replaced(*outputs: Path | None) -> Iterator[None]:
+    """Tell on standard error which outputs took the place of something, once they are written."""
+    from alkahest.files.paths import expanded
+    from alkahest.files.whole import replaced
+
+    before = [note for output in outputs if output is not None for note in replaced(expanded(output, "save"))]
+    yield
+    for note in before:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def save(weights: alkahest.Weights, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Write weights and print what was written."""
     result = drain(weights.stream(output, **options), quiet).result

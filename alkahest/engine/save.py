@@ -26,7 +26,7 @@ from alkahest.errors import AlgebraError, OutputError, printable
 from alkahest.files.hashes import blake3_of
 from alkahest.files.paths import expanded
 from alkahest.files.reader import same_file, size_text
-from alkahest.files.whole import Writer, as_output_error, whole_file, whole_folder
+from alkahest.files.whole import Writer, as_output_error, replaced, whole_file, whole_folder
 
 _NO_HASH = "0" * 64
 
@@ -124,16 +124,17 @@ def check_target(expression: Computable, target: Path, options: Options) -> None
 
 def _spread(expression: Computable, target: Path, options: Options, plan: Plan, executor: Executor) -> Iterator[Event]:
     """`_stream`, each file by a task of its own."""
-    started, run = time.perf_counter(), Run(options)
+    started, run, before = time.perf_counter(), Run(options), replaced(target)
     for event in write_shards(expression, target, run, plan, executor):
         yield event
     seconds = time.perf_counter() - started
-    yield replace(event, result=_result(expression, target, options, plan, file_names(plan), run, event.total, seconds))
+    names = file_names(plan)
+    yield replace(event, result=_result(expression, target, options, plan, names, run, event.total, seconds, before))
 
 
 def _stream(expression: Computable, target: Path, options: Options, plan: Plan) -> Iterator[Event]:
     started = time.perf_counter()
-    run = Run(options)
+    run, before = Run(options), replaced(target)
     readers = readers_of(expression)
     # Hashes have a fixed length, so the header's size is known before they are.
     headers = headers_of(plan, recipe_of(expression, options, dict.fromkeys(readers, _NO_HASH)))
@@ -161,7 +162,8 @@ def _stream(expression: Computable, target: Path, options: Options, plan: Plan) 
                 write_json(writers[0].path.parent, expression, plan, names)
                 for writer in writers:
                     writer.close()
-    result = _result(expression, target, options, plan, names, run, total, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    result = _result(expression, target, options, plan, names, run, total, seconds, before)
     yield Event(total, total, "", result)
 
 
@@ -211,6 +213,7 @@ def _result(
     run: Run,
     nbytes: int,
     seconds: float,
+    before: list[str],
 ) -> Saved:
     weights = list(plan.weights())
     pieces = [piece for weight in weights for piece in weight.pieces]
@@ -228,6 +231,7 @@ def _result(
         nonfinite=dict(run.nonfinite),
         overflowed=dict(run.overflowed),
         notes=[
+            *before,
             *_unchanged(expression, pieces, run),
             *plan.notes,
             *expression.protection_notes(),

@@ -178,6 +178,22 @@ def whole_folder(target: Path, size: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def replaced(target: Path) -> list[str]:
+    """That an output takes the place of a file, in words; asked before it is written.
+
+    A file is replaced and not refused: scripts and notebooks run again, the old one stays until the new one is
+    whole, and the recipe in what Alkahest wrote makes it again. A folder that is not empty is refused: nobody can tell
+    whose the other files in it are.
+    """
+    try:
+        size = target.stat().st_size
+    except OSError:
+        return []
+    if target.is_dir():  # refused if there is anything in it
+        return []
+    return [f"replaced the file of that name ({size:,} bytes): {target}"]
+
+
 def require_free(folder: Path, size: int, target: Path) -> None:
     """Raise OutputError unless ``folder``'s disk has ``size`` bytes free."""
     free = shutil.disk_usage(folder).free

@@ -94,7 +94,8 @@ class Job(widgets.VBox):  # type: ignore[misc]
             if self._on_result is not None:
                 self._on_result(self.result)
             self.bar.value = 1.0
-            self._end("success", f"done in {time.monotonic() - started:.1f} s")
+            notes = getattr(self.result, "notes", [])
+            self._end("success", "\n".join([f"done in {time.monotonic() - started:.1f} s", *notes]))
         except Exception as error:  # shown where the person looks, instead of in a thread's traceback
             self.error = error
             self._end("danger", reason_of(error))
@@ -112,7 +113,7 @@ class Job(widgets.VBox):  # type: ignore[misc]
         self.start_button.disabled, self.cancel_button.disabled = False, True
 
     def _say(self, text: str) -> None:
-        self.status.value = f"<pre role='status' style='margin:0'>{html.escape(text)}</pre>"
+        self.status.value = f"<pre role='status' style='margin:0; white-space:pre-wrap'>{html.escape(text)}</pre>"
 
     def _repr_mimebundle_(self, **given: Any) -> Any:
         bundle = super()._repr_mimebundle_(**given)

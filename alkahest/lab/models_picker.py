@@ -12,6 +12,7 @@ import ipywidgets as widgets
 
 from alkahest.errors import AlkahestError
 from alkahest.files.paths import expanded
+from alkahest.files.whole import replaced
 from alkahest.lab.checkpoint_picker import checkpoints_in
 from alkahest.lab.models import COMPONENTS, KEYS, read_models, write_models
 from alkahest.lab.panel import reason_of
@@ -78,13 +79,15 @@ class ModelsPicker(widgets.VBox):  # type: ignore[misc]
             self._say(f"nothing is saved: {', '.join(wrong)} cannot be opened, see above", "alert")
             return None
         try:
+            before = replaced(expanded(self.path, "save"))
             path = write_models(self.path, {name: self._absolute(value) for name, value in self.named.items()})
         except AlkahestError as error:
             self._say(reason_of(error), "alert")
             return None
         missing = [name for name in KEYS if name not in self.named]
         rest = f"; where a notebook asks for {' or '.join(missing)}, it takes miniatures" if missing else ""
-        self._say(f"saved {path}{rest}. Run the notebook again from its top.")
+        told = "".join(f"{note}\n" for note in before)
+        self._say(f"{told}saved {path}{rest}. Run the notebook again from its top.")
         return path
 
     def _fill(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
@@ -11,20 +13,28 @@ from alkahest.engine.record import readers_of, recipe_of
 from alkahest.errors import OutputError
 from alkahest.files.hashes import blake3_of
 from alkahest.files.paths import expanded
-from alkahest.files.whole import write_text
+from alkahest.files.whole import replaced, write_text
+
+
+class RecipeFile(NamedTuple):
+    """Where a recipe was written, and what was told of it."""
+
+    path: Path
+    notes: list[str]
 
 
 def stream_recipe(expression: Weights, file: str) -> Iterator[Event]:
-    """Hash the files behind an expression and write its recipe; the last event has the path.
+    """Hash the files behind an expression and write its recipe; the last event has a `RecipeFile`.
 
     Raises OutputError if the file is no .json.
     """
     path = expanded(file, "save")
     if path.suffix != ".json":
         raise OutputError("save recipe", "a recipe is a .json file", file=path, fix=str(path.with_suffix(".json")))
+    before = replaced(path)
     readers, hashes = readers_of(expression), {}
     for number, reader in enumerate(readers):
         yield Event(number, len(readers), reader.path.name)
         (hashes[reader],) = blake3_of([reader])
     write_text(path, recipe_of(expression, Options(), hashes).to_json() + "\n")
-    yield Event(len(readers), len(readers), path.name, path)
+    yield Event(len(readers), len(readers), path.name, RecipeFile(path, before))

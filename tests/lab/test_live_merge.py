@@ -202,6 +202,11 @@ def test_the_recipe_and_the_model_are_saved(panel: LiveMerge, tmp_path: Path, mo
     assert {entry["blake3"] for files in recipe.inputs.values() for entry in files} != set()
     panel.save_model.start_button.click()
     saved = panel.save_model.wait(60)
+    assert "replaced" not in panel.save_recipe.status.value + panel.save_model.status.value
+    for job in (panel.save_recipe, panel.save_model):
+        job.start_button.click()
+        job.wait(60)
+        assert "replaced the file of that name" in job.status.value
     build(recipe, {}, tmp_path).save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == Path(saved.path).read_bytes()
     panel.recipe_path.value = str(saved.path)  # a recipe must not replace a model

@@ -37,6 +37,9 @@ def test_what_it_saves_is_what_notebooks_open(picker: ModelsPicker, trio: dict[s
     assert models.own
     assert [one.path for one in models.values()] == [trio["base"], trio["variant"]]
     assert 'turbo = "mini:turbo"' in picker.path.read_text()
+    assert "replaced" not in picker.status.value
+    picker.save_button.click()
+    assert "replaced the file of that name" in picker.status.value
 
 
 def test_paths_are_meant_from_where_the_notebook_runs(
