@@ -10,6 +10,7 @@ import typer
 
 import alkahest
 from alkahest.cli.shared import (
+    MERGING,
     NAMED,
     AllowNonfinite,
     AsJson,
@@ -23,6 +24,7 @@ from alkahest.cli.shared import (
     Threads,
     app,
     drain,
+    example,
     exit_on_error,
     options_of,
     save,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=MERGING, epilog=example("alkahest inspect mini:base"))
 def inspect(
     source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json, hub id or mini:NAME.")],
     keys: Annotated[
@@ -57,7 +59,9 @@ def inspect(
                 print(f"{key:52} {row['shape']!s:16} {row['storage']}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MERGING, epilog=example("alkahest convert mini:base -o base8.safetensors --dtype comfy_quant")
+)
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint: file, folder, index.json, hub id or mini:NAME.")],
     output: Output,
@@ -92,7 +96,7 @@ def convert(
         save(alkahest.open(source, prefix=prefix), output, options, as_json, quiet)
 
 
-@app.command(context_settings=NAMED)
+@app.command(context_settings=NAMED, rich_help_panel=MERGING, epilog=example("alkahest verify mini:base"))
 def verify(
     what: Annotated[
         list[str], typer.Argument(metavar="FILE [--NAME PATH]...", help="Checkpoint to check from end to end.")
@@ -119,7 +123,11 @@ def verify(
             raise typer.Exit(1)
 
 
-@app.command("make-checkpoint")
+@app.command(
+    "make-checkpoint",
+    rich_help_panel=MERGING,
+    epilog=example("alkahest make-checkpoint -o made.safetensors --layers 2 --width 96"),
+)
 def make_checkpoint(
     output: Output,
     layers: Annotated[int, typer.Option(help="Layers in the main stack; the real model has 30.")] = 30,

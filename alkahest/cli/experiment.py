@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import Quiet, app, drain, exit_on_error
+from alkahest.cli.shared import STUDYING, Quiet, app, drain, example, exit_on_error
 
 group = typer.Typer(help="The article's claims as experiments: list them, run them, report.", no_args_is_help=True)
-app.add_typer(group, name="experiment")
+app.add_typer(group, name="experiment", rich_help_panel=STUDYING, epilog=example("alkahest experiment list"))
 Root = Annotated[Path, typer.Option("--root", help="Folder of experiments.")]
 
 

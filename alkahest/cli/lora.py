@@ -12,6 +12,7 @@ import typer
 
 import alkahest
 from alkahest.cli.shared import (
+    LORAS,
     NAMED,
     AsJson,
     Csv,
@@ -21,18 +22,20 @@ from alkahest.cli.shared import (
     Threads,
     app,
     drain,
+    example,
     exit_on_error,
     options_of,
     require_outputs,
     say_replaced,
     split_arguments,
 )
+from alkahest.cli.words import as_commands
 
 if TYPE_CHECKING:
     from alkahest.lora.result import Extracted
 
 loras = typer.Typer(help="LoRA files: inspect, convert, resize, merge.", no_args_is_help=True)
-app.add_typer(loras, name="lora")
+app.add_typer(loras, name="lora", rich_help_panel=LORAS, epilog=example("alkahest lora inspect mini:base-lora"))
 
 Source = Annotated[str, typer.Argument(help="LoRA file, of any flavour.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors).")]
@@ -61,7 +64,14 @@ Flavour = Annotated[
 ]
 
 
-@app.command("extract-lora", context_settings=NAMED)
+@app.command(
+    "extract-lora",
+    context_settings=NAMED,
+    rich_help_panel=LORAS,
+    epilog=example(
+        "alkahest extract-lora --variant mini:base-variant --base mini:base --rank 16 -o learned.safetensors"
+    ),
+)
 def extract_lora(
     output: Output,
     what: Annotated[
@@ -139,7 +149,7 @@ def inspect_lora(source: Source, as_json: AsJson = False) -> None:
         from alkahest.sources.lora_contents import contents_of
 
         found = contents_of(source)
-        print(json.dumps(found.summary(), indent=2) if as_json else found)
+        print(json.dumps(found.summary(), indent=2) if as_json else as_commands(str(found)))
 
 
 @loras.command("convert")

@@ -11,6 +11,8 @@ import typer
 
 import alkahest
 from alkahest.cli.shared import (
+    MEASURING,
+    STUDYING,
     AsJson,
     Cfg,
     Components,
@@ -27,6 +29,7 @@ from alkahest.cli.shared import (
     app,
     by_pictures,
     drain,
+    example,
     exit_on_error,
     options_of,
     require_outputs,
@@ -43,7 +46,7 @@ RoundingIn = Annotated[str | None, typer.Option("--dtype", help="Count rounding 
 Html = Annotated[Path | None, typer.Option("--html", help="Also write a report: one HTML file with everything in it.")]
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURING, epilog=example("alkahest diff mini:base-variant mini:base --by block"))
 def diff(
     variant: Variant,
     base: Base,
@@ -75,7 +78,10 @@ def diff(
         print(table.to_json(orient="records", indent=1) if as_json else table_text(table, by))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MEASURING,
+    epilog=example("alkahest multiplier mini:base-weak mini:base --on mini:tb1 --protect refiner"),
+)
 def multiplier(
     variant: Variant,
     base: Base,
@@ -83,7 +89,13 @@ def multiplier(
     protect: Annotated[str | None, typer.Option(help="What stays as it is in --on, such as refiner.")] = None,
     basis: Annotated[
         str | None,
-        typer.Option(help="relative, reference, survival or bridge; pictures where --prompts or --pictures are given."),
+        typer.Option(
+            help=(
+                "What the difference is stretched to. relative: a share of the weights' norm (2 %). survival: so much of "
+                "it outlives rounding (90 %). bridge: as long as the bridge is from the base. reference: as long as "
+                "--reference's. Default: relative; with --prompts or --pictures, what pictures say."
+            )
+        ),
     ] = None,
     target: Annotated[float | None, typer.Option(help="What the basis aims at; default: its own.")] = None,
     reference: Annotated[str | None, typer.Option(help="For --basis reference: a variant known to work.")] = None,
@@ -127,7 +139,10 @@ def multiplier(
         print(json.dumps(_as_record(found), indent=2) if as_json else repr(found))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MEASURING,
+    epilog=example("alkahest check mini:turbo-variant mini:base mini:deturbo --bridge mini:tb1"),
+)
 def check(
     variant: Variant,
     bases: Annotated[list[str], typer.Argument(metavar="BASE...", help="Its base; of several the nearest is taken.")],
@@ -174,7 +189,7 @@ def check(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=STUDYING, epilog=example("alkahest cache"))
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete what is there.")] = False,
     kind: Annotated[str | None, typer.Option(help="Only one of them, such as tables.")] = None,

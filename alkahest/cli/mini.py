@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import Quiet, app, drain, exit_on_error
+from alkahest.cli.shared import STUDYING, Quiet, app, drain, example, exit_on_error
 
 family = typer.Typer(help="The miniature family: rebuild it, measure it.", no_args_is_help=True)
-app.add_typer(family, name="mini")
+app.add_typer(family, name="mini", rich_help_panel=STUDYING, epilog=example("alkahest mini measure --prompts 100"))
 
 
 @family.command("build")

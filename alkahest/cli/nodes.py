@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from alkahest.cli.shared import app, exit_on_error
+from alkahest.cli.shared import WORKFLOWS, app, example, exit_on_error
 
 group = typer.Typer(help="ComfyUI nodes: put them into a ComfyUI, and take them out again.", no_args_is_help=True)
-app.add_typer(group, name="nodes")
+app.add_typer(group, name="nodes", rich_help_panel=WORKFLOWS, epilog=example("alkahest nodes install ~/ComfyUI"))
 ComfyUI = Annotated[Path, typer.Argument(metavar="COMFYUI", help="The folder that ComfyUI's main.py lies in.")]
 
 

@@ -13,7 +13,9 @@ import typer
 
 import alkahest
 from alkahest.cli.shared import (
+    MERGING,
     NAMED,
+    WORKFLOWS,
     AllowNonfinite,
     AsJson,
     Cfg,
@@ -39,6 +41,7 @@ from alkahest.cli.shared import (
     app,
     by_pictures,
     drain,
+    example,
     exit_on_error,
     options_of,
     save,
@@ -51,7 +54,13 @@ if TYPE_CHECKING:
     from alkahest.engine.record import Recipe
 
 
-@app.command(context_settings=NAMED)
+@app.command(
+    context_settings=NAMED,
+    rich_help_panel=MERGING,
+    epilog=example(
+        "alkahest merge \"bridge.protect('refiner') + 5 * (variant - base)\" --bridge mini:tb1 --variant mini:base-variant --base mini:base -o merged.safetensors"
+    ),
+)
 def merge(
     context: typer.Context,
     output: Output,
@@ -127,7 +136,7 @@ def merge(
         _merge(*asked, given, output, options, as_json, quiet, seen)
 
 
-@app.command()
+@app.command(rich_help_panel=WORKFLOWS, epilog=example("alkahest recipe merged.safetensors"))
 def recipe(
     file: Annotated[
         Path, typer.Argument(help="A merged checkpoint, recipe JSON or text, or anything that ComfyUI saved.")
@@ -157,7 +166,13 @@ def recipe(
                 _print_recipe(found, several=len(recipes) > 1)
 
 
-@app.command(context_settings=NAMED)
+@app.command(
+    context_settings=NAMED,
+    rich_help_panel=WORKFLOWS,
+    epilog=example(
+        'alkahest workflow "a + 171.1 * (v - b)" --a mini:tb1 --v mini:base-weak --b mini:base -o graph.json'
+    ),
+)
 def workflow(
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file.")],
     what: Annotated[

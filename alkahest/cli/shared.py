@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import click
 import typer
 
 import alkahest
+from alkahest.cli.words import at_command_line
 from alkahest.errors import INTERRUPTED, AlkahestError, OutputError, UnsupportedError, printable
 from alkahest.files.paths import expanded
 
@@ -76,6 +78,14 @@ MadeFor = Annotated[
     typer.Option(help="For a LoRA or a sum, whose multiplier pictures are to say: the model it was made for."),
 ]
 NAMED = {"ignore_unknown_options": True}  # --bridge and the like are ours to read
+# Under which the commands stand in `alkahest --help`.
+MERGING, MEASURING, LORAS = "Open, merge and check", "Measure", "LoRAs"
+WORKFLOWS, TRAINING, STUDYING = "Recipes and ComfyUI", "Fine-tune", "Study"
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help: lines that can be run as they stand."""
+    return "\n\n".join(["For example:", *(f"`{line}`" for line in lines)])
 
 
 @app.callback(invoke_without_command=True)
@@ -128,8 +138,20 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
         with contextlib.suppress(ValueError):
             given[name] = float(value)
             continue
+        _require_no_near_number(name, value)
         given[name] = value
     return alone, given
+
+
+_NEAR_NUMBER = re.compile(r"([+-]?\d[\d_]*)(?:[.,](\d+))?\s*[x\u00d7]?", re.IGNORECASE)
+
+
+def _require_no_near_number(name: str, value: str) -> None:
+    """Refuse what was meant as a number, and would be looked for as a file."""
+    near = _NEAR_NUMBER.fullmatch(value.strip())
+    if near and not Path(value).exists():
+        meant = ".".join(part for part in near.groups() if part)
+        raise typer.BadParameter(f"--{name} {value} is no number; write --{name} {meant}")
 
 
 def by_pictures(
@@ -209,7 +231,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except AlkahestError as error:
-        print(error, file=sys.stderr)
+        print(at_command_line(error), file=sys.stderr)
         raise typer.Exit(1) from None
     except (typer.Exit, typer.Abort, click.ClickException):
         raise

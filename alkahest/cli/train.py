@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.cli.shared import AsJson, Device, Quiet, app, drain, exit_on_error, lines_of
+from alkahest.cli.shared import TRAINING, AsJson, Device, Quiet, app, drain, example, exit_on_error, lines_of
 
 Threads = Annotated[int | None, typer.Option(help="Processor threads of the arithmetic; default: torch's.")]
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING, epilog=example("alkahest finetune --plan mini:base --vram 24"))
 def finetune(
     config: Annotated[Path, typer.Argument(help="TOML file of the run, or with --plan a checkpoint.")],
     folder: Annotated[
@@ -63,7 +63,11 @@ def train_with_progress(config: Path, folder: Path, device: str, threads: int | 
     return drain(stream_finetune(read_config(config), folder, device), quiet, unit="step").result
 
 
-@app.command("make-dataset")
+@app.command(
+    "make-dataset",
+    rich_help_panel=TRAINING,
+    epilog=example("alkahest make-dataset --from mini:base --from mini:turbo --prompts prompts.txt -o drawn"),
+)
 def make_dataset(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and captions; goes on in one.")],
     model: Annotated[

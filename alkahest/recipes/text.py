@@ -6,6 +6,8 @@ Text is parsed by a whitelist over Python's ``ast`` and never evaluated.
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,6 +59,10 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )
 
 
+_TIMES = re.compile(r"(\d[\d.]*)\s*[x\u00d7](?![\w.])")  # 171.1x, as people write a multiplier
+_COMMA = re.compile(r"(?<![\w.])\d+,\d+")  # 171,1, as half the world writes a number
+
+
 def parse(text: str, names: Mapping[str, Any]) -> Any:
     """The expression that recipe text means; ``names`` gives its checkpoints and numbers.
 
@@ -69,6 +75,8 @@ def parse(text: str, names: Mapping[str, Any]) -> Any:
     if not isinstance(text, str) or len(text) > MAX_TEXT:
         raise RecipeError("recipe", "not a recipe text", expected=f"at most {MAX_TEXT:,} characters")
     tree = _tree(text)
+    if isinstance(tree.body, ast.Tuple):
+        raise _no_tuple(text)
     try:
         return _Reader(text.strip(), names).read(tree.body)
     except RecursionError as error:
@@ -103,6 +111,13 @@ def _tree(text: str) -> ast.Expression:
         raise _unreadable(error, text) from None
 
 
+def _no_tuple(text: str) -> RecipeError:
+    if near := _COMMA.search(text):
+        fix = f"a number has a point: {near[0].replace(',', '.')}"
+        return RecipeError("recipe", "this is no number", found=near[0], fix=fix)
+    return RecipeError("recipe", "these are several expressions", found=text[:200], fix="one, without commas between")
+
+
 def _is_package(node: ast.AST) -> bool:
     """Whether a node is ``ak.lerp`` or the like, as people write it in Python."""
     named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ak"
@@ -115,6 +130,13 @@ def _place(node: ast.expr) -> dict[str, Any]:
 
 def _unreadable(error: Exception, text: str) -> RecipeError:
     reason = error.msg if isinstance(error, SyntaxError) else str(error)
+    if "unterminated string" in reason:
+        fix = "a quote is open: names of parts stand between two quotes, as in protect('refiner')"
+        return RecipeError("recipe", "a quote is not closed", found=text[:200], fix=fix)
+    if near := _TIMES.search(text):
+        return RecipeError(
+            "recipe", "this is no number", found=near[0].strip(), fix=f"write {near[1]} * (variant - base)"
+        )
     return RecipeError("recipe", "the text cannot be read", found=f"{reason} in {text[:200]!r}")
 
 
@@ -157,6 +179,8 @@ class _Reader:
     def _operation(self, node: ast.BinOp) -> Any:
         left, right = self.read(node.left), self.read(node.right)
         for side in (left, right):
+            if isinstance(side, list):
+                raise _no_tuple(ast.get_source_segment(self.text, node) or self.text)
             if not isinstance(side, (Expression, Param, int, float)):
                 raise self._refusal(node, "arithmetic is on checkpoints, deltas and numbers only")
         try:
@@ -204,7 +228,8 @@ class _Reader:
         except AlkahestError:
             raise
         except (TypeError, AttributeError, ValueError) as error:
-            raise self._refusal(node, str(error), expected=None) from None
+            fix = f"write it as {function.__name__}{_called_with(function)}" if isinstance(error, TypeError) else None
+            raise self._refusal(node, str(error), fix, expected=None) from None
 
     def _refusal(
         self, node: ast.expr, problem: str, fix: str | None = None, expected: str | None = _GRAMMAR
@@ -217,3 +242,12 @@ class _Reader:
             expected=expected,
             fix=fix,
         )
+
+
+def _called_with(function: Callable[..., Any]) -> str:
+    """The names of a function's arguments, without their types: ``(a, b, t)``."""
+    shown = []
+    for parameter in inspect.signature(function).parameters.values():
+        default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
+        shown.append(f"{parameter.name}{default}")
+    return f"({', '.join(shown)})"
