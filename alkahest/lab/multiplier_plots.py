@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from alkahest.lab.figure import COLOURS, Plot, axes_for, legend_beside, number_text, title_of_plot
 
@@ -22,6 +23,11 @@ MARKED = {
     20.0: '20x, "practically 20x" in all',
     200.0: "200x, the same on the adding side",
 }
+
+
+_SEEN = 1e-3  # of the delta: what is smaller is not drawn
+_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the lines of the limits pass behind words
+_TICKS = (1.0, 2.0, 5.0)  # in every decade, where there are few
 
 
 def survival(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = None) -> Plot:
@@ -53,8 +59,9 @@ def noise(curve: pandas.DataFrame, ax: Axes | None = None, title: str | None = N
     ax.plot(
         curve.k, curve["size"] * curve.stochastic_error, color=COLOURS[2], ls="-.", label="error of stochastic rounding"
     )
-    if curve.noise_most.max() > 0:
-        low = curve.noise_least.clip(lower=float(curve["size"].min()) * 1e-4)
+    # Of float32 files it is there and a millionth of the delta: nothing to draw, nor to stretch the axis for.
+    if (curve.noise_most > _SEEN * curve["size"]).any():
+        low = curve.noise_least.clip(lower=_SEEN * curve["size"])
         ax.fill_between(
             curve.k,
             low,
@@ -101,9 +108,12 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
             textcoords="offset points",
             va="center",
             color="0.4",
+            bbox=_CLEAR,
         )
     for place, value in zip(y[some], values[some], strict=True):
-        ax.annotate(number_text(value), (value, place), xytext=(0, 6), textcoords="offset points", ha="center")
+        ax.annotate(
+            number_text(value), (value, place), xytext=(7, 0), textcoords="offset points", va="center", bbox=_CLEAR
+        )
     if own:
         ax.axvline(float(multiplier), color=COLOURS[1], lw=2, label=f"all together: {float(multiplier):.4g}")
         _mark_multipliers(ax, values[some], axis_label="multiplier k that brings the part to its share (log scale)")
@@ -114,6 +124,7 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     if some.any() and high < 10 * low:  # equal parts shall look equal
         middle = math.sqrt(low * high)
         ax.set_xlim(middle / math.sqrt(10), middle * math.sqrt(10))
+    _label_ticks(ax)
     ax.grid(axis="y", color="0.9")
     ax.set_title(title or title_of_plot(parts, f"{float(multiplier):.4g} ({multiplier.basis}) by part"))
     words = ", ".join(
@@ -145,6 +156,14 @@ def _mark_multipliers(ax: Axes, ks: Any, axis_label: str = "multiplier k (log sc
         if low / 10 <= k <= high * 10:
             ax.axvline(k, color="0.35", ls=style, lw=1, label=name)
     legend_beside(ax)
+
+
+def _label_ticks(ax: Axes) -> None:
+    """Plain numbers on a logarithmic axis, at 1, 2 and 5 where it has less than two decades; no minor labels."""
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=_TICKS if high < 100 * low else (1.0,)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _inside(ks: Any) -> Iterator[float]:

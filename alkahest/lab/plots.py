@@ -288,7 +288,7 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
     figure = Figure(figsize=(13, 8), layout="constrained", facecolor="white") if figure is None else figure
     axes = figure.subplots(2, 2)
     for ax, column, name in (
-        (axes[0, 0], "rank", "rank, columns of up"),
+        (axes[0, 0], "rank", "rank of the LoRA's two factors"),
         (axes[0, 1], "energy", "energy kept, share of |delta|^2"),
         (axes[1, 0], "noise", "rounding noise in the delta,\nshare of |delta|^2 (log scale)"),
         (axes[1, 1], "nbytes", "size, kB (log scale)"),
@@ -296,6 +296,11 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
         known = thin[thin[column].notna()]
         values = known[column].to_numpy(float) / (1000 if column == "nbytes" else 1)
         zero = 0.0
+        if len(known) == 0:
+            ax.set(xticks=[], yticks=[])
+            why = f"{column} is not known here:\nthe delta does not lie between two files"
+            ax.text(0.5, 0.5, why, transform=ax.transAxes, ha="center", va="center", color="0.4")
+            continue
         if len(known) < len(thin):  # noise, where a delta does not lie between two files
             ax.set_title(
                 f"{column} is not known for {len(thin) - len(known)} of {len(thin)} tensors", loc="right", fontsize=8
@@ -304,9 +309,6 @@ def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: s
             zero = _log_axis(ax, values)
         else:
             ax.set_ylim(0, 1.02 if column == "energy" else 1.1 * values.max())
-        if len(known) == 0:
-            ax.set_axis_off()
-            continue
         _by_depth(ax, known, values, zero)
         ax.set_ylabel(name)
     capped = thin.capped.to_numpy(bool)

@@ -62,7 +62,7 @@ def training_curve(
         for number, (name, value) in enumerate((of or {}).items(), 1):
             ax.axhline(value, color=COLOURS[number], ls=_LINES[number % len(_LINES)], lw=1.2, label=name)
         ax.set_ylabel(MEASURES[measure])
-        legend_beside(ax)
+        legend_beside(ax, title="nearer to these models is better" if of else None)
     _mark_stages([upper, *lower], history)
     (lower or [upper])[-1].set_xlabel("step")
     upper.xaxis.get_major_locator().set_params(integer=True)

@@ -90,7 +90,7 @@ def _combinations(table: pandas.DataFrame, names: Sequence[str]) -> list[tuple[A
 
 def _label(names: Sequence[str], values: tuple[Any, ...]) -> list[str]:
     return [
-        str(v) if n in ("prompt", "model") else f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}"
+        str(v) if n in ("prompt", "model") else f"{n} = {v:g}" if isinstance(v, float) else f"{n} = {v or 'none'}"
         for n, v in zip(names, values, strict=True)
     ]
 

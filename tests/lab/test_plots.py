@@ -155,7 +155,10 @@ def test_a_lora_report_shows_what_is_kept(trio: dict[str, Path]) -> None:
     assert f"{len(kept)} tensors" in plot.alt
     unknown = plots.lora_report(ak.extract_lora(delta + delta.only("layers"), rank=2).report)
     assert unknown.axes.figure.axes[2].get_title(loc="right").startswith("noise is not known for 16 of ")
-    assert plots.lora_report(ak.extract_lora(delta + delta, rank=2).report).png()
+    whole = plots.lora_report(ak.extract_lora(delta + delta, rank=2).report)
+    noise = whole.axes.figure.axes[2]
+    assert "noise is not known here" in noise.texts[0].get_text()  # and no blank quarter
+    assert not noise.get_xticks().size
 
 
 def test_a_plot_shows_itself_on_white_and_draws_into_given_axes(table: pd.DataFrame) -> None:
@@ -200,3 +203,29 @@ def test_bad_input(table: pd.DataFrame) -> None:
         plots.delta_magnitudes(table.iloc[:0])
     with pytest.raises(AlkahestError, match="no tensors that became a LoRA"):
         plots.lora_report(pd.DataFrame({"kept": ["full"]}))
+
+
+def test_what_is_too_small_to_see_stretches_no_axis() -> None:
+    weak, base = ak.mini.load("base-weak"), ak.mini.load("base")  # float32: rounding is a millionth of the delta
+    plot = plots.noise(ak.rounding_curve(ak.delta_table(weak - base)))
+    labels = [text.get_text() for text in plot.axes.get_legend().get_texts()]
+    assert "the file's own rounding, times k" not in labels
+    assert plot.axes.get_ylim()[0] > 1e-7
+    seen = plots.noise(ak.rounding_curve(ak.delta_table(ak.mini.load("base-weak-bf16") - base)))
+    assert "the file's own rounding, times k" in [text.get_text() for text in seen.axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("name", ["base-weak", "base-variant"])
+def test_numbers_of_a_logarithmic_axis_do_not_collide(name: str) -> None:
+    axes = plots.multiplier_by_part(ak.needed_multiplier(ak.mini.load(name) - ak.mini.load("base"))).axes
+    axes.figure.canvas.draw()
+    shown = axes.get_window_extent()
+    boxes = [
+        label.get_window_extent()
+        for label in (*axes.get_xticklabels(), *axes.get_xticklabels(minor=True))
+        if label.get_text() and shown.x0 <= label.get_window_extent().x1 and label.get_window_extent().x0 <= shown.x1
+    ]
+    assert len(boxes) >= 2
+    assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
+    for text in axes.texts:  # words that a line passes stand on white
+        assert text.get_bbox_patch() is not None
