@@ -98,15 +98,18 @@ class Models(Mapping[str, Checkpoint]):
         return {name: self._given.open(name) for name in _BASES if name in self._given.paths}
 
 
-def open_models(models: str | os.PathLike[str] | Mapping[str, Any] | None, *names: str, **stand_ins: str) -> Models:
+def open_models(
+    models: str | os.PathLike[str] | Mapping[str, Any] | None, *names: str, stand_ins: Mapping[str, str] | None = None
+) -> Models:
     """The checkpoints of these names: yours where ``models`` names them all, else miniatures.
 
     >>> open_models("models.toml", "base", "turbo")
 
     ``models`` is a TOML file, of which paths are relative to its folder, a mapping of the same form, or None. A file
-    that is not there names nothing. ``stand_ins`` replace the miniatures of `KEYS`. Raises UnknownNameError for names
+    that is not there names nothing. ``stand_ins`` are other miniatures than those of `KEYS`, by name. Raises UnknownNameError for names
     that are not in `KEYS`, and what opening a file raises, with the name that it has in ``models``.
     """
+    stand_ins = stand_ins or {}
     _require_keys((*names, *stand_ins), KEYS, "no such model")
     given = read_models(models)
     minis = {name: stand_ins.get(name, KEYS[name][1]) for name in names}
@@ -119,7 +122,10 @@ def open_models(models: str | os.PathLike[str] | Mapping[str, Any] | None, *name
 
 
 def open_derivative(
-    models: str | os.PathLike[str] | Mapping[str, Any] | None, *names: str, prefer: str = "variant", **stand_ins: str
+    models: str | os.PathLike[str] | Mapping[str, Any] | None,
+    *names: str,
+    prefer: str = "variant",
+    stand_ins: Mapping[str, str] | None = None,
 ) -> Models:
     """`open_models` with a base and a derivative of it last, whichever of the two lineages you have.
 
@@ -131,7 +137,7 @@ def open_derivative(
     paths = read_models(models).paths
     order = sorted(BASES, key=lambda one: one != prefer)
     chosen = next((one for one in order if {*names, one, BASES[one]} <= paths.keys()), prefer)
-    return open_models(models, *names, BASES[chosen], chosen, **stand_ins)
+    return open_models(models, *names, BASES[chosen], chosen, stand_ins=stand_ins)
 
 
 @dataclass(frozen=True)

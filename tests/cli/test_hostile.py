@@ -270,6 +270,25 @@ def test_an_interrupt_is_one_line_whenever_it_comes(after: float, tmp_path: Path
     assert told.strip().splitlines()[-1] == "interrupted: nothing was written"
 
 
+def test_an_interrupt_of_code_run_from_text_is_one_too() -> None:
+    """As imports do; Python then ends by the signal, though the interrupt was caught."""
+    program = """
+import alkahest.__main__, alkahest.cli
+
+def app():
+    try:
+        exec("raise KeyboardInterrupt")
+    except KeyboardInterrupt:
+        print("interrupted")
+    raise SystemExit(130)
+
+alkahest.cli.app = app
+alkahest.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "interrupted\n")
+
+
 def test_what_python_shows_is_clean_too(evil: dict[str, Path]) -> None:
     checkpoint = ak.open(evil["a"])
     part = ak.open_part(evil["a"])

@@ -57,7 +57,7 @@ def test_each_key_has_a_miniature() -> None:
     for name, (what, stand_in) in KEYS.items():
         assert what
         assert open_models(None, name)[name] == ak.mini.load(stand_in)
-    assert open_models(None, "variant", variant="base-weak")["variant"] == ak.mini.load("base-weak")
+    assert open_models(None, "variant", stand_ins={"variant": "base-weak"})["variant"] == ak.mini.load("base-weak")
 
 
 def test_of_two_lineages_the_one_that_you_have(named: Path, trio: dict[str, Path]) -> None:
@@ -82,7 +82,7 @@ def test_bases_are_of_the_same_family_as_what_is_asked_for(named: Path, trio: di
 
 
 def test_what_is_drawn_needs_components(named: Path, trio: dict[str, Path]) -> None:
-    models = open_models(named, "base", "bridge", bridge="tb0")
+    models = open_models(named, "base", "bridge", stand_ins={"bridge": "tb0"})
     drawn = models.to_draw()
     assert not drawn.own
     assert [one.path.stem for one in drawn.values()] == ["base", "tb0"]
