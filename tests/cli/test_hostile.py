@@ -270,8 +270,8 @@ def test_an_interrupt_is_one_line_whenever_it_comes(after: float, tmp_path: Path
     assert told.strip().splitlines()[-1] == "interrupted: nothing was written"
 
 
-def test_an_interrupt_of_code_run_from_text_is_one_too() -> None:
-    """As imports do; Python then ends by the signal, though the interrupt was caught."""
+def test_an_interrupt_of_code_run_from_text_is_one_too(tmp_path: Path) -> None:
+    """As imports do; ``python -m`` then ends by the signal, though the interrupt was caught."""
     program = """
 import alkahest.__main__, alkahest.cli
 
@@ -285,7 +285,9 @@ def app():
 alkahest.cli.app = app
 alkahest.__main__.main()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    (tmp_path / "interrupted.py").write_text(program)
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "interrupted\n")
 
 
