@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,12 +71,12 @@ def diff(
         if by not in ("part", "block", "module", "tensor"):
             raise typer.BadParameter("--by is part, block, module or tensor")
         require_outputs(csv, plot, html)
-        delta = alkahest.open(variant) - alkahest.open(base)
-        weights = None if on is None else alkahest.open(on)
+        models = _opened(variant=variant, base=base, on=on)
+        delta, weights = models["variant"] - models["base"], models.get("on")
         table = drain(
             stream_delta_table(delta, weights, k, dtype, **options_of(device=device, threads=threads)), quiet
         ).result
-        _write(table, csv, plot, html)
+        _write(table, csv, plot, html, origin=_origin(models, html, quiet))
         print(table.to_json(orient="records", indent=1) if as_json else table_text(table, by))
 
 
@@ -125,17 +127,20 @@ def multiplier(
 
     with exit_on_error():
         require_outputs(csv, plot, html)
-        opened = alkahest.open(base)
-        delta = alkahest.open(variant) - opened
-        weights: alkahest.Weights = opened if on is None else alkahest.open(on)
+        models = _opened(
+            variant=variant, base=base, on=on, reference=reference, reference_base=reference and reference_base
+        )
+        opened = models["base"]
+        delta = models["variant"] - opened
+        weights: alkahest.Weights = models.get("on", opened)
         weights = weights if protect is None else weights.protect(protect)
         other = None
         if reference is not None:
-            other = alkahest.open(reference) - (opened if reference_base is None else alkahest.open(reference_base))
+            other = models["reference"] - models.get("reference_base", opened)
         options = options_of(device=device, threads=threads)
         options |= by_pictures(prompts, pictures, ordinary, components, cfg, count, storage)
         found = drain(stream_needed_multiplier(delta, weights, basis, target, other, dtype, **options), quiet).result
-        _write(found.table, csv, plot, html, found)
+        _write(found.table, csv, plot, html, found, _origin(models, html, quiet))
         print(json.dumps(_as_record(found), indent=2) if as_json else repr(found))
 
 
@@ -172,7 +177,8 @@ def check(
         if on is not None:
             table = drain(stream_delta_table(opened - nearest.base, on, **options), quiet).result
         found = check_of(table, on is not None)
-        _write(table, csv, plot, html)
+        models = {"variant": opened, "base": nearest.base} | ({} if on is None else {"bridge": on})
+        _write(table, csv, plot, html, origin=_origin(models, html, quiet))
         if as_json:
             record = {
                 "nearest_base": nearest.name,
@@ -222,13 +228,37 @@ def cache(
             print(f"  {name:11} {len(one):6,} entries  {size_text(int(one.sum())):>10}  {KINDS[name].what}")
 
 
-def _write(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any = None) -> None:
+def _opened(**sources: str | None) -> dict[str, alkahest.Checkpoint]:
+    """The checkpoints that were named, by what they are for."""
+    return {role: alkahest.open(source) for role, source in sources.items() if source is not None}
+
+
+def _origin(models: dict[str, alkahest.Checkpoint], html: Path | None, quiet: bool) -> Any:
+    """What a report says of its files and of the command, if there is to be one."""
+    if html is None:
+        return None
+    from alkahest.lab.report_origin import stream_origin
+
+    command = shlex.join(["alkahest", *sys.argv[1:]])
+    return drain(stream_origin(models, command), quiet).result
+
+
+def _write(
+    table: pandas.DataFrame,
+    csv: Path | None,
+    plot: Path | None,
+    html: Path | None,
+    found: Any = None,
+    origin: Any = None,
+) -> None:
     """Write what was asked for of a table, and of the multiplier ``found`` from it."""
     with say_replaced(csv, plot, html):
-        _write_each(table, csv, plot, html, found)
+        _write_each(table, csv, plot, html, found, origin)
 
 
-def _write_each(table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any) -> None:
+def _write_each(
+    table: pandas.DataFrame, csv: Path | None, plot: Path | None, html: Path | None, found: Any, origin: Any
+) -> None:
     from alkahest.files.whole import write_file, write_text
 
     if csv is not None:
@@ -238,7 +268,7 @@ def _write_each(table: pandas.DataFrame, csv: Path | None, plot: Path | None, ht
     if html is not None:
         from alkahest.lab.report import write_report
 
-        write_report(html, table, found)
+        write_report(html, table, found, origin)
     if plot is not None:
         from alkahest.lab import plots
 

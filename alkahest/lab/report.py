@@ -10,11 +10,12 @@ import pandas as pd
 from alkahest.files.whole import write_text
 from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
+from alkahest.lab.report_origin import Origin
 from alkahest.measure.lineage import check_of
-from alkahest.measure.measured_table import readable_html
+from alkahest.measure.measured_table import SHOWN, readable_html
 from alkahest.measure.multiplier import Multiplier
 from alkahest.measure.rounding import absorbed, rounding_curve
-from alkahest.measure.table import rolled_up
+from alkahest.measure.table import COLUMNS, rolled_up
 from alkahest.version import __version__
 
 STYLE = """
@@ -28,23 +29,27 @@ code { overflow-wrap: anywhere; } figcaption { font-size: 85%; opacity: .8; } de
 """
 
 
-def write_report(path: str | Path, table: pd.DataFrame, multiplier: Multiplier | None = None) -> None:
+def write_report(
+    path: str | Path, table: pd.DataFrame, multiplier: Multiplier | None = None, origin: Origin | None = None
+) -> None:
     """Write a delta table as HTML: by part, plots, rounding, refiner check, and every tensor.
 
     >>> write_report("delta.html", ak.delta_table(variant - base), ak.needed_multiplier(variant - base))
 
     OutputError if the file cannot be written; an older one is then left as it was.
     """
-    write_text(Path(path), report(table, multiplier))
+    write_text(Path(path), report(table, multiplier, origin))
 
 
-def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
+def report(table: pd.DataFrame, multiplier: Multiplier | None = None, origin: Origin | None = None) -> str:
     """The text of `write_report`."""
     of = str(table.attrs.get("of", "a delta"))
     parts = [
         f"<h1>{_text(of)}</h1>",
         f"<p>{len(table):,} tensors, {int(table.elements.sum()):,} elements. Alkahest {__version__}.</p>",
     ]
+    if origin is not None:
+        parts += ["<h2>Files</h2>", origin.as_html()]
     if not (table.delta_norm > 0).any():
         return _page(of, [*parts, "<p><b>No difference: all tensors are equal.</b></p>"])
     multiple = table.delta_norm.sum() / table.gap.sum() if table.gap.sum() > 0 else 1.0
@@ -71,6 +76,7 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None) -> str:
         "<h2>Every tensor</h2><details><summary>show</summary>",
         _table(_with_absorbed(table)),
         "</details>",
+        f"<h2>What the columns are</h2>{_legend()}",
     ]
     return _page(of, parts)
 
@@ -85,6 +91,16 @@ def _figure(plot: Plot) -> str:
 
 def _table(table: pd.DataFrame) -> str:
     return readable_html(table, with_rest=False)
+
+
+def _legend() -> str:
+    """What each column of the tables above means: d is the delta, v the variant, b its base, w what d is added to."""
+    names = [name for name in SHOWN if name in COLUMNS]
+    rows = [f"<dt>{_text(SHOWN[name][0])}</dt><dd>{_text(COLUMNS[name])}</dd>" for name in names]
+    return (
+        "<p>d is the delta, v the variant, b its base, w what d is added to, and |x| the norm of x.</p>"
+        f"<dl>{''.join(rows)}</dl>"
+    )
 
 
 def _page(title: str, parts: list[str]) -> str:

@@ -69,7 +69,9 @@ class NearestBase:
         return lines_under(f"nearest: {self.name}", self.reasons)
 
     def _repr_html_(self) -> str:
-        table: str = self.table.to_html(index=False)
+        from alkahest.measure.measured_table import small_html
+
+        table = small_html(self.table)
         return lines_under_html(f"nearest: <b>{html.escape(self.name)}</b>", self.reasons) + table
 
 

@@ -99,6 +99,32 @@ def readable_html(table: pd.DataFrame, with_rest: bool = True) -> str:
     )
 
 
+def small_html(table: pd.DataFrame, digits: int = 4) -> str:
+    """A table of results as HTML in the same style: all of its columns, numbers to so many digits, "-" for none."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return "-" if math.isnan(value) else f"{value:.{digits}g}"
+        return "-" if value is None else str(value)
+
+    words = [not pd.api.types.is_numeric_dtype(table[name]) for name in table]
+    heads = [_td("th", str(name).replace("_", " "), left) for name, left in zip(table, words, strict=True)]
+    rows = [
+        "".join(_td("td", shown(value), left) for value, left in zip(row, words, strict=True))
+        for row in table.astype(object).itertuples(index=False)
+    ]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        "<div style='overflow:auto'><table style='border-collapse:collapse; font-variant-numeric:tabular-nums'>"
+        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _td(tag: str, text: str, left: bool) -> str:
+    side = "left" if left else "right"
+    return f"<{tag} style='text-align:{side}; padding:0.1em 0.7em'>{html.escape(text, quote=False)}</{tag}>"
+
+
 def _head(name: str) -> str:
     side = "left" if name in _TEXT else "right"
     place = "position:sticky; top:0; background:var(--jp-layout-color0, Canvas); padding:0.2em 0.7em; max-width:8em"

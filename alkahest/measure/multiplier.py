@@ -132,5 +132,6 @@ def short(number: float) -> str:
 
 
 def _html(table: pandas.DataFrame) -> str:
-    text: str = table.to_html(index=False, float_format=lambda number: f"{number:.4g}")
-    return text
+    from alkahest.measure.measured_table import small_html
+
+    return small_html(table)

@@ -61,7 +61,9 @@ class Alignment:
         return lines_under(self._title(), self._lines())
 
     def _repr_html_(self) -> str:
-        table: str = self.table.to_html(index=False, float_format=lambda number: f"{number:.3f}")
+        from alkahest.measure.measured_table import small_html
+
+        table = small_html(self.table, 3)
         return lines_under_html(f"<b>{html.escape(self._title())}</b>", self._lines()) + table
 
     def _title(self) -> str:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import alkahest as ak
-from alkahest.measure.measured_table import SHOWN, MeasuredTable, readable_html
+from alkahest.measure.measured_table import SHOWN, MeasuredTable, readable_html, small_html
 from alkahest.measure.table import COLUMNS
 
 
@@ -102,3 +102,13 @@ def test_nothing_of_a_file_becomes_html(table: pd.DataFrame) -> None:
     assert "<script>" not in text
     assert "<b>" not in text
     assert "a&amp;b" in text
+
+
+def test_small_tables_have_the_same_look() -> None:
+    text = small_html(pd.DataFrame({"part": ["a<b", "all"], "k_of_it": [171.123456, float("nan")], "n": [3, 4]}))
+    assert Cells(text).rows == [["part", "k of it", "n"], ["a<b", "171.1", "3"], ["all", "-", "4"]]
+    assert "a&lt;b" in text
+    k = ak.needed_multiplier(ak.mini.load("base-weak") - ak.mini.load("base"))
+    rows = Cells(k._repr_html_()).rows
+    assert ["survival", f"{k.bases['survival']:.4g}"] in rows
+    assert all("NaN" not in cell for row in rows for cell in row)
