@@ -40,15 +40,21 @@ def test_every_file_with_its_role_size_form_and_hash(trio: dict[str, Path], tmp_
     ids=lambda line: line[0],
 )
 def test_each_report_can_be_sent(
-    line: tuple[str, ...], roles: tuple[str, ...], trio: dict[str, Path], tmp_path: Path
+    line: tuple[str, ...],
+    roles: tuple[str, ...],
+    trio: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = [str(trio[word.lower()]) if word.lower() in trio else word for word in line]
-    result = CliRunner().invoke(app, [*words, "--html", str(tmp_path / "r.html"), "-q"])
+    words += ["--html", str(tmp_path / "r.html"), "-q"]
+    monkeypatch.setattr("sys.argv", ["alkahest", *words])
+    result = CliRunner().invoke(app, words)
     assert result.exit_code in (0, 1), result.output
     text = (tmp_path / "r.html").read_text()
     for role, path in zip(roles, (trio["variant"], trio["base"], trio["bridge"]), strict=True):
         assert f"<td>{role}</td><td>{path.name}</td>" in text
         assert blake3.blake3(path.read_bytes()).hexdigest() in text
-    assert f"Alkahest {ak.__version__}: <code>alkahest " in text
+    assert f"Alkahest {ak.__version__}: <code>alkahest {line[0]} {words[1]} " in text
     for name in set(SHOWN) & set(COLUMNS):
         assert f"<dt>{SHOWN[name][0]}</dt>" in text
