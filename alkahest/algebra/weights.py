@@ -160,8 +160,8 @@ class Weights(AnyWeights):
         - ``executor``: any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; each shard is
           then a task, with its own ``threads``, that writes its own file: on any machine that sees the same folders.
 
-        An existing file is replaced in one step at the end, and a note of the result says so. Raises the AlkahestError kinds, before
-        anything is written where that is possible; the target is never left half written.
+        An existing file is replaced in one step at the end, and a note of the result says so. Raises the
+        AlkahestError kinds, before anything is written where that is possible; the target is never left half written.
         """
         saved: Saved = result_of(
             self.stream(

@@ -93,8 +93,8 @@ def multiplier(
         str | None,
         typer.Option(
             help=(
-                "What the difference is stretched to. relative: a share of the weights' norm (2 %). survival: so much of "
-                "it outlives rounding (90 %). bridge: as long as the bridge is from the base. reference: as long as "
+                "What the difference is stretched to. relative: a share of the weights' norm (2 %). survival: so much "
+                "of it outlives rounding (90 %). bridge: as long as the bridge is from the base. reference: as long as "
                 "--reference's. Default: relative; with --prompts or --pictures, what pictures say."
             )
         ),

@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     context_settings=NAMED,
     rich_help_panel=MERGING,
     epilog=example(
-        "alkahest merge \"bridge.protect('refiner') + 5 * (variant - base)\" --bridge mini:tb1 --variant mini:base-variant --base mini:base -o merged.safetensors"
+        "alkahest merge \"bridge.protect('refiner') + 5 * (variant - base)\" --bridge mini:tb1 "
+        "--variant mini:base-variant --base mini:base -o merged.safetensors"
     ),
 )
 def merge(

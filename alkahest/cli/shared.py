@@ -295,7 +295,6 @@ def _raise_if_stopped() -> None:
 @contextlib.contextmanager
 def say_replaced(*outputs: Path | None) -> Iterator[None]:
     """Tell on standard error which outputs took the place of something, once they are written."""
-    from alkahest.files.paths import expanded
     from alkahest.files.whole import replaced
 
     before = [note for output in outputs if output is not None for note in replaced(expanded(output, "save"))]

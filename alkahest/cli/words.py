@@ -6,7 +6,7 @@ import re
 
 from alkahest.errors import AlkahestError
 
-# Fixes for Python, and the same for a shell. What an expression may say is the same in both, without the package's name.
+# Fixes for Python, and the same for a shell. What an expression says is the same in both, but for the package's name.
 _COMMANDS = {
     "ak.open_lora(path), and add it to the checkpoint it belongs to": (
         'alkahest lora inspect FILE shows it; alkahest merge "base + 0.8 * lora" --base BASE --lora FILE -o OUT adds it'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from alkahest.errors import AlkahestError
 from alkahest.files.paths import expanded
 from alkahest.files.reader import size_text
 from alkahest.lab.jobs import Job
-from alkahest.lab.panel import STYLE, reason_of
+from alkahest.lab.panel import STYLE, note_html, reason_of
 from alkahest.measure.lineage import stream_nearest_base
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
@@ -86,7 +85,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
             self.checkpoint = open_checkpoint(self.value)
             self.header.value = self.checkpoint._repr_html_()
         except AlkahestError as error:
-            self.header.value = f"<pre role='alert' style='white-space:pre-wrap'>{html.escape(reason_of(error))}</pre>"
+            self.header.value = note_html(reason_of(error), "alert")
 
     def _guess_lineage(self) -> Iterator[Event]:
         if self.checkpoint is None:
@@ -108,7 +107,7 @@ class CheckpointPicker(widgets.VBox):  # type: ignore[misc]
         self.answer.value = found._repr_html_()
 
     def _say(self, text: str) -> None:
-        self.status.value = f"<pre role='status' style='margin:0'>{html.escape(text)}</pre>"
+        self.status.value = note_html(text)
 
 
 def checkpoints_in(

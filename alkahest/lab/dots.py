@@ -23,34 +23,26 @@ def clickable_dots(title: str) -> Any:
         import anywidget
     except ImportError:
         return DotList(title)
-    # Built here, so that this module can be imported without anywidget.
-    traits = {**_traits(True), "_esm": Path(__file__).with_name("dots.js"), "__module__": __name__}
-    return type("Dots", (anywidget.AnyWidget,), traits)(title=title)
+
+    class Dots(_DotTraits, anywidget.AnyWidget):  # type: ignore[misc]  # here, where anywidget is known to be there
+        _esm = Path(__file__).with_name("dots.js")
+
+    return Dots(title=title)
 
 
-def _traits(sync: bool) -> dict[str, Any]:
-    tags = {"sync": sync}
-    return {
-        "dots": traitlets.List().tag(**tags),
-        "chosen": traitlets.Int(-1).tag(**tags),
-        "title": traitlets.Unicode().tag(**tags),
-        "x_label": traitlets.Unicode().tag(**tags),
-        "y_label": traitlets.Unicode().tag(**tags),
-    }
+class _DotTraits(traitlets.HasTraits):
+    dots: Any = traitlets.List().tag(sync=True)
+    chosen: Any = traitlets.Int(-1).tag(sync=True)
+    title: Any = traitlets.Unicode().tag(sync=True)
+    x_label: Any = traitlets.Unicode().tag(sync=True)
+    y_label: Any = traitlets.Unicode().tag(sync=True)
 
 
-class DotList(widgets.VBox):  # type: ignore[misc]
+class DotList(_DotTraits, widgets.VBox):  # type: ignore[misc]
     """The same dots as a list."""
 
-    dots: Any = traitlets.List()
-    chosen: Any = traitlets.Int(-1)
-    title: Any = traitlets.Unicode()
-    x_label: Any = traitlets.Unicode()
-    y_label: Any = traitlets.Unicode()
-
     def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
+        super().__init__(title=title)
         self.list = widgets.Select(description=title, rows=5, style=STYLE)
         self.children = [self.list]
         self.observe(lambda _: self._fill(), ["dots", "y_label"])

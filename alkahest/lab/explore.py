@@ -69,8 +69,8 @@ def explore(draw: Callable[..., str], *, size: tuple[float, float] = (9, 4.5), *
     >>> explore(lambda fig, *, k=1.0: plots.survival(table, ax=fig.subplots()).alt, k=(0.1, 1000, "log"))
 
     A control follows from the default: a number box, a text box, a checkbox. ``name=[...]`` gives a menu,
-    ``name=(low, high)`` or ``(low, high, "log")`` a slider beside the number box. The two are one value: the box takes any
-    number, the slider goes where it is, and a line says when that lies outside its range. Drawing
+    ``name=(low, high)`` or ``(low, high, "log")`` a slider beside the number box. The two are one value: the box
+    takes any number, the slider goes where it is, and a line says when that lies outside its range. Drawing
     waits until the controls rest, runs in a thread of its own, and shows its errors instead of raising.
     """
     return Explorer(draw, size, controls)

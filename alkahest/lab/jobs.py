@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from alkahest.files.reader import size_text
-from alkahest.lab.panel import reason_of
+from alkahest.lab.panel import note_html, reason_of
 
 
 class Job(widgets.VBox):  # type: ignore[misc]
@@ -113,7 +112,7 @@ class Job(widgets.VBox):  # type: ignore[misc]
         self.start_button.disabled, self.cancel_button.disabled = False, True
 
     def _say(self, text: str) -> None:
-        self.status.value = f"<pre role='status' style='margin:0; white-space:pre-wrap'>{html.escape(text)}</pre>"
+        self.status.value = note_html(text)
 
     def _repr_mimebundle_(self, **given: Any) -> Any:
         bundle = super()._repr_mimebundle_(**given)

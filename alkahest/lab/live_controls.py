@@ -56,8 +56,8 @@ class DeltaRow(widgets.VBox):  # type: ignore[misc]
         """The delta times what the boxes say; None at 0."""
         if self.k.value == 0:
             return None
-        factors = {part: box.value for part, box in self.parts.items() if box.value != 1} if self.by_part.value else {}
-        delta = self.delta.scaled(factors) if factors else self.delta
+        by_part = {part: box.value for part, box in self.parts.items() if box.value != 1} if self.by_part.value else {}
+        delta = self.delta.scaled(by_part) if by_part else self.delta
         return delta * float(self.k.value)
 
 

@@ -186,7 +186,9 @@ class LiveMerge(Panel):
         self.trail = Trail([row.name for row in self.rows], self.pick)
         self.recipe_path = widgets.Text(value="merge.json", description="recipe file", style=STYLE)
         self.model_path = widgets.Text(value="merged.safetensors", description="model file", style=STYLE)
-        self.save_recipe = Job(lambda: stream_recipe(self.expression, self.recipe_path.value), title="Save recipe")
+        self.save_recipe = Job(
+            lambda: stream_recipe(self.expression, self.recipe_path.value), unit="B", title="Save recipe"
+        )
         self.save_model = Job(lambda: self.expression.stream(self.model_path.value), unit="B", title="Save model")
         self.measure_bridge = Job(self._own_range, on_result=self._set_usual, title="Bridge's own range")
         prompts, negative, *numbers = self.settings.values()
@@ -292,8 +294,9 @@ class LiveMerge(Panel):
         columns = {"now": self.measures} | {name: one.measures for name, one in beside.items()}
         self.table.value = measures_table(columns, self._usual, "the bridge")
         figures = [
-            f"<figure style='margin:0; flex:0 1 auto; min-width:0; max-width:{100 / len(beside):.0f}%'>{image_tag(one.png, one.recipe)}<figcaption>{name}: "
-            f"<code>{html.escape(one.recipe)}</code></figcaption></figure>"
+            f"<figure style='margin:0; flex:0 1 auto; min-width:0; max-width:{100 / len(beside):.0f}%'>"
+            f"{image_tag(one.png, one.recipe)}"
+            f"<figcaption>{name}: <code>{html.escape(one.recipe)}</code></figcaption></figure>"
             for name, one in beside.items()
         ]
         row = "<div style='display:flex; gap:0.5em; margin-left:0.5em; line-height:1.3; overflow-wrap:anywhere'>"

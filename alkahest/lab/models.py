@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,16 @@ def open_models(
     >>> open_models("models.toml", "base", "turbo")
 
     ``models`` is a TOML file, of which paths are relative to its folder, a mapping of the same form, or None. A file
-    that is not there names nothing. ``stand_ins`` are other miniatures than those of `KEYS`, by name. Raises UnknownNameError for names
-    that are not in `KEYS`, and what opening a file raises, with the name that it has in ``models``.
+    that is not there names nothing. ``stand_ins`` are other miniatures than those of `KEYS`, by name. Raises
+    UnknownNameError for names that are not in `KEYS`, and what opening a file raises, with the name that it has in
+    ``models``.
     """
     stand_ins = stand_ins or {}
     _require_keys((*names, *stand_ins), KEYS, "no such model")
-    given = read_models(models)
+    return _open(read_models(models), names, stand_ins)
+
+
+def _open(given: _Given, names: Sequence[str], stand_ins: Mapping[str, str]) -> Models:
     minis = {name: stand_ins.get(name, KEYS[name][1]) for name in names}
     if missing := [name for name in names if name not in given.paths]:
         unused = [name for name in names if name in given.paths]
@@ -133,11 +137,13 @@ def open_derivative(
 
     ``prefer`` says which to take if both are named, and of which the miniatures are. Raises what `open_models` raises.
     """
+    stand_ins = stand_ins or {}
     _require_keys([prefer], BASES, "no such derivative")
-    paths = read_models(models).paths
+    _require_keys((*names, *stand_ins), KEYS, "no such model")
+    given = read_models(models)
     order = sorted(BASES, key=lambda one: one != prefer)
-    chosen = next((one for one in order if {*names, one, BASES[one]} <= paths.keys()), prefer)
-    return open_models(models, *names, BASES[chosen], chosen, stand_ins=stand_ins)
+    chosen = next((one for one in order if {*names, one, BASES[one]} <= given.paths.keys()), prefer)
+    return _open(given, (*names, BASES[chosen], chosen), stand_ins)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from alkahest.files.paths import expanded
 from alkahest.files.whole import replaced
 from alkahest.lab.checkpoint_picker import checkpoints_in
 from alkahest.lab.models import COMPONENTS, KEYS, read_models, write_models
-from alkahest.lab.panel import reason_of
+from alkahest.lab.panel import note_html, reason_of
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
 
@@ -101,7 +100,7 @@ class ModelsPicker(widgets.VBox):  # type: ignore[misc]
             if isinstance(value, Mapping):
                 self._parts = value
                 self.boxes[name].disabled = True
-                self.headers[name].value = _note(", ".join(f"{part} = {path}" for part, path in value.items()))
+                self.headers[name].value = note_html(", ".join(f"{part} = {path}" for part, path in value.items()))
             else:
                 self.boxes[name].value = str(value)
 
@@ -122,9 +121,9 @@ class ModelsPicker(widgets.VBox):  # type: ignore[misc]
         if value:
             try:
                 self.opened[name] = one = open_checkpoint(value)
-                self.headers[name].value = _note(_header(one))
+                self.headers[name].value = note_html(_header(one))
             except AlkahestError as error:
-                self.headers[name].value = _note(reason_of(error), "alert")
+                self.headers[name].value = note_html(reason_of(error), "alert")
         self._say_sizes()
 
     def _say_sizes(self) -> None:
@@ -145,7 +144,7 @@ class ModelsPicker(widgets.VBox):  # type: ignore[misc]
         return value
 
     def _say(self, text: str, role: str = "status") -> None:
-        self.status.value = _note(text, role) if text else ""
+        self.status.value = note_html(text, role)
 
 
 def _box(label: str) -> Any:
@@ -165,7 +164,3 @@ def _header(one: Checkpoint) -> str:
         f"{about['parameters']:,} parameters, {about['layers']} layers, width {about['width']}; {about['layout']}, "
         f"{', '.join(about['storage'])}, {about['bytes'] / 1e9:.3g} GB"
     )
-
-
-def _note(text: str, role: str = "status") -> str:
-    return f"<pre role='{role}' style='margin:0; white-space:pre-wrap'>{html.escape(text)}</pre>"

@@ -38,15 +38,11 @@ class Panel(widgets.VBox):  # type: ignore[misc]
 
     def say(self, text: str) -> None:
         """A line under the picture, which screen readers speak when they are idle."""
-        self.status.value = (
-            f"<pre role='status' style='margin:0; white-space:pre-wrap'>{html.escape(text, quote=False)}</pre>"
-            if text
-            else ""
-        )
+        self.status.value = note_html(text)
 
     def alert(self, error: Exception) -> None:
         """Say what went wrong, where the person looks."""
-        self.status.value = f"<pre role='alert' style='white-space:pre-wrap'>{html.escape(reason_of(error))}</pre>"
+        self.status.value = note_html(reason_of(error), "alert")
 
     def _repr_mimebundle_(self, **given: Any) -> Any:
         bundle = super()._repr_mimebundle_(**given) or {}
@@ -110,6 +106,12 @@ class Redraw:
                             return
             except Exception as error:  # shown where the person looks, instead of in a thread's traceback
                 self._failed(error)
+
+
+def note_html(text: str, role: str = "status") -> str:
+    """A line or more for a person, with the role that says how urgently a screen reader speaks it; "" for none."""
+    style = "margin:0; white-space:pre-wrap"
+    return f"<pre role='{role}' style='{style}'>{html.escape(text, quote=False)}</pre>" if text else ""
 
 
 def reason_of(error: Exception) -> str:

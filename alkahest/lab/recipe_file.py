@@ -9,9 +9,8 @@ from typing import NamedTuple
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
 from alkahest.engine.options import Options
-from alkahest.engine.record import readers_of, recipe_of
+from alkahest.engine.record import readers_of, recipe_of, stream_hashes
 from alkahest.errors import OutputError
-from alkahest.files.hashes import blake3_of
 from alkahest.files.paths import expanded
 from alkahest.files.whole import replaced, write_text
 
@@ -32,9 +31,8 @@ def stream_recipe(expression: Weights, file: str) -> Iterator[Event]:
     if path.suffix != ".json":
         raise OutputError("save recipe", "a recipe is a .json file", file=path, fix=str(path.with_suffix(".json")))
     before = replaced(path)
-    readers, hashes = readers_of(expression), {}
-    for number, reader in enumerate(readers):
-        yield Event(number, len(readers), reader.path.name)
-        (hashes[reader],) = blake3_of([reader])
+    readers = readers_of(expression)
+    total = sum(reader.size for reader in readers)
+    hashes = yield from stream_hashes(readers, total)
     write_text(path, recipe_of(expression, Options(), hashes).to_json() + "\n")
-    yield Event(len(readers), len(readers), path.name, RecipeFile(path, before))
+    yield Event(total, total, path.name, RecipeFile(path, before))

@@ -58,7 +58,7 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None, origin: Or
             f"<p><b>Sizes and rounding are of what the title names</b>, {multiple:.4g} times the length of variant - "
             "base: over k below, 1 is that multiple. Cosine and the verdict are of variant and base themselves.</p>"
         )
-    parts += ["<h2>By part</h2>", _table(_with_absorbed(rolled_up(table, "part")))]
+    parts += ["<h2>By part</h2>", readable_html(_with_absorbed(rolled_up(table, "part")), with_rest=False)]
     if not table.base_norm.isna().any():
         parts += ["<h2>Can it be imported?</h2>", check_of(table)._repr_html_()]
     if multiplier is not None:
@@ -74,7 +74,7 @@ def report(table: pd.DataFrame, multiplier: Multiplier | None = None, origin: Or
     parts += ["<h2>Rounding</h2>", _figure(plots.survival(curve)), _figure(plots.noise(curve))]
     parts += [
         "<h2>Every tensor</h2><details><summary>show</summary>",
-        _table(_with_absorbed(table)),
+        readable_html(_with_absorbed(table), with_rest=False),
         "</details>",
         f"<h2>What the columns are</h2>{_legend()}",
     ]
@@ -87,10 +87,6 @@ def _with_absorbed(table: pd.DataFrame) -> pd.DataFrame:
 
 def _figure(plot: Plot) -> str:
     return f"<figure>{image_tag(plot.png(), plot.alt)}<figcaption>{_text(plot.alt)}</figcaption></figure>"
-
-
-def _table(table: pd.DataFrame) -> str:
-    return readable_html(table, with_rest=False)
 
 
 def _legend() -> str:

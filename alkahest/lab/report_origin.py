@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from alkahest.engine.events import Event
-from alkahest.files.hashes import blake3_of
+from alkahest.engine.record import stream_hashes
 from alkahest.files.paths import recorded_name
 from alkahest.mini.shipped import WEIGHTS
 from alkahest.sources.checkpoint import Checkpoint
@@ -62,16 +62,15 @@ def stream_origin(models: Mapping[str, Checkpoint], command: str) -> Iterator[Ev
     Hashes that are known already are not computed again.
     """
     given = [(role, one, reader) for role, one in models.items() for reader in one.files]
-    total, done, files = sum(reader.size for *_, reader in given), 0, []
-    for role, one, reader in given:
-        yield Event(done, total, f"hashing {reader.path.name}")
-        (digest,) = blake3_of([reader])
-        form = f"{', '.join(one.summary()['storage'])}; {one.layout}"
-        files.append(File(role, recorded_name(reader.path), reader.size, form, digest))
-        done += reader.size
+    total = sum(reader.size for *_, reader in given)
+    hashes = yield from stream_hashes([reader for *_, reader in given], total)
+    forms = {role: f"{', '.join(one.summary()['storage'])}; {one.layout}" for role, one in models.items()}
+    files = tuple(
+        File(role, recorded_name(reader.path), reader.size, forms[role], hashes[reader]) for role, _, reader in given
+    )
     small = tuple(role for role, one in models.items() if Path(one.path).resolve().is_relative_to(WEIGHTS.resolve()))
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    yield Event(total, total, "", Origin(tuple(files), command, date, small))
+    yield Event(total, total, "", Origin(files, command, date, small))
 
 
 def _text(text: str) -> str:

@@ -94,7 +94,8 @@ def readable_html(table: pd.DataFrame, with_rest: bool = True) -> str:
     cut = f"the first {_MOST:,} of {len(table):,} rows; " if len(table) > _MOST else ""
     return (
         f"<div style='max-height:28em; overflow:auto'><table style='border-collapse:collapse; "
-        f"font-variant-numeric:tabular-nums'><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"font-variant-numeric:tabular-nums'><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        "</div>"
         f"<small>{cut}{html.escape(_rest(table)) if with_rest else ''}</small>"
     )
 

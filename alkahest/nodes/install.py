@@ -39,8 +39,8 @@ def install(comfyui: str | os.PathLike[str]) -> Path:
     """Register the nodes in a ComfyUI folder; returns the folder that holds them. Installing again updates it.
 
     The folder holds one file, which takes the package from ComfyUI's Python or, if it is not installed there, from
-    where it is now, and beside it the example workflows that ComfyUI lists among its templates. Raises OutputError if the folder is no ComfyUI, or holds other nodes of
-    that name.
+    where it is now, and beside it the example workflows that ComfyUI lists among its templates. Raises
+    OutputError if the folder is no ComfyUI, or holds other nodes of that name.
     """
     folder = _folder(comfyui)
     _require_ours(folder)

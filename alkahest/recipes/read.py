@@ -28,8 +28,8 @@ def read_recipe(
 
     Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, and ComfyUI workflows: as JSON, in a
     picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
-    that saves the model; `ak.read_workflow` gives them all, and says what ``passing`` is. What was trained has no recipe ``text``; ``made`` says what
-    it was made of. Raises RecipeError if there is neither.
+    that saves the model; `ak.read_workflow` gives them all, and says what ``passing`` is. What was trained has no
+    recipe ``text``; ``made`` says what it was made of. Raises RecipeError if there is neither.
     """
     what, found = recipes_in(path, node, passing)
     if len(found) == 1:

@@ -184,11 +184,12 @@ def open(source: str | os.PathLike[str], *, name: str | None = None, prefix: str
     >>> ak.open("models/Z-Image/transformer"), ak.open("Tongyi-MAI/Z-Image"), ak.open("mini:tb1")
 
     Takes single files with any published prefix, all-in-one files, diffusers and pipeline folders,
-    sharded checkpoints, hub ids and members of the miniature family; fp32, fp16, bf16, fp8 plain and scaled, and with comfy-kitchen nvfp4, mxfp8 and
-    int8. ``name`` is what recipes call it (default: from the file's name); ``prefix`` says which of several models in
-    one file is meant (default: the one under a published prefix, or the only one). Tensors that are no part of the
-    model are carried along: ``extras``. Raises FileFormatError for damaged, incomplete or lying files, UnsupportedError
-    for other models, other quantised forms, GGUF and pickles.
+    sharded checkpoints, hub ids and members of the miniature family; fp32, fp16, bf16, fp8 plain and scaled,
+    and with comfy-kitchen nvfp4, mxfp8 and int8. ``name`` is what recipes call it (default: from the
+    file's name); ``prefix`` says which of several models in one file is meant (default: the one under a published
+    prefix, or the only one). Tensors that are no part of the model are carried along: ``extras``. Raises
+    FileFormatError for damaged, incomplete or lying files, UnsupportedError for other models, other quantised forms,
+    GGUF and pickles.
     """
     located = locate(source)
     if holds_signs(located):

@@ -98,8 +98,8 @@ class Reading:
             expected=", ".join([*CORE, *OWN, "..."]),
             fix="it is a group node of an older editor: unpack it there and save again"
             if node.kind.startswith("workflow")
-            else f"if it changes no weights: --passing {node.kind!r}, or passing= in Python; else save the model before it "
-            "and start from that file",
+            else f"if it changes no weights: --passing {node.kind!r}, or passing= in Python; else save the model "
+            "before it and start from that file",
         )
 
     def pass_through(self, node: Node) -> None:
