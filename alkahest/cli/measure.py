@@ -127,9 +127,9 @@ def multiplier(
 
     with exit_on_error():
         require_outputs(csv, plot, html)
-        models = _opened(
-            variant=variant, base=base, on=on, reference=reference, reference_base=reference and reference_base
-        )
+        if reference_base is not None and reference is None:
+            raise typer.BadParameter("--reference-base is the base of --reference: name that too")
+        models = _opened(variant=variant, base=base, on=on, reference=reference, reference_base=reference_base)
         opened = models["base"]
         delta = models["variant"] - opened
         weights: alkahest.Weights = models.get("on", opened)

@@ -19,7 +19,7 @@ from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
 from alkahest.lab.live_controls import DeltaRow, sampling_controls
 from alkahest.lab.measure_words import Range, measures_table
-from alkahest.lab.panel import STYLE, Panel, Redraw, lines_of
+from alkahest.lab.panel import STYLE, Panel, Redraw, lines_of, note_html
 from alkahest.lab.recipe_file import stream_recipe
 from alkahest.lab.trail import Drawn, Trail
 from alkahest.pictures.live import LiveModel
@@ -115,6 +115,7 @@ class LiveMerge(Panel):
         self._kept: list[Drawn] = []
         self._picked: Drawn | None = None
         self._usual: dict[str, Range] = {}
+        self._usual_at: dict[str, Any] = {}  # the prompts and settings that it was measured at
         self._redraw = Redraw(self._draw_picture, self.alert)
         self.protect = widgets.Checkbox(
             value=True,
@@ -272,7 +273,7 @@ class LiveMerge(Panel):
     def _own_range(self) -> Iterator[Event]:
         """Pictures of the bridge as it is, by other seeds too, and the least and most of each of their measures."""
         prompts, settings = lines_of(self.settings["prompts"]), self._sampling()
-        rows = []
+        rows, asked = [], {**settings, "prompts": prompts}
         with _DRAWING, self.live.lock:
             self.live.become(self.bridge)
             for number in range(_OWN_SEEDS):
@@ -281,10 +282,10 @@ class LiveMerge(Panel):
                 rows += [self._measured([image]) for image in images]
         table = pd.DataFrame(rows)
         usual = {str(name): (float(table[name].min()), float(table[name].max())) for name in table}
-        yield Event(_OWN_SEEDS, _OWN_SEEDS, f"{len(rows)} pictures of the bridge", usual)
+        yield Event(_OWN_SEEDS, _OWN_SEEDS, f"{len(rows)} pictures of the bridge", (usual, _apart_from_seed(asked)))
 
-    def _set_usual(self, usual: dict[str, Range]) -> None:
-        self._usual = usual
+    def _set_usual(self, found: tuple[dict[str, Range], dict[str, Any]]) -> None:
+        self._usual, self._usual_at = found
         self._set_beside()
 
     def _set_beside(self) -> None:
@@ -292,7 +293,12 @@ class LiveMerge(Panel):
         if self._picked is not None:
             beside["chosen"] = self._picked
         columns = {"now": self.measures} | {name: one.measures for name, one in beside.items()}
-        self.table.value = measures_table(columns, self._usual, "the bridge")
+        now = _apart_from_seed({**self._sampling(), "prompts": lines_of(self.settings["prompts"])})
+        usual = self._usual if now == self._usual_at else {}
+        stale = (
+            "the bridge's own range is of other prompts or settings: measure it again" if self._usual != usual else ""
+        )
+        self.table.value = measures_table(columns, usual, "the bridge") + note_html(stale)
         figures = [
             f"<figure style='margin:0; flex:0 1 auto; min-width:0; max-width:{100 / len(beside):.0f}%'>"
             f"{image_tag(one.png, one.recipe)}"
@@ -301,3 +307,8 @@ class LiveMerge(Panel):
         ]
         row = "<div style='display:flex; gap:0.5em; margin-left:0.5em; line-height:1.3; overflow-wrap:anywhere'>"
         self.comparison.value = f"{row}{''.join(figures)}</div>" if figures else ""
+
+
+def _apart_from_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a range of measures stands for: it is over seeds."""
+    return {name: value for name, value in asked.items() if name != "seed"}

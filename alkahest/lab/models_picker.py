@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from alkahest.errors import AlkahestError
+from alkahest.files.locate import HUB_ID
 from alkahest.files.paths import expanded
 from alkahest.files.whole import replaced
 from alkahest.lab.checkpoint_picker import checkpoints_in
@@ -105,16 +106,18 @@ class ModelsPicker(widgets.VBox):  # type: ignore[misc]
                 self.boxes[name].value = str(value)
 
     def _look(self) -> None:
-        place = expanded(self.folder.value, "open")
-        found = [str(path) for path, _ in checkpoints_in(place)]
+        found = [str(path) for path, _ in checkpoints_in(expanded(self.folder.value, "open"))]
         for name in KEYS:
             self.boxes[name].options = found
-        if not place.is_dir():
-            self._say(f"there is no folder {place}", "alert")
+        self._tell()
 
     def _chosen(self, name: str) -> None:
         value = self.boxes[name].value.strip()
         if name == COMPONENTS:
+            here = not value or HUB_ID.fullmatch(value) or expanded(value, "open").exists()
+            self.headers[name].value = (
+                "" if here else note_html("there is no such folder, and it is no hub id", "alert")
+            )
             return
         self.opened.pop(name, None)
         self.headers[name].value = ""
@@ -124,18 +127,20 @@ class ModelsPicker(widgets.VBox):  # type: ignore[misc]
                 self.headers[name].value = note_html(_header(one))
             except AlkahestError as error:
                 self.headers[name].value = note_html(reason_of(error), "alert")
-        self._say_sizes()
+        self._tell()
 
-    def _say_sizes(self) -> None:
+    def _tell(self) -> None:
+        """What stands in the way, all of it: a folder that is not there, files that cannot be combined."""
+        place = expanded(self.folder.value, "open")
+        problems = [] if place.is_dir() else [f"there is no folder {place}"]
         sizes: dict[str, list[str]] = {}
         for name, one in self.opened.items():
             about = one.summary()
             sizes.setdefault(f"{about['layers']} layers, width {about['width']}", []).append(name)
         if len(sizes) > 1:
             told = "; ".join(f"{', '.join(names)}: {size}" for size, names in sizes.items())
-            self._say(f"these differ in size and cannot be combined: {told}", "alert")
-        else:
-            self._say("")
+            problems.append(f"these differ in size and cannot be combined: {told}")
+        self._say("\n".join(problems), "alert")
 
     def _absolute(self, value: Any) -> Any:
         """A path that is meant from here, wherever the file lies; ``mini:`` and hub ids as they are."""

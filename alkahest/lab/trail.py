@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Trail(widgets.VBox):  # type: ignore[misc]
 
     def __init__(self, names: list[str], picked: Callable[[Drawn], None]) -> None:
         self.drawn: list[Drawn] = []
+        self._plotted: list[Drawn] = []  # those that have the measure
         self._picked = picked
         self._dropped = 0
         self.over = widgets.Dropdown(options=names, description="over", style=STYLE, layout=_menu())
@@ -36,19 +38,18 @@ class Trail(widgets.VBox):  # type: ignore[misc]
         self.curve = clickable_dots("pictures that were drawn")
         self.note = widgets.HTML()
         for menu in (self.over, self.measure):
-            menu.observe(lambda _: self._plot(), "value")
+            menu.observe(lambda _: self._changed(), "value")
         self.curve.observe(lambda change: self._choose(change["new"]), "chosen")
         super().__init__([widgets.HBox([self.over, self.measure]), self.curve, self.note])
 
     def add(self, one: Drawn) -> None:
-        """A dot more. The same recipe again replaces its dot only if its picture is the same."""
+        """A dot more, unless the same recipe drew the same picture before."""
         if any(one.recipe == old.recipe and one.png == old.png for old in self.drawn):
             return
         self.drawn.append(one)
         if len(self.drawn) > _MOST:
             del self.drawn[0]
             self._dropped += 1
-            self.note.value = f"the last {_MOST} of {_MOST + self._dropped} pictures"
         self.curve.chosen = -1
         measures = [(words_of(name), name) for name in one.measures]
         if self.measure.options != tuple(measures):
@@ -56,22 +57,31 @@ class Trail(widgets.VBox):  # type: ignore[misc]
             self.measure.index = 0 if measures else None
         self._plot()
 
+    def _changed(self) -> None:
+        self.curve.chosen = -1  # numbers are those of the dots that are there
+        self._plot()
+
     def _plot(self) -> None:
         name, measure = self.over.value, self.measure.value
+        self._plotted = [one for one in self.drawn if math.isfinite(one.measures.get(measure, math.nan))]
         self.curve.x_label = f"k of {name}" if name else ""
         self.curve.y_label = measure or ""
         self.curve.dots = [
-            {"x": one.values.get(name, 0.0), "y": one.measures.get(measure, 0.0), "label": _label(one, name, measure)}
-            for one in self.drawn
+            {"x": one.values[name], "y": one.measures[measure], "label": _label(one, name, measure)}
+            for one in self._plotted
         ]
+        notes = [f"the last {_MOST} of {_MOST + self._dropped} pictures"] if self._dropped else []
+        if lacking := len(self.drawn) - len(self._plotted):
+            notes.append(f"{lacking} without this measure")
+        self.note.value = "; ".join(notes)
 
     def _choose(self, number: int) -> None:
-        if 0 <= number < len(self.drawn):
-            self._picked(self.drawn[number])
+        if 0 <= number < len(self._plotted):
+            self._picked(self._plotted[number])
 
 
 def _label(one: Drawn, name: str, measure: str) -> str:
-    return f"{name} at {one.values.get(name, 0.0):g}: {words_of(measure)} {one.measures.get(measure, 0.0):.4g}"
+    return f"{name} at {one.values[name]:g}: {words_of(measure)} {one.measures[measure]:.4g}"
 
 
 def _menu() -> widgets.Layout:

@@ -63,6 +63,11 @@ def test_a_file_of_such_a_name_is_a_file(tmp_path: Path) -> None:
     assert "is no number" not in refused("merge", "a + k", "--a", "mini:tb1", "--k", "20x", "-o", "out.safetensors")
 
 
+def test_a_base_of_no_reference_is_not_passed_over() -> None:
+    said = refused("multiplier", "mini:base-weak", "mini:base", "--reference-base", "mini:turbo")
+    assert "--reference-base is the base of --reference" in said
+
+
 def test_a_fix_is_a_command() -> None:
     said = refused("inspect", "mini:base-lora")
     assert "ak." not in said

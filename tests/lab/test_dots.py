@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from alkahest.lab.dots import clickable_dots
+from alkahest.lab.trail import Drawn, Trail
 
 DOTS = [{"x": 1.0, "y": 0.5, "label": "k at 1"}, {"x": 171.1, "y": 0.75, "label": "k at 171.1"}]
 
@@ -38,3 +39,20 @@ def test_without_anywidget_it_is_a_list_to_choose_from(monkeypatch: pytest.Monke
     assert curve.chosen == 1
     curve.dots = [*DOTS, {"x": 2.0, "y": 0.0, "label": "k at 2"}]
     assert curve.list.value == 1
+
+
+def test_a_picture_without_a_measure_is_no_zero() -> None:
+    picked: list[Drawn] = []
+    trail = Trail(["a"], picked.append)
+    for k, measures in (
+        (1.0, {"mine": 0.5}),
+        (2.0, {"other": 0.1}),
+        (3.0, {"mine": float("nan")}),
+        (4.0, {"mine": 0.7}),
+    ):
+        trail.add(Drawn(f"a at {k}", {"a": k}, b"", measures))
+    assert trail.measure.value == "mine"
+    assert [(dot["x"], dot["y"]) for dot in trail.curve.dots] == [(1.0, 0.5), (4.0, 0.7)]
+    assert "2 without this measure" in trail.note.value
+    trail.curve.chosen = 1
+    assert [one.values["a"] for one in picked] == [4.0]

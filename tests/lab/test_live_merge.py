@@ -142,6 +142,13 @@ def test_the_bridges_own_range_stands_beside(panel: LiveMerge, parts: tuple[Any,
     assert f"{low:.3g} to {high:.3g}" in panel.table.value
     assert "the bridge's own" in panel.table.value.replace("&#x27;", "'")
     assert f"<b>{panel.measures['contrast']:.4g} " in panel.table.value  # 200 times too much is outside, and says so
+    panel.settings["seed"].value = 9  # the range is over seeds
+    panel.wait(60)
+    assert f"{low:.3g} to {high:.3g}" in panel.table.value
+    panel.settings["steps"].value = 3
+    panel.wait(60)
+    assert f"{low:.3g} to {high:.3g}" not in panel.table.value
+    assert "is of other prompts or settings: measure it again" in panel.table.value
 
 
 def test_what_fails_is_said_and_the_picture_stays(panel: LiveMerge) -> None:

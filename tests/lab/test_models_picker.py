@@ -24,6 +24,16 @@ def test_it_offers_what_lies_in_the_folder_and_takes_any_path(picker: ModelsPick
     picker.folder.value = "/no/such"
     assert "there is no folder /no/such" in picker.status.value
     assert picker.boxes["base"].options == ()
+    picker.boxes["turbo"].value = ""  # what is chosen elsewhere takes the word back no more
+    assert "there is no folder /no/such" in picker.status.value
+    picker.folder.value = str(trio["base"].parent)
+    assert picker.status.value == ""
+
+
+def test_components_that_are_not_there_are_said(picker: ModelsPicker, tmp_path: Path) -> None:
+    for value, wrong in ((str(tmp_path / "gone"), True), (str(tmp_path), False), ("Tongyi-MAI/Z-Image", False)):
+        picker.boxes["components"].value = value
+        assert ("there is no such folder" in picker.headers["components"].value) == wrong
 
 
 def test_what_it_saves_is_what_notebooks_open(picker: ModelsPicker, trio: dict[str, Path]) -> None:
