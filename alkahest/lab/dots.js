@@ -1,6 +1,6 @@
 // Dots over a curve that can be clicked, or reached with Tab and chosen with Enter or Space.
 const NS = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT] = [420, 150, 60, 34, 10, 24];
+const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT] = [420, 124, 60, 34, 10, 24];
 
 const part = (parent, name, attributes, text) => {
   const made = parent.appendChild(document.createElementNS(NS, name));

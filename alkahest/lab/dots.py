@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import traitlets
 
 from alkahest.lab.panel import STYLE
+from alkahest.lab.scripted import scripted
 
 Dot = dict[str, Any]  # x, y, and the label that says what it is
 
@@ -19,18 +19,13 @@ def clickable_dots(title: str) -> Any:
     >>> curve = clickable_dots("pictures over k")
     >>> curve.dots = [{"x": 171.1, "y": 0.98, "label": "k = 171.1"}]
     """
-    try:
-        import anywidget
-    except ImportError:
-        return DotList(title)
-
-    class Dots(_DotTraits, anywidget.AnyWidget):  # type: ignore[misc]  # here, where anywidget is known to be there
-        _esm = Path(__file__).with_name("dots.js")
-
-    return Dots(title=title)
+    made = scripted(DotsTraits, "dots.js") or DotList
+    return made(title=title)
 
 
-class _DotTraits(traitlets.HasTraits):
+class DotsTraits(traitlets.HasTraits):
+    """What dots tell and are told."""
+
     dots: Any = traitlets.List().tag(sync=True)
     chosen: Any = traitlets.Int(-1).tag(sync=True)
     title: Any = traitlets.Unicode().tag(sync=True)
@@ -38,12 +33,12 @@ class _DotTraits(traitlets.HasTraits):
     y_label: Any = traitlets.Unicode().tag(sync=True)
 
 
-class DotList(_DotTraits, widgets.VBox):  # type: ignore[misc]
+class DotList(DotsTraits, widgets.VBox):  # type: ignore[misc]
     """The same dots as a list."""
 
-    def __init__(self, title: str) -> None:
-        super().__init__(title=title)
-        self.list = widgets.Select(description=title, rows=5, style=STYLE)
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.list = widgets.Select(description=self.title, rows=5, style=STYLE)
         self.children = [self.list]
         self.observe(lambda _: self._fill(), ["dots", "y_label"])
         self.list.observe(lambda change: self._picked(change["new"]), "value")

@@ -9,20 +9,31 @@ from typing import Any
 import ipywidgets as widgets
 
 from alkahest.algebra.deltas import Delta
+from alkahest.lab.block_lists import factors_by_block
 from alkahest.lab.number_slider import NumberSlider
 from alkahest.lab.panel import STYLE, WIDE, text_lines
 from alkahest.measure.multiplier import factors, short
+from alkahest.pictures.effects import Effect
 
 NARROW = widgets.Layout(width="9.5em")
 
 
 class DeltaRow(widgets.VBox):  # type: ignore[misc]
-    """One delta's multiplier, and one for each of its parts behind a checkbox."""
+    """One delta's multiplier, one for each of its parts behind a checkbox, and one for each block: ``by_block``."""
 
     def __init__(
-        self, name: str, delta: Delta, k: float, bounds: tuple[float, float], log: bool, parts: Sequence[str]
+        self,
+        name: str,
+        delta: Delta,
+        k: float,
+        bounds: tuple[float, float],
+        log: bool,
+        parts: Sequence[str],
+        depth: int = 0,
     ) -> None:
         self.delta, self.name = delta, name
+        self.by_block = [1.0] * depth  # of the main stack; a `BlockEditor` writes them
+        self.effect: Effect | None = None  # what it does to pictures, once that was measured
         number = NumberSlider(f"k of {name}" if log else f"strength of {name}", k, *bounds, log)
         self.k = number.box
         self.pair = widgets.HTML()  # a LoRA's strength is one box in ComfyUI too
@@ -52,12 +63,21 @@ class DeltaRow(widgets.VBox):  # type: ignore[misc]
         return [self.k, self.by_part, *self.parts.values()]
 
     @property
+    def block_factors(self) -> dict[str, float]:
+        """The factors by block as `Delta.scaled` takes them, those at 1 left out."""
+        family = self.delta.family
+        touched = {family.block_of(key)[0] for key in self.delta.shapes if key.startswith(f"{family.main}.")}
+        return factors_by_block(self.by_block, family.main, {block for block in touched if block is not None})
+
+    @property
     def scaled(self) -> Delta | None:
         """The delta times what the boxes say; None at 0."""
         if self.k.value == 0:
             return None
         by_part = {part: box.value for part, box in self.parts.items() if box.value != 1} if self.by_part.value else {}
         delta = self.delta.scaled(by_part) if by_part else self.delta
+        if by_block := self.block_factors:
+            delta = delta.scaled(by_block)
         return delta * float(self.k.value)
 
 

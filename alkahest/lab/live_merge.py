@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import html
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -15,13 +17,17 @@ from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights
 from alkahest.engine.events import Event
 from alkahest.errors import AlgebraError, refuse_unknown_options, unknown
+from alkahest.lab.beside import Beside
+from alkahest.lab.block_editor import BlockEditor
+from alkahest.lab.by_block import ByBlock
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
 from alkahest.lab.live_controls import DeltaRow, sampling_controls
-from alkahest.lab.measure_words import Range, measures_table
-from alkahest.lab.panel import STYLE, Panel, Redraw, lines_of, note_html
+from alkahest.lab.panel import STYLE, Panel, Redraw, lines_of
 from alkahest.lab.recipe_file import stream_recipe
 from alkahest.lab.trail import Drawn, Trail
+from alkahest.pictures.effects import stream_effect
+from alkahest.pictures.evidence import PictureOptions
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.quality import picture_measures
 from alkahest.pictures.sampler import sample
@@ -81,11 +87,12 @@ def live_merge(
         if name not in (*SETTINGS, "seed"):
             raise unknown("live_merge", "no such sampling setting", name, (*SETTINGS, "seed"))
     starts = k if isinstance(k, Mapping) else dict.fromkeys(deltas, k)
+    depth = bridge.family.depth(bridge.shapes)
     rows = [
-        DeltaRow(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts)
+        DeltaRow(name, delta, float(starts.get(name, 1.0)), (0.1, 1000.0), True, parts, depth)
         for name, delta in deltas.items()
     ]
-    rows += [DeltaRow(name, lora, 0.0, (0.0, 2.0), False, parts) for name, lora in (loras or {}).items()]
+    rows += [DeltaRow(name, lora, 0.0, (0.0, 2.0), False, parts, depth) for name, lora in (loras or {}).items()]
     live = LiveModel(bridge, components, memory=memory, dtype=dtype, storage=storage, device=device, offload=offload)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     return LiveMerge(bridge, rows, texts, live, protect, dict(sampling or {}), look)
@@ -112,10 +119,7 @@ class LiveMerge(Panel):
         self.measures: dict[str, float] = {}
         self._shown: Weights = bridge
         self._drawn_values: dict[str, float] = {}
-        self._kept: list[Drawn] = []
-        self._picked: Drawn | None = None
-        self._usual: dict[str, Range] = {}
-        self._usual_at: dict[str, Any] = {}  # the prompts and settings that it was measured at
+        self.beside = Beside()
         self._redraw = Redraw(self._draw_picture, self.alert)
         self.protect = widgets.Checkbox(
             value=True,
@@ -134,18 +138,22 @@ class LiveMerge(Panel):
     @property
     def expression(self) -> Weights:
         """What the controls say: what is drawn, and what a recipe records."""
-        whole = self.bridge
-        if self.protect.value and not whole.protection:
-            whole = whole.protect(self._pattern)
+        whole = self.onto
         for row in self.rows:
             if (delta := row.scaled) is not None:
                 whole = whole + delta
         return whole
 
     @property
+    def onto(self) -> Weights:
+        """What the deltas are added to: the bridge, protected as the checkbox says."""
+        protect = self.protect.value and not self.bridge.protection
+        return self.bridge.protect(self._pattern) if protect else self.bridge
+
+    @property
     def kept(self) -> pd.DataFrame:
         """Recipe text and measures of what was kept."""
-        return pd.DataFrame([{"recipe": one.recipe, **one.measures} for one in self._kept])
+        return pd.DataFrame([{"recipe": one.recipe, **one.measures} for one in self.beside.kept])
 
     def wait(self, seconds: float | None = None) -> None:
         """Block until the picture follows the controls; for scripts and tests."""
@@ -159,19 +167,11 @@ class LiveMerge(Panel):
     def keep(self) -> None:
         """Put the picture aside, to compare with what comes."""
         if self.trail.drawn:
-            self._kept.append(self._now)
-            self._set_beside()
+            self.beside.keep(self._now)
 
     def forget(self) -> None:
         """Drop what was kept, and what was chosen of the curve."""
-        self._kept.clear()
-        self._picked = None
-        self._set_beside()
-
-    def pick(self, drawn: Drawn) -> None:
-        """Show a picture of the curve beside the present one."""
-        self._picked = drawn
-        self._set_beside()
+        self.beside.forget()
 
     def _arrange(self) -> None:
         narrow = {"layout": widgets.Layout(width="8em")}
@@ -182,25 +182,28 @@ class LiveMerge(Panel):
         for button, pressed in ((self.cancel_button, self.cancel), (keep, self.keep), (forget, self.forget)):
             button.on_click(lambda _, pressed=pressed: pressed())
         self.picture.layout = widgets.Layout(flex="0 1 auto", min_width="0")
-        self.comparison = widgets.HTML(layout=widgets.Layout(flex="1 1 0", min_width="0"))
-        self.table = widgets.HTML()
-        self.trail = Trail([row.name for row in self.rows], self.pick)
+        self.trail = Trail([row.name for row in self.rows], self.beside.pick)
+        editor = BlockEditor(self.rows, lambda: self.onto, self._redraw.request)
+        self.by_block = ByBlock(editor, self._own_effect)
+        self.tabs = widgets.Tab([self.trail, self.by_block], titles=("pictures over k", "factors by block"))
         self.recipe_path = widgets.Text(value="merge.json", description="recipe file", style=STYLE)
         self.model_path = widgets.Text(value="merged.safetensors", description="model file", style=STYLE)
         self.save_recipe = Job(
             lambda: stream_recipe(self.expression, self.recipe_path.value), unit="B", title="Save recipe"
         )
         self.save_model = Job(lambda: self.expression.stream(self.model_path.value), unit="B", title="Save model")
-        self.measure_bridge = Job(self._own_range, on_result=self._set_usual, title="Bridge's own range")
+        self.measure_bridge = Job(
+            self._own_range, on_result=lambda found: self.beside.set_usual(*found), title="Bridge's own range"
+        )
         prompts, negative, *numbers = self.settings.values()
         for area in (prompts, negative):
             area.layout = widgets.Layout(width="97%", height="4em")
         left = [*self.rows, self.protect, widgets.HBox(numbers, layout=_WRAP), prompts, negative]
         right = [
             widgets.HBox([self.cancel_button, keep, forget, self.bar], layout=_WRAP),
-            widgets.HBox([self.picture, self.comparison]),
-            self.table,
-            self.trail,
+            widgets.HBox([self.picture, self.beside.pictures]),
+            self.beside.table,
+            self.tabs,
             self.status,
         ]
         self.children = [
@@ -222,24 +225,31 @@ class LiveMerge(Panel):
 
     def _draw_picture(self) -> Iterator[None]:
         self.cancel_button.disabled = False
-        held = False
         try:
-            while not (held := _DRAWING.acquire(timeout=0.1)):
-                self.say("waiting: another live merge is drawing")
-                yield
-            with self.live.lock:
-                yield from self._sample_picture(time.monotonic())
+            with contextlib.closing(self._alone(lambda: self._sample_picture(time.monotonic()))) as events:
+                for waiting in events:
+                    if waiting is not None:
+                        self.say(waiting.key)
+                    yield
         finally:
-            if held:
-                _DRAWING.release()
             self.bar.value, self.cancel_button.disabled = 0.0, True
             if self._png:
                 self.show(self._png, self.alt)  # a preview may be in its place
 
+    def _alone(self, work: Callable[[], Iterator[Any]]) -> Generator[Any]:
+        """The events of ``work`` once no other live merge draws, and before that an Event that says so."""
+        while not _DRAWING.acquire(timeout=0.1):
+            yield Event(0, 1, "waiting: another live merge is drawing")
+        try:
+            with self.live.lock:
+                yield from work()
+        finally:
+            _DRAWING.release()
+
     def _sample_picture(self, started: float) -> Iterator[None]:
         wanted, shown = self.expression, started
         values = {row.name: float(row.k.value) for row in self.rows}
-        prompts = lines_of(self.settings["prompts"])
+        prompts, asked = lines_of(self.settings["prompts"]), self._asked()
         change = self.live.become(wanted)
         yield
         run = sample(self.live, prompts, **self._sampling())
@@ -257,7 +267,7 @@ class LiveMerge(Panel):
         self.images, self._shown, self.measures, self._drawn_values = images, wanted, measures, values
         self.show(picture, f"{wanted.text()}: {pictured}")
         self.trail.add(self._now)
-        self._set_beside()
+        self.beside.show(measures, asked)
         took = (
             f"{change.tensors} tensors rewritten in {change.seconds:.2f} s, drawn in {time.monotonic() - started:.1f} s"
         )
@@ -267,48 +277,40 @@ class LiveMerge(Panel):
         values = {name: control.value for name, control in self.settings.items() if name != "prompts"}
         return {**values, **self._fixed}
 
+    def _asked(self) -> dict[str, Any]:
+        return {**self._sampling(), "prompts": lines_of(self.settings["prompts"])}
+
     def _measured(self, images: Sequence[Image]) -> dict[str, float]:
         return {name: float(value) for name, value in self._look(images).mean(numeric_only=True).items()}
 
     def _own_range(self) -> Iterator[Event]:
         """Pictures of the bridge as it is, by other seeds too, and the least and most of each of their measures."""
         prompts, settings = lines_of(self.settings["prompts"]), self._sampling()
-        rows, asked = [], {**settings, "prompts": prompts}
-        with _DRAWING, self.live.lock:
+        rows: list[dict[str, float]] = []
+        asked = self._asked()
+
+        def drawn() -> Iterator[Event]:
             self.live.become(self.bridge)
             for number in range(_OWN_SEEDS):
                 yield Event(number, _OWN_SEEDS, f"seed {settings['seed'] + number}")
                 images = sample(self.live, prompts, **{**settings, "seed": settings["seed"] + number}).images
-                rows += [self._measured([image]) for image in images]
+                rows.extend(self._measured([image]) for image in images)
+
+        yield from self._alone(drawn)
         table = pd.DataFrame(rows)
         usual = {str(name): (float(table[name].min()), float(table[name].max())) for name in table}
-        yield Event(_OWN_SEEDS, _OWN_SEEDS, f"{len(rows)} pictures of the bridge", (usual, _apart_from_seed(asked)))
+        yield Event(_OWN_SEEDS, _OWN_SEEDS, f"{len(rows)} pictures of the bridge", (usual, asked))
 
-    def _set_usual(self, found: tuple[dict[str, Range], dict[str, Any]]) -> None:
-        self._usual, self._usual_at = found
-        self._set_beside()
-
-    def _set_beside(self) -> None:
-        beside = {f"kept {number}": one for number, one in enumerate(self._kept, 1)}
-        if self._picked is not None:
-            beside["chosen"] = self._picked
-        columns = {"now": self.measures} | {name: one.measures for name, one in beside.items()}
-        now = _apart_from_seed({**self._sampling(), "prompts": lines_of(self.settings["prompts"])})
-        usual = self._usual if now == self._usual_at else {}
-        stale = (
-            "the bridge's own range is of other prompts or settings: measure it again" if self._usual != usual else ""
-        )
-        self.table.value = measures_table(columns, usual, "the bridge") + note_html(stale)
-        figures = [
-            f"<figure style='margin:0; flex:0 1 auto; min-width:0; max-width:{100 / len(beside):.0f}%'>"
-            f"{image_tag(one.png, one.recipe)}"
-            f"<figcaption>{name}: <code>{html.escape(one.recipe)}</code></figcaption></figure>"
-            for name, one in beside.items()
-        ]
-        row = "<div style='display:flex; gap:0.5em; margin-left:0.5em; line-height:1.3; overflow-wrap:anywhere'>"
-        self.comparison.value = f"{row}{''.join(figures)}</div>" if figures else ""
-
-
-def _apart_from_seed(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a range of measures stands for: it is over seeds."""
-    return {name: value for name, value in asked.items() if name != "seed"}
+    def _own_effect(self, row: DeltaRow) -> Iterator[Event]:
+        """What a row's delta does to pictures at its k, by the prompts and settings that the controls say."""
+        settings, drawn_by = self._sampling(), [one.name for one in fields(PictureOptions)]
+        passed_on = {name: value for name, value in settings.items() if name in drawn_by}
+        unused = [name.replace("_", " ") for name, value in settings.items() if name not in drawn_by and value]
+        note = (f"measured without: {', '.join(unused)}",) if unused else ()
+        options = PictureOptions(lines_of(self.settings["prompts"]), **passed_on)
+        work = partial(stream_effect, row.delta, self.onto, k=float(row.k.value), options=options, live=self.live)
+        for event in self._alone(work):
+            if (found := event.result) is not None:
+                evidence = replace(found.evidence, notes=(*found.evidence.notes, *note))
+                event = replace(event, result=replace(found, evidence=evidence))
+            yield event

@@ -17,6 +17,7 @@ from alkahest.algebra.weights import Weights, ends
 from alkahest.errors import AlgebraError, AlkahestError, refuse_unknown_options
 from alkahest.lab import plots
 from alkahest.lab.checkpoint_picker import checkpoint_picker as checkpoint_picker
+from alkahest.lab.delta_map import delta_map as delta_map
 from alkahest.lab.explore import Explorer, explore
 from alkahest.lab.figure import COLOURS
 from alkahest.lab.jobs import Job
@@ -37,6 +38,7 @@ from alkahest.pictures.needed import stream_needed_multiplier
 __all__ = [
     "checkpoint_picker",
     "delta_browser",
+    "delta_map",
     "live_merge",
     "models_picker",
     "multiplier_panel",

@@ -166,8 +166,9 @@ def stream_effect(
     k: float = 1.0,
     by_block: bool = True,
     options: PictureOptions,
+    live: LiveModel | None = None,
 ) -> Iterator[Event]:
-    """`effect` as a generator of events."""
+    """`effect` as a generator of events; a ``live`` model of the same tensors is used, and holds ``on`` in the end."""
     require_delta("effect", delta)
     options.require("effect")
     require_weights("effect", on, "on")
@@ -178,7 +179,7 @@ def stream_effect(
         table = event.result
         yield Event(event.done, 20 * event.total, event.key)
     with told_out_of_memory("effect", LESS_MEMORY):
-        yield from _measure(delta, on, (variant, base), k, options, table, by_block)
+        yield from _measure(delta, on, (variant, base), k, options, table, by_block, live)
 
 
 def _measure(
@@ -189,11 +190,12 @@ def _measure(
     options: PictureOptions,
     table: pandas.DataFrame,
     by_block: bool,
+    live: LiveModel | None,
 ) -> Iterator[Event]:
     variant, base = models
     added = added_rows(table, delta, on, "effect")
     places = places_of(added) if by_block else []
-    live = LiveModel(on, options.components, **options.held)
+    live = LiveModel(on, options.components, **options.held) if live is None else live
     for event in stream_evidence(live, variant, on, options, "effect"):
         if event.result is None:
             yield event

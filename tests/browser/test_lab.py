@@ -299,8 +299,69 @@ def test_a_live_merge_fits_a_small_screen(opened: Callable[..., Any], tmp_path: 
     images = page.locator(".jp-OutputArea img[role=img]")
     assert images.count() == 3  # the present one, the kept one, and the dot's, in one row
     assert len({round(images.nth(number).bounding_box()["y"]) for number in range(3)}) == 1
-    for one in (box, page.get_by_label("cfg", exact=True), images.first, page.locator("svg[role=group]")):
+    for one in (
+        box,
+        page.get_by_label("cfg", exact=True),
+        images.first,
+        page.get_by_role("group", name="pictures that"),
+    ):
         assert one.evaluate(INSIDE)
+
+
+BY_BLOCK = """
+v = ak.mini.load('base-variant')
+panels.live_merge(ak.mini.load('tb1'), {'cyan': v - b}, ['a cyan ball on a beach'], sampling={'steps': 2}, k=2.0)
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_factors_by_block_under_the_hand(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
+    page = opened(f"blocks-{dark}", FAMILY, BY_BLOCK, height=720, dark=dark)
+    picture(page, "2 * (base_variant - base): 1. a cyan ball")
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
+    page.get_by_label("k of cyan", exact=True).evaluate("one => one.scrollIntoView({block: 'start'})")
+    page.get_by_role("tab", name="factors by block").click()
+    curve = page.get_by_role("group", name="factor by block")
+    curve.wait_for(timeout=WAIT)
+    for one in (page.locator(".jp-OutputArea img[role=img]").first, curve):
+        assert one.evaluate(INSIDE)
+    page.screenshot(path=tmp_path / "curve.png")
+    # By keyboard: 0.05 and 0.25 down at block 1, 0.05 up at its neighbour.
+    page.get_by_role("slider", name="layers.1", exact=True).focus()
+    for key in ("ArrowDown", "PageDown", "ArrowRight", "ArrowUp"):
+        page.keyboard.press(key)
+    page.get_by_text(".scaled({'layers.1': 0.7, 'layers.2': 1.05})").wait_for(timeout=WAIT)
+    picture(page, "scaled({'layers.1': 0.7, 'layers.2': 1.05})")
+    # By mouse: painted from high on the left to low on the right, in one quick stroke.
+    box = curve.bounding_box()
+    page.mouse.move(box["x"] + 0.12 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.6 * box["height"], steps=2)
+    page.mouse.up()
+    page.wait_for_function(
+        "() => { const all = [...document.querySelectorAll('circle[role=slider]')].map(one => +one.ariaValueNow);"
+        " return all.length === 4 && all.every((one, n) => !n || one < all[n - 1]) && all[3] < 1 && all[0] > 1 }",
+        timeout=WAIT,
+    )
+    drawn = page.get_by_role("slider", name="layers.3", exact=True).get_attribute("aria-valuenow")
+    # The list follows the curve; typed into before it has, it would follow over what was typed.
+    page.wait_for_function(
+        "end => [...document.querySelectorAll('input')].some(one => one.value.endsWith(`, ${end}`))", arg=drawn
+    )
+    typed(page, "as a list", "0, 3")
+    page.get_by_text("2 numbers spread over 4 blocks").wait_for(timeout=WAIT)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Measure by tensor").click()
+    cells = page.get_by_role("group", name="the delta by module and depth")
+    cell = cells.get_by_role("button", name="layers.3.attention.to_q.weight")
+    cell.click(timeout=WAIT)
+    page.get_by_role("slider", name="layers.3", exact=True).and_(page.locator("[r='8']")).wait_for(timeout=WAIT)
+    page.keyboard.press("ArrowLeft")
+    page.get_by_role("status").filter(has_text="layers.2.attention.to_q.weight, norm").wait_for(timeout=WAIT)
+    page.keyboard.press("Enter")
+    page.locator("tr[aria-selected=true]").get_by_text("layers.2.attention.to_q.weight").wait_for(timeout=WAIT)
+    page.get_by_role("slider", name="layers.2", exact=True).and_(page.locator("[r='8']")).wait_for(timeout=WAIT)
+    page.screenshot(path=tmp_path / "map.png")
 
 
 def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:

@@ -87,11 +87,11 @@ def test_pictures_are_kept_beside_what_comes(panel: LiveMerge) -> None:
     panel.wait(60)
     assert panel.kept.recipe.tolist() == ["tb1.protect('refiner') + 2 * (base_variant - base)"]
     assert panel.kept.iloc[0]["lag1"] == first["lag1"] != panel.measures["lag1"]
-    assert panel.comparison.value.count("<img") == 1
-    assert "kept 1" in panel.table.value
-    assert "how grainy (high_freq)" in panel.table.value
+    assert panel.beside.pictures.value.count("<img") == 1
+    assert "kept 1" in panel.beside.table.value
+    assert "how grainy (high_freq)" in panel.beside.table.value
     panel.forget()
-    assert panel.comparison.value == ""
+    assert panel.beside.pictures.value == ""
     assert not len(panel.kept)
 
 
@@ -103,9 +103,9 @@ def test_what_was_drawn_is_a_dot_and_a_click_shows_it_beside(panel: LiveMerge) -
     assert [dot["x"] for dot in curve.dots] == [2.0, 30.0]
     assert [dot["y"] for dot in curve.dots] == [one.measures["lag1"] for one in panel.trail.drawn]
     assert curve.dots[0]["label"].startswith("cyan at 2: how smooth (lag1) 0.")
-    assert panel.comparison.value == ""
+    assert panel.beside.pictures.value == ""
     curve.chosen = 0
-    assert image_tag(first, panel.trail.drawn[0].recipe) in panel.comparison.value
+    assert image_tag(first, panel.trail.drawn[0].recipe) in panel.beside.pictures.value
     assert panel.rows[0].k.value == 30.0
     panel.trail.measure.value = "grid"
     panel.trail.over.value = "heart"
@@ -139,16 +139,18 @@ def test_the_bridges_own_range_stands_beside(panel: LiveMerge, parts: tuple[Any,
         for seed in range(3, 6)
     ]
     low, high = (getattr(pd.concat(rows).lag1, which)() for which in ("min", "max"))
-    assert f"{low:.3g} to {high:.3g}" in panel.table.value
-    assert "the bridge's own" in panel.table.value.replace("&#x27;", "'")
-    assert f"<b>{panel.measures['contrast']:.4g} " in panel.table.value  # 200 times too much is outside, and says so
+    assert f"{low:.3g} to {high:.3g}" in panel.beside.table.value
+    assert "the bridge's own" in panel.beside.table.value.replace("&#x27;", "'")
+    assert (
+        f"<b>{panel.measures['contrast']:.4g} " in panel.beside.table.value
+    )  # 200 times too much is outside, and says so
     panel.settings["seed"].value = 9  # the range is over seeds
     panel.wait(60)
-    assert f"{low:.3g} to {high:.3g}" in panel.table.value
+    assert f"{low:.3g} to {high:.3g}" in panel.beside.table.value
     panel.settings["steps"].value = 3
     panel.wait(60)
-    assert f"{low:.3g} to {high:.3g}" not in panel.table.value
-    assert "is of other prompts or settings: measure it again" in panel.table.value
+    assert f"{low:.3g} to {high:.3g}" not in panel.beside.table.value
+    assert "is of other prompts or settings: measure it again" in panel.beside.table.value
 
 
 def test_what_fails_is_said_and_the_picture_stays(panel: LiveMerge) -> None:
