@@ -15,11 +15,11 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 $(VENV)/.lab: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 lab")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[lab,sample,fast]'
+	$(PIP) -e '.[lab,sample,search,fast]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[lab,sample,fast,train,dev]'
+	$(PIP) -e '.[lab,sample,search,fast,train,dev]'
 	touch $@
 
 lab: $(VENV)/.lab

@@ -62,10 +62,12 @@ if TYPE_CHECKING:
     from alkahest.pictures.live import LiveModel as LiveModel
     from alkahest.pictures.needed import needed_multiplier as needed_multiplier
     from alkahest.pictures.pipelines import pipeline as pipeline
+    from alkahest.pictures.preferences import preference_order as preference_order
     from alkahest.pictures.quality import flow_loss as flow_loss
     from alkahest.pictures.quality import picture_difference as picture_difference
     from alkahest.pictures.quality import picture_measures as picture_measures
     from alkahest.pictures.sampler import sample as sample
+    from alkahest.pictures.searches import search as search
     from alkahest.pictures.sweeps import sweep as sweep
     from alkahest.recipes.read import read_recipe as read_recipe
     from alkahest.sources.checkpoint import Checkpoint as Checkpoint
@@ -130,6 +132,7 @@ _PUBLIC = {
     "picture_difference": "pictures.quality",
     "picture_measures": "pictures.quality",
     "pipeline": "pictures.pipelines",
+    "preference_order": "pictures.preferences",
     "read_config": "training.config",
     "read_history": "training.monitor",
     "read_recipe": "recipes.read",
@@ -138,6 +141,7 @@ _PUBLIC = {
     "rolled_up": "measure.table",
     "rounding_curve": "measure.rounding",
     "sample": "pictures.sampler",
+    "search": "pictures.searches",
     "sce": "algebra.delta_methods",
     "slerp": "algebra.model_methods",
     "sweep": "pictures.sweeps",

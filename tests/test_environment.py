@@ -47,7 +47,7 @@ def test_conda_environment_agrees() -> None:
     (python,) = (line.split("=")[1] for line in conda if line.startswith("python="))
     least = PROJECT["requires-python"].removeprefix(">=")
     assert tuple(map(int, python.split("."))) >= tuple(map(int, least.split(".")))
-    assert pip == ["-c constraints.txt", "-e .[lab,sample,fast]"]
+    assert pip == ["-c constraints.txt", "-e .[lab,sample,search,fast]"]
     assert {"lab", "sample"} <= set(PROJECT["optional-dependencies"])
 
 

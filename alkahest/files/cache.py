@@ -46,6 +46,7 @@ KINDS = {
     "latents": Kind("encoded training pictures", 1, ("torch", "diffusers")),
     "embeddings": Kind("encoded training captions", 1, ("torch", "transformers")),
     "curves": Kind("losses over k, for multipliers by pictures", 1, ("torch", "diffusers", "transformers")),
+    "scores": Kind("losses that a search measured", 1, ("torch", "diffusers", "transformers")),
     "extractions": Kind("LoRAs that are extracted but not saved yet, tensor by tensor", 1, ("torch",)),
 }
 

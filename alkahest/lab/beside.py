@@ -13,6 +13,9 @@ from alkahest.lab.measure_words import Range, measures_table
 from alkahest.lab.panel import note_html
 from alkahest.lab.trail import Drawn
 
+_ROW = "display:flex; gap:0.5em; margin-left:0.5em; font-size:11px; line-height:1.3; overflow-wrap:anywhere"
+_AS_AROUND = "font-size:inherit"
+
 
 class Beside:
     """Two widgets: ``pictures`` that were put aside, in a row, and a ``table`` of everybody's measures.
@@ -68,11 +71,10 @@ class Beside:
         figures = [
             f"<figure style='margin:0; flex:0 1 auto; min-width:0; max-width:{100 / len(beside):.0f}%'>"
             f"{image_tag(one.png, one.recipe)}"
-            f"<figcaption>{name}: <code style='font-size:inherit'>{html.escape(one.recipe)}</code></figcaption></figure>"
+            f"<figcaption>{name}: <code style='{_AS_AROUND}'>{html.escape(one.recipe)}</code></figcaption></figure>"
             for name, one in beside.items()
         ]
-        row = "<div style='display:flex; gap:0.5em; margin-left:0.5em; font-size:11px; line-height:1.3; overflow-wrap:anywhere'>"
-        self.pictures.value = f"{row}{''.join(figures)}</div>" if figures else ""
+        self.pictures.value = f"<div style='{_ROW}'>{''.join(figures)}</div>" if figures else ""
 
 
 def _apart_from_seed(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,9 @@ class BlockEditor(widgets.VBox):  # type: ignore[misc]
 
     >>> BlockEditor(rows, lambda: bridge.protect("refiner"), changed=redraw.request)
 
-    ``onto`` says what the deltas are added to now; ``changed`` is called when a factor of the chosen delta has moved. The list under the curve takes what people paste:
-    presets of other models are spread over the depth, and the line under it says so.
+    ``onto`` says what the deltas are added to now; ``changed`` is called when a factor of the chosen delta has moved.
+    The list under the curve takes what people paste: presets of other models are spread over the depth, and the line
+    under it says so.
     """
 
     def __init__(self, rows: Sequence[DeltaRow], onto: Callable[[], Weights], changed: Callable[[], None]) -> None:

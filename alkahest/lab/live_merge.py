@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from alkahest.lab.by_block import ByBlock
 from alkahest.lab.figure import image_tag, strip
 from alkahest.lab.jobs import Job
 from alkahest.lab.live_controls import DeltaRow, sampling_controls
-from alkahest.lab.panel import STYLE, Panel, Redraw, lines_of
+from alkahest.lab.panel import STYLE, Panel, Redraw, alone, lines_of
 from alkahest.lab.recipe_file import stream_recipe
 from alkahest.lab.trail import Drawn, Trail
 from alkahest.pictures.effects import stream_effect
@@ -36,7 +35,6 @@ from alkahest.pictures.sweeps import SETTINGS
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_DRAWING = threading.Lock()  # one live merge draws at a time: two would halve each other's speed
 _PREVIEW = 0.25  # seconds between previews
 _WRAP = widgets.Layout(flex_flow="row wrap")
 _OWN_SEEDS = 3  # of the bridge's own pictures, whose measures are the usual range
@@ -226,7 +224,7 @@ class LiveMerge(Panel):
     def _draw_picture(self) -> Iterator[None]:
         self.cancel_button.disabled = False
         try:
-            with contextlib.closing(self._alone(lambda: self._sample_picture(time.monotonic()))) as events:
+            with contextlib.closing(alone(self.live, lambda: self._sample_picture(time.monotonic()))) as events:
                 for waiting in events:
                     if waiting is not None:
                         self.say(waiting.key)
@@ -235,16 +233,6 @@ class LiveMerge(Panel):
             self.bar.value, self.cancel_button.disabled = 0.0, True
             if self._png:
                 self.show(self._png, self.alt)  # a preview may be in its place
-
-    def _alone(self, work: Callable[[], Iterator[Any]]) -> Generator[Any]:
-        """The events of ``work`` once no other live merge draws, and before that an Event that says so."""
-        while not _DRAWING.acquire(timeout=0.1):
-            yield Event(0, 1, "waiting: another live merge is drawing")
-        try:
-            with self.live.lock:
-                yield from work()
-        finally:
-            _DRAWING.release()
 
     def _sample_picture(self, started: float) -> Iterator[None]:
         wanted, shown = self.expression, started
@@ -296,7 +284,7 @@ class LiveMerge(Panel):
                 images = sample(self.live, prompts, **{**settings, "seed": settings["seed"] + number}).images
                 rows.extend(self._measured([image]) for image in images)
 
-        yield from self._alone(drawn)
+        yield from alone(self.live, drawn)
         table = pd.DataFrame(rows)
         usual = {str(name): (float(table[name].min()), float(table[name].max())) for name in table}
         yield Event(_OWN_SEEDS, _OWN_SEEDS, f"{len(rows)} pictures of the bridge", (usual, asked))
@@ -309,7 +297,7 @@ class LiveMerge(Panel):
         note = (f"measured without: {', '.join(unused)}",) if unused else ()
         options = PictureOptions(lines_of(self.settings["prompts"]), **passed_on)
         work = partial(stream_effect, row.delta, self.onto, k=float(row.k.value), options=options, live=self.live)
-        for event in self._alone(work):
+        for event in alone(self.live, work):
             if (found := event.result) is not None:
                 evidence = replace(found.evidence, notes=(*found.evidence.notes, *note))
                 event = replace(event, result=replace(found, evidence=evidence))

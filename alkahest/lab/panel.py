@@ -6,14 +6,17 @@ import base64
 import contextlib
 import html
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import ipywidgets as widgets
 
+from alkahest.engine.events import Event
 from alkahest.errors import AlkahestError
 from alkahest.lab.figure import image_tag
+from alkahest.pictures.live import LiveModel
 
+_DRAWING = threading.Lock()  # one panel draws at a time: two would halve each other's speed
 REST = 0.15  # seconds without a change before drawing: a drag of a slider draws once or twice
 WIDE = widgets.Layout(width="auto", min_width="16em")
 STYLE = {"description_width": "initial"}
@@ -106,6 +109,17 @@ class Redraw:
                             return
             except Exception as error:  # shown where the person looks, instead of in a thread's traceback
                 self._failed(error)
+
+
+def alone(live: LiveModel, work: Callable[[], Iterator[Any]]) -> Generator[Any]:
+    """The events of ``work`` once no other panel draws, and before that an Event that says so."""
+    while not _DRAWING.acquire(timeout=0.1):
+        yield Event(0, 1, "waiting: another panel is drawing")
+    try:
+        with live.lock:
+            yield from work()
+    finally:
+        _DRAWING.release()
 
 
 def note_html(text: str, role: str = "status") -> str:

@@ -16,6 +16,7 @@ from alkahest.algebra.deltas import Delta
 from alkahest.algebra.weights import Weights, ends
 from alkahest.errors import AlgebraError, AlkahestError, refuse_unknown_options
 from alkahest.lab import plots
+from alkahest.lab.a_and_b import blind_comparison as blind_comparison
 from alkahest.lab.checkpoint_picker import checkpoint_picker as checkpoint_picker
 from alkahest.lab.delta_map import delta_map as delta_map
 from alkahest.lab.explore import Explorer, explore
@@ -36,6 +37,7 @@ from alkahest.pictures.evidence import PictureOptions
 from alkahest.pictures.needed import stream_needed_multiplier
 
 __all__ = [
+    "blind_comparison",
     "checkpoint_picker",
     "delta_browser",
     "delta_map",

@@ -62,7 +62,7 @@ class EvaluationSet:
 
 
 @torch.no_grad()
-def predictions(pipe: Any, examples: EvaluationSet, batch: int) -> Tensor:
+def predictions(pipe: Any, examples: EvaluationSet, batch: int, operation: str = "needed_multiplier") -> Tensor:
     """What a pipeline's model says for a set, [n, levels, c, h, w], float32 on the CPU. NonFiniteError for NaN."""
     model = pipe.transformer
     how = Arithmetic(pipe._execution_device, model.dtype)
@@ -71,7 +71,7 @@ def predictions(pipe: Any, examples: EvaluationSet, batch: int) -> Tensor:
         said = velocity(model, one, how).cpu()
         if not torch.isfinite(said).all():
             raise NonFiniteError(
-                "needed_multiplier",
+                operation,
                 f"the model says NaN or infinity of {examples.name}",
                 fix="dtype='fp32', or a smaller multiplier; alkahest verify finds NaN in files",
             )

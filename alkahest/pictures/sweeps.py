@@ -151,7 +151,7 @@ def stream_sweep(
     given = (steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
     settings = {name: value for name, value in zip(SETTINGS, given, strict=True) if value is not None}
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    cells = _cells(live, texts, over, seeds, {**settings, **scalars}, place)
+    cells = cells_of(live, texts, over, seeds, {**settings, **scalars}, place)
     return _events(live, cells, executor, batch)
 
 
@@ -159,7 +159,7 @@ def _events(live: LiveModel, cells: list[Cell], executor: Executor | None, batch
     records: dict[Path, dict[str, Any]] = {}
     before = live.params
     try:
-        for cell, record in _draw_cells(live, cells, executor, batch):
+        for cell, record in draw_cells(live, cells, executor, batch):
             records[cell.path] = record
             yield Event(len(records), len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
     finally:
@@ -168,26 +168,28 @@ def _events(live: LiveModel, cells: list[Cell], executor: Executor | None, batch
     yield Event(len(cells), len(cells), "done", Cells(rows))
 
 
-def _cells(
+def cells_of(
     live: LiveModel,
     prompts: list[str],
     over: Mapping[str, Sequence[Any]],
     seeds: Sequence[int],
     fixed: Mapping[str, Any],
     folder: Path,
+    operation: str = "sweep",
 ) -> list[Cell]:
+    """A cell for every combination of axes, prompts and seeds. UnknownNameError for other names."""
     if not isinstance(live, LiveModel):
         raise MismatchError(
-            "sweep", "a LiveModel is needed", found=type(live).__name__, fix="ak.LiveModel(expression, components)"
+            operation, "a LiveModel is needed", found=type(live).__name__, fix="ak.LiveModel(expression, components)"
         )
     known = live.params
     for name in [*over, *fixed]:
         if name not in known and name not in SETTINGS:
-            raise unknown("sweep", "no such named scalar or setting", name, [*known, *SETTINGS])
+            raise unknown(operation, "no such named scalar or setting", name, [*known, *SETTINGS])
     axes = {name: [values] if isinstance(values, str) else list(values) for name, values in over.items()}
     if empty := [name for name, values in axes.items() if not values]:
-        raise AlkahestError("sweep", "an axis has no values", found=empty[0])
-    identity = _identity(live)
+        raise AlkahestError(operation, "an axis has no values", found=empty[0])
+    identity = identity_of(live)
     cells = []
     for values in product(*axes.values()):
         chosen = {**known, **fixed, **dict(zip(axes, values, strict=True))}
@@ -200,9 +202,10 @@ def _cells(
     return cells
 
 
-def _draw_cells(
+def draw_cells(
     live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Every cell with its record, those that are kept already first; one batch after the other, or on an executor."""
     todo: dict[Path, Cell] = {}
     for cell in cells:
         record = _recall(cell.path)
@@ -273,7 +276,7 @@ def _sum_of(path: Path, kept: Mapping[str, Any]) -> str:
     return _digest(json.dumps([path.stem, kept], sort_keys=True).encode())
 
 
-def _identity(live: LiveModel) -> list[str]:
+def identity_of(live: LiveModel) -> list[str]:
     """What pictures depend on beside a cell's own values: inputs, expression, components, dtype."""
     bare = live.expression.bind(**dict.fromkeys(live.expression.params, 0.0))
     hashes = [digest for leaf in bare.leaves() for digest in blake3_of(leaf.files)]

@@ -364,6 +364,39 @@ def test_factors_by_block_under_the_hand(opened: Callable[..., Any], tmp_path: P
     page.screenshot(path=tmp_path / "map.png")
 
 
+BLIND = """
+live = ak.LiveModel(ak.mini.load('tb1').protect('refiner') + ak.param('k', 1.0) * (ak.mini.load('base-variant') - b))
+prompts, over = ['a cyan ball on a beach', 'a cyan house by day'], {{'k': [0, 5, 40]}}
+panels.blind_comparison(live, prompts, over=over, sampling={{'steps': 2}}, file='{file}')
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_two_pictures_are_compared_blindly(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
+    page = opened(f"blind-{dark}", FAMILY, BLIND.format(file=tmp_path / "answers.csv"), height=720, dark=dark)
+    picture(page, "left picture: a cyan ball on a beach")
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
+    left = page.get_by_role("button", name="Left is better")
+    left.evaluate("one => one.closest('.jp-OutputArea').scrollIntoView({block: 'start'})")
+    for one in (left, page.locator("img[alt^='right picture']")):
+        assert one.evaluate(INSIDE)
+    page.screenshot(path=tmp_path / "pair.png")
+    left.focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("1 answers, in ").wait_for(timeout=WAIT)
+    for name, count in (("Right is better", 2), ("Alike", 3), ("Take back", 2)):
+        page.locator(f"button:not([disabled]):has-text('{name}')").click(timeout=WAIT)
+        page.get_by_text(f"{count} answers, in ").wait_for(timeout=WAIT)
+    assert page.get_by_text("k = 40").count() == 0
+    for count in range(3, 13):
+        page.locator("button:not([disabled]):has-text('Alike')").click(timeout=WAIT)
+        page.get_by_text(f"{count} answers, in ").wait_for(timeout=WAIT)
+    page.get_by_text("is the best with a probability of").wait_for(timeout=WAIT)
+    assert page.locator(".jp-OutputArea tbody tr").count() == 3
+    page.screenshot(path=tmp_path / "order.png")
+    assert (tmp_path / "answers-order.csv").is_file()
+
+
 def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:
     path = ak.mini.load("base").path
     page = opened("models", FAMILY, f"panels.models_picker('{tmp_path}/models.toml', '{path.parent}')")

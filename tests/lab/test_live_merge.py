@@ -194,7 +194,7 @@ def test_two_live_merges_take_turns(panel: LiveMerge, parts: tuple[Any, Any, Any
     panel.settings["steps"].value = 300
     assert until(lambda: panel.bar.value > 0, 30)
     other.rows[0].k.value = 2.0
-    assert until(lambda: "another live merge is drawing" in other.status.value, 30)
+    assert until(lambda: "another panel is drawing" in other.status.value, 30)
     panel.cancel()
     other.wait(60)
     assert shown(other) == drawn(parts[0].protect("refiner") + 2.0 * parts[2])

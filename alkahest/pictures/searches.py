@@ -1,0 +1,308 @@
+"""A search over named scalars and sampling settings for the best score: seeded, resumable, on any executor."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from alkahest.engine.events import Event, result_of
+from alkahest.errors import AlkahestError, MismatchError, refuse_unknown_options
+from alkahest.files.cache import cache_folder
+from alkahest.measure.text import lines_under, lines_under_html
+from alkahest.pictures.evidence import PictureOptions, batch_of, given_set
+from alkahest.pictures.live import LiveModel
+from alkahest.pictures.scores import FLOW_LOSS, Drawn, FlowLoss, Outcome, Score, mean_of, require_goal, require_settings
+from alkahest.pictures.search_space import Axis, Point, point_text, propose, space_of, study_of
+from alkahest.pictures.sweeps import SETTINGS
+
+_SURE = 2.0  # standard errors of a paired difference, beyond which a point is worse than the best
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point, and a number for each picture there, or why there is none."""
+
+    point: Point
+    outcome: Outcome
+
+    @property
+    def score(self) -> float:
+        return mean_of(self.outcome)
+
+
+@dataclass(frozen=True)
+class TrialEvent(Event):
+    """A trial that is done, as a search goes on."""
+
+    trial: Trial | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Search:
+    """What a search found: ``best``, a value for each name, and a ``table`` with a row a trial, best first.
+
+    Its columns: the names, ``score``, ``behind`` (how much worse than the best, by the same pictures),
+    ``behind_error`` (the standard error of that) and ``error`` (why there is no score).
+    """
+
+    table: pd.DataFrame
+    names: tuple[str, ...]
+    best: Point
+    score: str
+    goal: str
+    pictures: int
+    start: float  # the score where the model stood; NaN if it lay outside
+    notes: tuple[str, ...] = ()  # what was odd about the pictures
+
+    def __repr__(self) -> str:
+        return lines_under(self._title(), self._lines())
+
+    def _repr_html_(self) -> str:
+        from alkahest.measure.measured_table import small_html
+
+        title = f"<b>{html.escape(self._title())}</b>"
+        return lines_under_html(title, self._lines()) + small_html(self.table.head(12))
+
+    @property
+    def as_good(self) -> pd.DataFrame:
+        """The other trials that these pictures do not tell from the best."""
+        rest = self.table.iloc[1:]
+        return rest[rest.behind <= _SURE * rest.behind_error]
+
+    def _title(self) -> str:
+        known = int(self.table.score.notna().sum())
+        best = self.table.score.iloc[0]
+        return f"{point_text(self.best)}: {self.score} {best:.4g}, the {self.goal} of {known} trials"
+
+    def _lines(self) -> list[str]:
+        lines = [] if math.isnan(self.start) else [f"where the model stood: {self.start:.4g}"]
+        if self.pictures < 2:
+            lines.append("by one number a trial: nothing says how sure this is")
+        elif len(alike := self.as_good):
+            spans = [_span(name, [self.best[name], *alike[name]]) for name in self.names]
+            lines.append(
+                f"undecided: {len(alike)} others are as good by these {self.pictures} pictures: {', '.join(spans)}"
+            )
+        else:
+            lines.append(
+                f"every other trial is worse by more than {_SURE:g} standard errors ({self.pictures} pictures)"
+            )
+        lines.append("the best of many by the same pictures flatters itself: look at it with other prompts and seeds")
+        if self.score == FLOW_LOSS:
+            lines.append("a loss is least before a sampler has enough: with guidance, up to twice that k draws best")
+        if failed := int(self.table.score.isna().sum()):
+            lines.append(f"{failed} trials gave no number, such as: {self.table.error.dropna().iloc[0]}")
+        return [*lines, *self.notes]
+
+
+@refuse_unknown_options
+def search(
+    live: LiveModel,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    over: Mapping[str, Any],
+    score: str | Callable[[list[Any]], Any] = FLOW_LOSS,
+    goal: str | None = None,
+    trials: int = 24,
+    at_once: int | None = None,
+    seed: int = 0,
+    pictures: Any = None,
+    seeds: Sequence[int] = (0,),
+    executor: Executor | None = None,
+    folder: str | Path | None = None,
+    batch: int = 4,
+    steps: int | None = None,
+    cfg: float | None = None,
+    shift: float | None = None,
+    schedule: str | None = None,
+    cfg_normalization: float | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+) -> Search:
+    """The best values that a search finds for named scalars and sampling settings, and how sure that is.
+
+    >>> live = ak.LiveModel(bridge.protect("refiner") + ak.param("k", 1.0) * (variant - base), components)
+    >>> found = ak.search(live, over={"k": (0, 400)}, pictures="pictures_of_the_new_thing")
+    >>> found = ak.search(live, prompts, over={"k": (1, 400, "log"), "cfg": (1, 4)}, score="grid", goal="least")
+    >>> live.set(found.best)
+
+    ``over`` has a range ``(low, high)`` or ``(low, high, "log")``, or a list of values, for each name. ``score`` is
+    ``"flow_loss"`` of ``pictures`` (a folder with captions, or pictures whose captions are the prompts), a measure of
+    `ak.picture_measures`, whose means over drawn pictures are compared, or a function of the list of pictures of a
+    trial: a number, or one for each picture. ``goal`` is ``"least"`` or ``"most"``. (For answers of a person to pairs
+    of pictures see `panels.blind_comparison`.) The first of ``trials`` is where the model stands, if that lies
+    inside; the others are optuna's, ``at_once`` of them asked for together: 1, or 4 with an ``executor``. The same
+    call proposes the same, whichever executor; what was drawn or measured before is remembered, so that a search that
+    was stopped goes on. ``seeds`` and what follows ``batch`` are as in `ak.sweep`; the live model is left as it was.
+    Raises UnknownNameError for other names, AlkahestError for a score without a goal or a range that is none,
+    UnsupportedError without optuna.
+    """
+    given = (steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
+    settings = {name: value for name, value in zip(SETTINGS, given, strict=True) if value is not None}
+    events = stream_search(
+        live,
+        prompts,
+        over,
+        score,
+        goal,
+        trials=trials,
+        at_once=at_once,
+        seed=seed,
+        pictures=pictures,
+        seeds=seeds,
+        executor=executor,
+        folder=folder,
+        batch=batch,
+        settings=settings,
+    )
+    found: Search = result_of(events)
+    return found
+
+
+def stream_search(
+    live: LiveModel,
+    prompts: str | Sequence[str] | None,
+    over: Mapping[str, Any],
+    score: str | Callable[[list[Any]], Any] = FLOW_LOSS,
+    goal: str | None = None,
+    *,
+    trials: int = 24,
+    at_once: int | None = None,
+    seed: int = 0,
+    pictures: Any = None,
+    seeds: Sequence[int] = (0,),
+    executor: Executor | None = None,
+    folder: str | Path | None = None,
+    batch: int = 4,
+    settings: Mapping[str, Any] | None = None,
+) -> Iterator[Event]:
+    """`search` as a generator of events, one for each trial."""
+    if not isinstance(live, LiveModel):
+        fix = "ak.LiveModel(expression, components)"
+        raise MismatchError("search", "a LiveModel is needed", found=type(live).__name__, fix=fix)
+    together = (1 if executor is None else 4) if at_once is None else at_once
+    for name, number in (("trials", trials), ("at_once", together), ("batch", batch)):
+        if number < 1:
+            raise AlkahestError("search", f"{name} must be at least 1", found=number)
+    most = require_goal(score, goal)
+    space = space_of(over, live.params, "search")
+    require_settings(score, settings or {}, list(over))
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+    scored: Score
+    notes: list[str] = []
+    if isinstance(score, str) and score == FLOW_LOSS:
+        scored, notes = _flow_loss(live, texts, pictures, batch, seed, settings or {})
+    else:
+        if not texts or not len(seeds) or pictures is not None:
+            fix = "prompts, and no pictures=, which flow_loss is for"
+            raise AlkahestError("search", "this score is of pictures that are drawn by prompts", fix=fix)
+        place = Path(folder) if folder is not None else cache_folder() / "sweeps"
+        scored = Drawn(score, tuple(texts), tuple(map(int, seeds)), settings or {}, place, batch)
+    return _events(live, scored, space, most, (trials, together, seed), executor, tuple(notes))
+
+
+def _flow_loss(
+    live: LiveModel, texts: list[str], pictures: Any, batch: int, seed: int, size: Mapping[str, Any]
+) -> tuple[FlowLoss, list[str]]:
+    if pictures is None:
+        fix = "pictures='folder with captions', or pictures=[...] with prompts=[...] in their order"
+        raise AlkahestError("search", "flow loss is of pictures that are there", fix=fix)
+    options = PictureOptions(prompts=texts or None, pictures=pictures, seed=seed, batch=batch, **size)
+    examples, _, notes = given_set(live.pipe, "pictures", options, "search")
+    return FlowLoss(examples, batch_of(live.pipe, options)), notes
+
+
+def _events(
+    live: LiveModel,
+    score: Score,
+    space: Mapping[str, Axis],
+    most: bool,
+    how: tuple[int, int, int],
+    executor: Executor | None,
+    notes: tuple[str, ...],
+) -> Iterator[Event]:
+    trials, together, seed = how
+    study, before = study_of(space, most, seed, trials, together), live.params
+    done: list[Trial] = []
+    start = {name: before[name] for name in space if name in before}
+    if len(start) == len(space) and all(axis.holds(start[name]) for name, axis in space.items()):
+        study.enqueue_trial(start)
+    else:
+        start = {}
+    try:
+        while len(done) < trials:
+            asked = [propose(study, space) for _ in range(min(together, trials - len(done)))]
+            outcomes = score.of(live, [point for _, point in asked], executor)
+            for (told, point), outcome in zip(asked, outcomes, strict=True):
+                one = Trial(point, _finite(outcome))
+                _tell(study, told, one.score)
+                done.append(one)
+                yield TrialEvent(len(done), trials, f"{point_text(point)}: {one.score:.4g}", trial=one)
+    finally:
+        live.set(before)
+    yield Event(trials, trials, "done", _found(done, score.name, most, bool(start), notes))
+
+
+def _finite(outcome: Outcome) -> Outcome:
+    """Why there is no number, where one of them is none."""
+    if isinstance(outcome, str) or math.isfinite(mean_of(outcome)):
+        return outcome
+    return f"the score is {mean_of(outcome):g}"
+
+
+def _tell(study: Any, told: Any, value: float) -> None:
+    from optuna.trial import TrialState
+
+    if math.isfinite(value):
+        study.tell(told, value)
+    else:
+        study.tell(told, state=TrialState.FAIL)
+
+
+def _found(done: Sequence[Trial], score: str, most: bool, started: bool, notes: tuple[str, ...]) -> Search:
+    order = sorted(done, key=lambda one: _rank(one.score, most))
+    best = order[0]
+    if isinstance(best.outcome, str):
+        raise AlkahestError("search", f"none of {len(done)} trials gave a number", found=best.outcome)
+    rows = []
+    for one in order:
+        behind, error = _behind(one.outcome, best.outcome, most)
+        why = one.outcome if isinstance(one.outcome, str) else None
+        rows.append({**one.point, "score": one.score, "behind": behind, "behind_error": error, "error": why})
+    return Search(
+        pd.DataFrame(rows),
+        tuple(best.point),
+        best.point,
+        score,
+        "most" if most else "least",
+        len(best.outcome),
+        done[0].score if started else math.nan,
+        notes,
+    )
+
+
+def _rank(score: float, most: bool) -> float:
+    return (-score if most else score) if math.isfinite(score) else math.inf
+
+
+def _behind(outcome: Outcome, best: Outcome, most: bool) -> tuple[float, float]:
+    """How much worse than the best, picture by picture, and the standard error of that mean."""
+    if isinstance(outcome, str) or isinstance(best, str):
+        return math.nan, math.nan
+    worse = (best - outcome) if most else (outcome - best)
+    count = len(worse)
+    return float(worse.mean()), float(worse.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan
+
+
+def _span(name: str, values: Sequence[Any]) -> str:
+    if all(isinstance(value, (int, float)) for value in values):
+        return f"{name} from {min(values):.4g} to {max(values):.4g}"
+    return f"{name} in {', '.join(dict.fromkeys(map(str, values)))}"
