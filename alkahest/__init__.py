@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib as _importlib
 import logging as _logging
+import sys as _sys
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
@@ -153,6 +154,17 @@ _PUBLIC = {
 }
 _FAMILY = "mini"  # a module of its own: ak.mini.load("base")
 __all__ = sorted([*_PUBLIC, _FAMILY])
+if "ipykernel" in _sys.modules:  # in a notebook, what takes longer than a second shows a bar with Cancel
+
+    def _watch(events: _Any, operation: str) -> _Any:
+        try:
+            progress = _importlib.import_module("alkahest.lab.cell_progress")
+        except ImportError:  # without the extra `lab`
+            return events
+        return progress.watch(events, operation)
+
+    _importlib.import_module("alkahest.engine.events").watch_with(_watch)
+
 # diffusers imports bitsandbytes where it is installed, which then warns on every CPU of a 4-bit kernel that nobody
 # uses.
 _logging.getLogger("bitsandbytes").setLevel(_logging.ERROR)

@@ -32,9 +32,13 @@ def executed(path: Path, folder: Path) -> NotebookNode:
 
 
 def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Printed text arrives in as many pieces as chance has it; one cell's is one output."""
+    """Printed text arrives in as many pieces as chance has it, and bars that were taken away leave an empty output; one
+    cell's text is one output.
+    """
     result: list[NotebookNode] = []
     for output in outputs:
+        if output.get("data") == {}:
+            continue
         if result and output.output_type == "stream" and result[-1].get("name") == output.name:
             result[-1].text += output.text
         else:

@@ -84,7 +84,7 @@ def make_dataset(
     quiet: Quiet = False,
 ) -> None:
     """Have models draw a dataset to train on, as the article's TB-1 was trained on Z-Image's own pictures."""
-    from alkahest.pictures.dataset import make_dataset as draw
+    from alkahest.pictures.dataset import stream_make_dataset
 
     with exit_on_error():
         lines = lines_of(prompts, "make_dataset")
@@ -94,7 +94,9 @@ def make_dataset(
             models[weights.name if weights.name not in models else f"{weights.name}_{len(models)}"] = alkahest.pipeline(
                 weights, components, device=device
             )
-        found = drain(draw(models, lines, folder, steps=steps, cfg=cfg, shift=shift), quiet, unit="picture").result
+        found = drain(
+            stream_make_dataset(models, lines, folder, steps=steps, cfg=cfg, shift=shift), quiet, unit="picture"
+        ).result
         print(json.dumps({"folder": str(folder), "pictures": len(found)}) if as_json else found)
 
 

@@ -11,18 +11,42 @@ from typing import Any
 class Event:
     """Work done and in all (bytes, where it reads or writes; else pieces), what is at hand, and at the end the result.
 
-    Drawing and training add to it what can be seen on the way. Closing the generator stops the work.
+    Drawing and training add to it what can be seen on the way; ``so_far`` makes what there is to show by now, a picture
+    or a table. Closing the generator stops the work.
     """
 
     done: int
     total: int
     key: str
     result: Any = field(default=None, repr=False)
+    so_far: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
+
+    def moved(self, done: int, total: int) -> Event:
+        """The same as a part of longer work, its result left out."""
+        return Event(done, total, self.key, so_far=self.so_far)
 
 
-def result_of(events: Iterator[Event]) -> Any:
+Watch = Callable[[Iterator[Any], str], Iterator[Any]]
+_watch: Watch | None = None
+
+
+def watch_with(watch: Watch | None) -> None:
+    """Have the events of whatever runs to its end pass through ``watch(events, operation)``, which shows them.
+
+    >>> watch_with(alkahest.lab.cell_progress.watch)   # what `import alkahest` does in a notebook's kernel
+    """
+    global _watch
+    _watch = watch
+
+
+def watched(events: Iterator[Any], operation: str) -> Iterator[Any]:
+    """The same events, shown while they come, where somebody asked for that: nowhere but in notebooks."""
+    return events if _watch is None else _watch(events, operation)
+
+
+def result_of(events: Iterator[Event], operation: str = "working") -> Any:
     """Run a generator of events to its end; the result, which its last event carries."""
-    *_, last = events
+    *_, last = watched(events, operation)
     return last.result
 
 
@@ -32,7 +56,7 @@ def in_turn(streams: Iterable[Iterator[Event]], conclude: Callable[..., Any]) ->
     for events in streams:
         for event in events:
             if event.result is None:
-                yield Event(before + event.done, before + event.total, event.key)
+                yield event.moved(before + event.done, before + event.total)
         results.append(event.result)
         before += event.total
     yield Event(before, before, "done", conclude(*results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
@@ -78,4 +79,4 @@ class ByBlock(widgets.VBox):  # type: ignore[misc]
 def _of(row: DeltaRow, events: Iterator[Event]) -> Iterator[Event]:
     """The same events, the last result with the row that it is of: another may be chosen meanwhile."""
     for event in events:
-        yield event if event.result is None else Event(event.done, event.total, event.key, (row, event.result))
+        yield event if event.result is None else replace(event, result=(row, event.result))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pandas
 
 _DTYPES = ("bf16", "fp16", "fp32")
+_SHOWN = 8  # tensors, of a table that fills
 _TASK = 1 << 26  # bytes in float32 that one task of an executor takes on, at least
 
 
@@ -106,7 +107,8 @@ def extract_lora(
             device=device,
             threads=threads,
             executor=executor,
-        )
+        ),
+        "extract_lora",
     )
     return found
 
@@ -199,10 +201,16 @@ class _Work:
         done = total - sum(todo.values())
         for key in self._here(todo) if executor is None else self._spread(todo, executor):
             done += todo[key]
-            yield Event(done, total, key)
+            yield Event(done, total, key, so_far=self._rows_so_far)
         for reader in readers:
             reader.check_unchanged()
         yield Event(total, total, "done", self._result(hashes, readers))
+
+    def _rows_so_far(self) -> pandas.DataFrame:
+        import pandas as pd
+
+        shown = ("tensor", "kept", "rank", "energy")
+        return pd.DataFrame([{name: row.get(name) for name in shown} for row in list(self.rows.values())[-_SHOWN:]])
 
     def _was_done(self, key: str) -> bool:
         """Take a tensor that an earlier run has finished, if it has."""

@@ -91,7 +91,9 @@ def refiner_check(
     norm is importable, past 10 % is not. With ``bridge``, also how far its refiner is from the base's.
     Raises MismatchError if tensors do not fit.
     """
-    check: RefinerCheck = result_of(stream_refiner_check(variant, base, bridge, device=device, threads=threads))
+    check: RefinerCheck = result_of(
+        stream_refiner_check(variant, base, bridge, device=device, threads=threads), "refiner_check"
+    )
     return check
 
 
@@ -176,7 +178,9 @@ def nearest_base(
     Taking the difference from the wrong base was an error of the article itself: the delta then holds the
     difference of two lineages. One pass over each pair of files; tables are remembered.
     """
-    found: NearestBase = result_of(stream_nearest_base(variant, candidates, device=device, threads=threads))
+    found: NearestBase = result_of(
+        stream_nearest_base(variant, candidates, device=device, threads=threads), "nearest_base"
+    )
     return found
 
 

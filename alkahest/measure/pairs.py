@@ -62,7 +62,7 @@ def compare(
     norms, cosine and signs only. Needs every delta of one tensor in memory, 160 MB each. Raises
     MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
-    table: pandas.DataFrame = result_of(stream_compare(deltas, rank, seed, device=device, threads=threads))
+    table: pandas.DataFrame = result_of(stream_compare(deltas, rank, seed, device=device, threads=threads), "compare")
     return table
 
 

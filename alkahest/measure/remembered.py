@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas
 
 NAMES = ("tensor", "part", "block", "module", "shape")  # columns that say which tensor a row is about
+_SHOWN = 8  # rows, of a table that fills
 _TEXT = ("tensor", "part", "module", "shape")
 
 
@@ -116,7 +117,12 @@ def _measure(kind: Kind, run: Run, tasks: Sequence[Task]) -> Iterator[Event]:
         return lambda workspace: rows[task.key].extend(task.rows(run, workspace))
 
     jobs = [Job(task.key, task.nbytes, work(task), task.place) for task in tasks]
-    yield from run.progress(jobs, lambda: kind.table([row for some in rows.values() for row in some]))
+
+    def so_far() -> pandas.DataFrame:
+        return kind.table([row for some in list(rows.values()) for row in some][-_SHOWN:])
+
+    for event in run.progress(jobs, lambda: kind.table([row for some in rows.values() for row in some])):
+        yield event if event.result is not None else replace(event, so_far=so_far)
 
 
 def title_of(*expressions: Expression | None) -> str:

@@ -76,7 +76,7 @@ def delta_spectra(
     Raises MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
     table: pandas.DataFrame = result_of(
-        stream_delta_spectra(delta, on, values, seed, exact, device=device, threads=threads)
+        stream_delta_spectra(delta, on, values, seed, exact, device=device, threads=threads), "delta_spectra"
     )
     return table
 

@@ -111,7 +111,7 @@ def delta_table(
     MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
     """
     table: pandas.DataFrame = result_of(
-        stream_delta_table(delta, on, k, dtype, exact=exact, device=device, threads=threads)
+        stream_delta_table(delta, on, k, dtype, exact=exact, device=device, threads=threads), "delta_table"
     )
     return table
 

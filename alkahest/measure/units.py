@@ -51,7 +51,9 @@ def matching_units(
     where every unit is nearest to itself, as after training from one start, permuting has nothing to give.
     ``looked_at`` units of each kind and block are compared with all of the other's. Needs no pictures.
     """
-    table: pandas.DataFrame = result_of(stream_matching_units(a, b, looked_at, seed, device=device, threads=threads))
+    table: pandas.DataFrame = result_of(
+        stream_matching_units(a, b, looked_at, seed, device=device, threads=threads), "matching_units"
+    )
     return table
 
 

@@ -133,7 +133,7 @@ def alignment(
         dtype=dtype,
         device=device,
     )
-    found: Alignment = result_of(stream_alignment(a, b, options))
+    found: Alignment = result_of(stream_alignment(a, b, options), "alignment")
     return found
 
 
@@ -154,7 +154,7 @@ def _stream(a: Weights, b: Weights, options: PictureOptions) -> Iterator[Event]:
     pipes = [pipeline(one, options.components, dtype=options.dtype, device=options.device) for one in (a, b)]
     for event in stream_examples(pipes[0], "the pictures", options, "alignment"):
         if event.result is None:
-            yield Event(event.done, 2 * event.total, event.key)
+            yield event.moved(event.done, 2 * event.total)
     examples, _, told = event.result
     if len(examples) < 3:
         found = f"{len(examples)} pictures"

@@ -65,7 +65,7 @@ def _measure(
     drawing = 2 * options.count * options.steps
     total = 2 * drawing
     for event in stream_evidence(live, models[0], on, options, "needed_multiplier"):
-        yield Event(event.done * drawing // event.total, total, event.key)
+        yield event.moved(event.done * drawing // event.total, total)
     evidence: Evidence = event.result
     batch = batch_of(live.pipe, options)
     yield Event(drawing, total, "what variant and base say")
@@ -93,7 +93,7 @@ def _measure(
         yield Event(1, 1, f"k = {value:.4g}", (errors(new, wanted), rest, along))
 
     for event in walk_over_k(evaluate, scale, scale / 64, 24):
-        yield Event(drawing + event.done * drawing // event.total, total, event.key)
+        yield event.moved(drawing + event.done * drawing // event.total, total)
     found = event.result
     new, rest, along = (np.array(one) for one in zip(*found.values(), strict=True))
     curve = LossCurve(np.array(list(found)), new, rest, along, by_variant, uncaptioned, by_base, options.seed)

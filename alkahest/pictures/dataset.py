@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alkahest.engine.events import Event
+from alkahest.engine.events import Event, result_of
 from alkahest.errors import AlkahestError, FileFormatError, printable, refuse_unknown_options
 from alkahest.files.hashes import blake3_of
 from alkahest.files.paths import expanded
@@ -25,6 +25,7 @@ from alkahest.pictures.fingerprints import fingerprint
 from alkahest.pictures.picture_files import FORMATS, read_picture
 from alkahest.pictures.sampler import sample
 from alkahest.pictures.settings import SHIFT
+from alkahest.pictures.sheet import row_of_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -246,6 +247,7 @@ def from_scenes(
 
 
 @refuse_unknown_options
+@refuse_unknown_options
 def make_dataset(
     models: Mapping[str, Any],
     prompts: Sequence[str],
@@ -260,21 +262,56 @@ def make_dataset(
     cfg_normalization: float = 0.0,
     width: int | None = None,
     height: int | None = None,
-) -> Iterator[Event]:
-    """Have models draw a dataset, each every prompt: a generator of events; the result is the `Dataset`.
+) -> Dataset:
+    """Have models draw a dataset, each every prompt.
 
-    >>> for event in make_dataset({"turbo": turbo, "base": base}, prompts, "drawn", steps=8): print(event)
+    >>> make_dataset({"turbo": turbo, "base": base}, prompts, "drawn", steps=8)
 
     ``models`` are pipelines or (pipeline, settings of `ak.sample`) by name; the other settings are
     for all that name none of their own. Writes ``NAME-00000.png`` and ``.txt``; pictures that are there are not
     drawn again if model, prompt, seed and settings are those that they were drawn with, and are drawn anew if not.
-    What else lies in the folder is no part of the dataset.
+    What else lies in the folder is no part of the dataset. Raises AlkahestError without prompts.
     """
+    events = stream_make_dataset(
+        models,
+        prompts,
+        folder,
+        batch=batch,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        cfg=cfg,
+        shift=shift,
+        schedule=schedule,
+        cfg_normalization=cfg_normalization,
+        width=width,
+        height=height,
+    )
+    found: Dataset = result_of(events, "make_dataset")
+    return found
+
+
+def stream_make_dataset(
+    models: Mapping[str, Any],
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    batch: int = 8,
+    negative_prompt: str = "",
+    steps: int = 24,
+    cfg: float = 2.0,
+    shift: float = SHIFT,
+    schedule: str = "diffusers",
+    cfg_normalization: float = 0.0,
+    width: int | None = None,
+    height: int | None = None,
+) -> Iterator[Event]:
+    """`make_dataset` as a generator of events."""
     path = expanded(folder, "dataset")
     if not prompts:
         raise AlkahestError("make_dataset", "there are no prompts", fix="a file with a prompt a line")
     path.mkdir(parents=True, exist_ok=True)
     wanted: list[str] = []
+    seen: list[Image] = []
     how = {
         "negative_prompt": negative_prompt,
         "steps": steps,
@@ -298,6 +335,7 @@ def make_dataset(
                 drawn = sample(
                     pipe, [prompts[n] for n in missing], **{**how, **its, "seed": missing, "batch": batch}
                 ).images
+                seen = [*seen, *drawn][-8:]
                 for number, image in zip(missing, drawn, strict=True):
                     buffer = io.BytesIO()
                     image.save(buffer, "PNG", pnginfo=_png_text(keys[number]))
@@ -305,7 +343,7 @@ def make_dataset(
                     write_file(path / f"{name}-{number:05}.png", buffer.getvalue())
                     write_file(path / f"{name}-{number:05}.txt", prompts[number].encode())
             done += len(numbers)
-            yield Event(done, total, name)
+            yield Event(done, total, name, so_far=partial(row_of_pictures, seen))
     found = from_folder(path)
     mine = [example for example in found.examples if example.name in set(wanted)]
     other = {e.name: "not of this dataset: it was in the folder" for e in found.examples if e.name not in set(wanted)}

@@ -153,7 +153,8 @@ def effect(
                 device,
                 offload,
             ),
-        )
+        ),
+        "effect",
     )
     return found
 
@@ -177,7 +178,7 @@ def stream_effect(
     variant, base = models_of(delta, base, "effect")
     for event in stream_delta_table(delta, on, device=options.device):
         table = event.result
-        yield Event(event.done, 20 * event.total, event.key)
+        yield event.moved(event.done, 20 * event.total)
     with told_out_of_memory("effect", LESS_MEMORY):
         yield from _measure(delta, on, (variant, base), k, options, table, by_block, live)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from alkahest.pictures.evaluation import EvaluationSet
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.sampler import embed, sample, size_of_latents
 from alkahest.pictures.settings import SHIFT
+from alkahest.pictures.sheet import row_of_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,7 +153,8 @@ def drawn_set(pipe: Any, prompts: Sequence[str], name: str, options: PictureOpti
         if step.result is not None:
             latents.append(step.latents.float().cpu())
             images += step.result
-        yield Event(min(total, step.done * total // step.total), total, f"drawing {name}, {step.key}")
+        done = min(total, step.done * total // step.total)
+        yield Event(done, total, f"drawing {name}, {step.key}", so_far=partial(row_of_pictures, images))
     captions = [embed(pipe, text) for text in texts]
     yield Event(total, total, name, (EvaluationSet(torch.cat(latents), captions, options.seed, name=name), images))
 
@@ -231,7 +234,7 @@ def stream_evidence(
     if options.pictures is None:
         live.become(variant)
     for event in stream_examples(live.pipe, "the new thing", options, operation):
-        yield Event(event.done, 2 * event.total, event.key)
+        yield event.moved(event.done, 2 * event.total)
     new, pictures["new"], notes = event.result
     options = options if options.pictures is None else replace(options, count=len(new))
     ordinary = ordinary_prompts(on, options)
@@ -242,6 +245,6 @@ def stream_evidence(
         notes.append(f"{len(both)} of the ordinary prompts ask for the new thing too: its cost shows less")
     live.become(on)
     for event in drawn_set(live.pipe, ordinary, "everything else", options):
-        yield Event(event.total + event.done, 2 * event.total, event.key)
+        yield event.moved(event.total + event.done, 2 * event.total)
     rest, pictures["rest"] = event.result
     yield Event(event.total, event.total, "drawn", Evidence(new, rest, pictures, tuple(notes)))

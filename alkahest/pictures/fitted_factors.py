@@ -129,7 +129,7 @@ def fit_factors(
         device=device,
         offload=offload,
     )
-    found: FittedFactors = result_of(stream_fit_factors(delta, on, k, options, base=base, parts=parts))
+    found: FittedFactors = result_of(stream_fit_factors(delta, on, k, options, base=base, parts=parts), "fit_factors")
     return found
 
 
@@ -153,7 +153,7 @@ def stream_fit_factors(
     variant, base = models_of(delta, base, "fit_factors")
     for event in stream_delta_table(delta, on, device=options.device):
         table = event.result
-        yield Event(event.done, 20 * event.total, event.key)
+        yield event.moved(event.done, 20 * event.total)
     changed = added_rows(table, delta, on, "fit_factors")
     names = list(parts) if parts is not None else [block_name(*place) for place in places_of(changed)]
     with told_out_of_memory("fit_factors", LESS_MEMORY):

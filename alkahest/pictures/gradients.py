@@ -69,7 +69,7 @@ def gradient_signs(
         dtype=dtype,
         device=device,
     )
-    found: Signs = result_of(stream_gradient_signs(on, options, variant))
+    found: Signs = result_of(stream_gradient_signs(on, options, variant), "gradient_signs")
     return found
 
 
@@ -102,7 +102,7 @@ def _stream(on: Weights, variant: Weights | None, options: PictureOptions) -> It
         live.become(variant)
     for event in stream_examples(live.pipe, "the new thing", options, "gradient_signs"):
         if event.result is None:
-            yield Event(event.done, 2 * event.total, event.key)
+            yield event.moved(event.done, 2 * event.total)
     examples, _, notes = event.result
     live.become(on)
     size = batch_of(live.pipe, options)

@@ -114,7 +114,8 @@ def needed_multiplier(
             offload=offload,
             device=device,
             threads=threads,
-        )
+        ),
+        "needed_multiplier",
     )
     return found
 
@@ -200,11 +201,11 @@ def _by_pictures(
         raise AlgebraError("needed_multiplier", "what is the delta added to?", found=delta.text(), fix="on=bridge")
     for event in stream_delta_table(delta, on, **running):
         table = event.result
-        yield Event(event.done, 20 * event.total, event.key)
+        yield event.moved(event.done, 20 * event.total)
     matrices = sort_matrices(table, not_protected(delta, on), or_vectors=True)
     scale = weight_bases(matrices)["relative"]
     for event in stream_curve(delta, on, base, scale, options):
-        yield Event(event.total + 19 * event.done, 20 * event.total, event.key)
+        yield event.moved(event.total + 19 * event.done, 20 * event.total)
     curve, notes = event.result
     on_its_base = on is ends(delta)[1]
     if on_its_base:
@@ -227,11 +228,11 @@ def _by_weights(
     before = 0
     for event in in_turn([stream_delta_table(one, on, 1.0, dtype, **running) for one in deltas], lambda *all: all):
         before, tables = event.total, event.result
-        yield Event(event.done, event.total, event.key)
+        yield event.moved(event.done, event.total)
     names = strongest(sort_matrices(tables[0], added).counted)
     for event in stream_delta_spectra(delta.only(", ".join(names)), on, 8, **running):
         spectra = event.result
-        yield Event(before + event.done, before + event.total, event.key)
+        yield event.moved(before + event.done, before + event.total)
     spectra = spectra[spectra.tensor.isin(names)]
     found = multiplier_of(tables[0], basis, target, tables[1] if reference is not None else None, added, spectra)
     yield Event(before + event.total, before + event.total, "done", found)

@@ -7,16 +7,18 @@ import html
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from alkahest.engine.events import Event
+from alkahest.engine.events import Event, watched
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, refuse_unknown_options, unknown
 from alkahest.pictures.settings import SHIFT, Settings
+from alkahest.pictures.sheet import row_of_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,7 +70,8 @@ class Sampling(Iterator[Step]):
     @property
     def images(self) -> list[Image]:
         """The finished pictures, in the order of the prompts."""
-        for _ in self:
+        steps = (replace(step, so_far=partial(_row_so_far, self._images, step)) for step in self)
+        for _ in watched(steps, "sample"):
             pass
         return self._images
 
@@ -121,6 +124,11 @@ def sample(
         warnings.warn("the negative prompt does nothing at cfg 1; use cfg above 1", stacklevel=2)
     set_lora_strengths(pipe, loras or {})
     return Sampling(_batches(pipe, prompts, negative_prompt, seeds, size, settings, batch), prompts)
+
+
+def _row_so_far(finished: Sequence[Image], step: Step) -> Image | None:
+    """Finished pictures and where those at hand are going, small."""
+    return row_of_pictures([*finished, *(step.previews() if step.result is None else ())])
 
 
 def _batches(

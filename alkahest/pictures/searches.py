@@ -163,7 +163,7 @@ def search(
         batch=batch,
         settings=settings,
     )
-    found: Search = result_of(events)
+    found: Search = result_of(events, "search")
     return found
 
 

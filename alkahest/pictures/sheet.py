@@ -13,6 +13,21 @@ if TYPE_CHECKING:
 _GAP, _FONT = 4, 13
 
 
+def row_of_pictures(images: Sequence[Image], size: int = 96, most: int = 8) -> Image | None:
+    """The last of some pictures side by side, small; None for none."""
+    from PIL import Image
+
+    shown = [image.convert("RGB").resize((round(image.width * size / image.height), size)) for image in images[-most:]]
+    if not shown:
+        return None
+    row = Image.new("RGB", (sum(image.width + _GAP for image in shown) - _GAP, size), "white")
+    left = 0
+    for image in shown:
+        row.paste(image, (left, 0))
+        left += image.width + _GAP
+    return row
+
+
 def contact_sheet(
     table: pandas.DataFrame, rows: Sequence[str], columns: Sequence[str], size: int | None = None, title: str = ""
 ) -> Image:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("steps", "cfg", "shift", "schedule", "cfg_normalization", "negative_prompt", "width", "height")
 
+_SMALL = 128  # pixels, of a picture in a sheet that fills
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -120,7 +122,8 @@ def sweep(
             width=width,
             height=height,
             **scalars,
-        )
+        ),
+        "sweep",
     )
     return cells
 
@@ -161,11 +164,18 @@ def _events(live: LiveModel, cells: list[Cell], executor: Executor | None, batch
     try:
         for cell, record in draw_cells(live, cells, executor, batch):
             records[cell.path] = record
-            yield Event(len(records), len(cells), ", ".join(f"{k}={v}" for k, v in cell.row.items()))
+            said = ", ".join(f"{k}={v}" for k, v in cell.row.items())
+            yield Event(len(records), len(cells), said, so_far=lambda: _sheet_so_far(cells, records))
     finally:
         live.set(before)
     rows = [cell.row | records[cell.path] for cell in cells]
     yield Event(len(cells), len(cells), "done", Cells(rows))
+
+
+def _sheet_so_far(cells: Sequence[Cell], records: Mapping[Path, Mapping[str, Any]]) -> Image:
+    """The contact sheet as it fills."""
+    waits = {"path": None, "error": "not drawn yet"}
+    return Cells([cell.row | dict(records.get(cell.path, waits)) for cell in cells]).contact_sheet(size=_SMALL)
 
 
 def cells_of(

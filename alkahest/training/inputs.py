@@ -22,7 +22,7 @@ from alkahest.model.dtypes import FORMATS
 from alkahest.model.families import Family
 from alkahest.model.keys import Pattern
 from alkahest.pictures.components import load_components
-from alkahest.pictures.dataset import Dataset, from_folder, from_scenes, make_dataset
+from alkahest.pictures.dataset import Dataset, from_folder, from_scenes, stream_make_dataset
 from alkahest.pictures.encoded import Encoded, encode
 from alkahest.pictures.pipelines import empty_transformer, pipeline
 from alkahest.pictures.sampler import embed
@@ -168,7 +168,9 @@ def _dataset(name: str, config: Config, folder: Path, pipe: Any) -> Generator[Tr
                 "finetune", "the prompts cannot be read", file=path, found=error, fix="a text file with a prompt a line"
             ) from None
     models = _Models(given["models"], open_inputs(config), pipe)
-    found: Dataset = yield from _relay(config, f"drawing {name}", make_dataset(models, prompts, folder / "data" / name))
+    found: Dataset = yield from _relay(
+        config, f"drawing {name}", stream_make_dataset(models, prompts, folder / "data" / name)
+    )
     return found
 
 

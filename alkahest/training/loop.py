@@ -92,7 +92,7 @@ def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     machine). Raises NonFiniteError if the loss is no number any more, MismatchError if the folder is another run's,
     AlkahestError with what would fit if memory runs out.
     """
-    result: Result = result_of(stream_finetune(config, folder, device))
+    result: Result = result_of(stream_finetune(config, folder, device), "finetune")
     return result
 
 

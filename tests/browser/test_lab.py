@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,30 @@ def test_factors_by_block_under_the_hand(opened: Callable[..., Any], tmp_path: P
     page.locator("tr[aria-selected=true]").get_by_text("layers.2.attention.to_q.weight").wait_for(timeout=WAIT)
     page.get_by_role("slider", name="layers.2", exact=True).and_(page.locator("[r='8']")).wait_for(timeout=WAIT)
     page.screenshot(path=tmp_path / "map.png")
+
+
+SWEEP = """
+import tempfile
+live = ak.LiveModel(ak.mini.load('tb1').protect('refiner') + ak.param('k', 1.0) * (ak.mini.load('base-variant') - b))
+prompts, over = ['a cyan ball on a beach', 'a house by day'], {'k': list(range(200))}
+cells = ak.sweep(live, prompts, over=over, steps=24, cfg=3, batch=1, folder=tempfile.mkdtemp())
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_sweep_shows_its_sheet_and_hears_cancel(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
+    page = opened(f"sweep-{dark}", FAMILY, SWEEP, "print('the cell below')", height=720, dark=dark)
+    page.get_by_text(re.compile(r"sweep: \d+%, \d+ s, .* left; k=")).wait_for(timeout=WAIT)
+    page.wait_for_selector("img[alt='first results']", timeout=WAIT)
+    page.screenshot(path=tmp_path / "filling.png")
+    cancel = page.get_by_role("button", name="Cancel", exact=True)
+    cancel.focus()
+    page.keyboard.press("Enter")
+    page.get_by_text(re.compile(r"sweep: cancelled after \d+ s")).wait_for(timeout=WAIT)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
+    cancel.wait_for(state="detached", timeout=WAIT)
+    assert page.get_by_text("the cell below", exact=True).count() == 0  # it was not run
+    page.screenshot(path=tmp_path / "cancelled.png")
 
 
 BLIND = """

@@ -12,7 +12,7 @@ import alkahest as ak
 from alkahest.errors import AlkahestError, FileFormatError
 from alkahest.mini.drawing import draw
 from alkahest.mini.scenes import scenes
-from alkahest.pictures.dataset import from_folder, from_scenes, make_dataset
+from alkahest.pictures.dataset import from_folder, from_scenes, make_dataset, stream_make_dataset
 
 
 def picture(path: Path, size: tuple[int, int] = (80, 48), seed: int = 0) -> Path:
@@ -68,15 +68,16 @@ def test_models_draw_a_dataset_and_go_on(tmp_path: Path) -> None:
     base, turbo = (ak.pipeline(ak.mini.load(name)) for name in ("base", "turbo"))
     models: dict[str, Any] = {"base": (base, {"steps": 3, "cfg": 2}), "turbo": (turbo, {"steps": 2, "cfg": 1})}
     prompts = ["a red ball", "a blue box", "a green tree"]
-    first = make_dataset(models, prompts, tmp_path / "drawn", batch=2)
+    first = stream_make_dataset(models, prompts, tmp_path / "drawn", batch=2)
     next(first)
     first.close()
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").iterdir()}
-    *events, last = make_dataset(models, prompts, tmp_path / "drawn", batch=2)
+    *events, last = stream_make_dataset(models, prompts, tmp_path / "drawn", batch=2)
     assert events[-1].done == last.total == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was drawn is not drawn again"
-    found = last.result
+    found = make_dataset(models, prompts, tmp_path / "drawn", batch=2)
+    assert found == last.result
     assert [e.name for e in found.examples] == [f"{name}-{n:05}.png" for name in ("base", "turbo") for n in range(3)]
     assert found.examples[4].caption == "a blue box"
     expected = ak.sample(turbo, "a green tree", steps=2, cfg=1, seed=2).images[0]
@@ -88,7 +89,7 @@ def test_a_drawn_picture_is_known_by_what_it_depends_on(tmp_path: Path) -> None:
     base, turbo = (ak.pipeline(ak.mini.load(name)) for name in ("base", "turbo"))
 
     def drawn(pipe: Any, prompts: list[str], **settings: Any) -> dict[str, bytes]:
-        found = list(make_dataset({"m": pipe}, prompts, tmp_path / "d", **{"steps": 1, "cfg": 1, **settings}))[
+        found = list(stream_make_dataset({"m": pipe}, prompts, tmp_path / "d", **{"steps": 1, "cfg": 1, **settings}))[
             -1
         ].result
         assert [e.caption for e in found.examples] == prompts
@@ -104,7 +105,7 @@ def test_a_drawn_picture_is_known_by_what_it_depends_on(tmp_path: Path) -> None:
     assert drawn(turbo, ["a yellow house", "a blue box"], shift=1.0) != second
     picture(tmp_path / "d" / "mine.png")
     (tmp_path / "d" / "mine.txt").write_text("mine")
-    *_, last = make_dataset({"m": base}, ["a blue box"], tmp_path / "d", steps=1, cfg=1)
+    *_, last = stream_make_dataset({"m": base}, ["a blue box"], tmp_path / "d", steps=1, cfg=1)
     assert len(last.result) == 1
     assert last.result.skipped["mine.png"] == "not of this dataset: it was in the folder"
 
@@ -122,4 +123,4 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(FileFormatError):
             from_folder(tmp_path)
     with pytest.raises(AlkahestError, match="there are no prompts"):
-        next(make_dataset({}, [], tmp_path))
+        next(stream_make_dataset({}, [], tmp_path))
