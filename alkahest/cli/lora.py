@@ -269,7 +269,7 @@ def _extract(
         if plot is not None:
             from alkahest.lab import plots
 
-            write_file(plot, plots.lora_report(found.report).png())
+            write_file(plot, plots.lora_report(found.report).png(white=True))
     _say_dropped(flavour, lora)
     print(
         json.dumps({"path": str(lora.path), **found.summary()}, indent=2)

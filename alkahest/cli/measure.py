@@ -278,7 +278,7 @@ def _write_each(
             drawn = plots.loss_curve(found)
         else:
             drawn = plots.multiplier_overview(alkahest.rounding_curve(table), found)
-        write_file(plot, drawn.png())
+        write_file(plot, drawn.png(white=True))
 
 
 def _as_record(found: Any) -> dict[str, Any]:

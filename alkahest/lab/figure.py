@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alkahest.lab.ink import inked
 from alkahest.pictures.sheet import png_bytes
 
 if TYPE_CHECKING:
@@ -34,19 +36,20 @@ class Plot:
     def __repr__(self) -> str:
         return self.alt
 
-    def png(self, dpi: int = 100) -> bytes:
-        """The whole figure as a PNG file."""
-        return png(self.axes.figure, dpi)  # type: ignore[arg-type]
+    def png(self, dpi: int = 100, white: bool = False) -> bytes:
+        """The whole figure as a PNG file, for a page of any theme; ``white`` is for a file that is looked at alone."""
+        return png(self.axes.figure, dpi, white)  # type: ignore[arg-type]
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"image/png": self.png(), "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
 
-def png(figure: Figure, dpi: int = 100) -> bytes:
-    """A figure as a PNG file, on white even where the page is dark."""
+def png(figure: Figure, dpi: int = 100, white: bool = False) -> bytes:
+    """A figure as a PNG file: in black on white, or transparent, in an ink that reads in both themes."""
     figure.set_facecolor("white")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with contextlib.nullcontext() if white else inked(figure):
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor())
     return buffer.getvalue()
 
 
@@ -76,7 +79,7 @@ def strip(images: Sequence[Image]) -> bytes:
     scale = max(1, -(-_LEAST // images[0].width))
     enlarged = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
     width = sum(one.width + _GAP for one in enlarged) - _GAP
-    whole = Image.new("RGB", (width, max(one.height for one in enlarged)), "white")
+    whole = Image.new("RGBA", (width, max(one.height for one in enlarged)), (0, 0, 0, 0))
     left = 0
     for one in enlarged:
         whole.paste(one, (left, 0))

@@ -26,7 +26,6 @@ MARKED = {
 
 
 _SEEN = 1e-3  # of the delta: what is smaller is not drawn
-_CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the lines of the limits pass behind words
 _TICKS = (1.0, 2.0, 5.0)  # in every decade, where there are few
 
 
@@ -97,23 +96,12 @@ def multiplier_by_part(multiplier: Any, ax: Axes | None = None, title: str | Non
     y = np.arange(len(parts))
     ax.plot(values[some], y[some], "o", color=COLOURS[0], ms=8)
     ax.set_ylim(len(parts) - 0.4, -0.9)  # first part on top, with room for its number
-    ax.set_yticks(y, parts.part)
+    # What keeps a part from having a number stands beside its name, where no line of the limits crosses it.
+    names = [part if good else f"{part}\n{why}" for part, good, why in zip(parts.part, some, parts.why, strict=True)]
+    ax.set_yticks(y, names)
     ax.set_xscale("log")
-    for place in y[~some]:
-        ax.annotate(
-            parts.why[place],
-            (0, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color="0.4",
-            bbox=_CLEAR,
-        )
     for place, value in zip(y[some], values[some], strict=True):
-        ax.annotate(
-            number_text(value), (value, place), xytext=(7, 0), textcoords="offset points", va="center", bbox=_CLEAR
-        )
+        ax.annotate(number_text(value), (value, place), xytext=(6, 2), textcoords="offset points", va="bottom")
     if own:
         ax.axvline(float(multiplier), color=COLOURS[1], lw=2, label=f"all together: {float(multiplier):.4g}")
         _mark_multipliers(ax, values[some], axis_label="multiplier k that brings the part to its share (log scale)")

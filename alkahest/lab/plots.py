@@ -93,7 +93,7 @@ def delta_magnitudes(
 def magnitude_heatmap(
     table: pandas.DataFrame, statistic: str = "relative", ax: Axes | None = None, title: str | None = None
 ) -> Plot:
-    """Module by depth: the logarithm of a statistic as colour; untouched tensors crossed, absent ones white."""
+    """Module by depth: the logarithm of a statistic as colour; untouched tensors crossed, absent ones blank."""
     values = _statistic(table, statistic)
     return _heatmap(table, values, (statistic, STATISTICS[statistic]), ax, title)
 
@@ -361,7 +361,7 @@ class _Places:
             if bands and number % 2 == 0:
                 ax.axvspan(first - 0.5, last + 0.5, color="0.93", zorder=0, lw=0)
             elif not bands and first:
-                ax.axvline(first - 0.5, color="white", lw=2)
+                ax.axvline(first - 0.5, color="0.7", lw=1.5)
             step = 1 if last - first < 12 else 5
             for place in range(first, last + 1, step):
                 block = self.keys[place][1]

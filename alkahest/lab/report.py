@@ -21,7 +21,7 @@ from alkahest.version import __version__
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
-img { max-width: 100%; background: white; border-radius: 4px; }
+img { max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #8884; }
 td:first-child, th:first-child { text-align: left; }
