@@ -7,23 +7,39 @@ PORT   ?= 8888
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 # What is published is computed, not remembered from other code.
 EMPTY_CACHE := cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && ALKAHEST_CACHE="$$cache"
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# TORCH=cpu leaves out CUDA, which torch brings on Linux: several GB.
+CPU_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+INSTALL := $(BIN)/python -I .make/install.py -c constraints.txt $(CPU_INDEX)
+# No question about news on the first start; language servers are for editors.
+SETTINGS := $(VENV)/share/jupyter/lab/settings
+QUIET := --LanguageServerManager.autodetect=False
 
-.PHONY: lab test check format notebooks reproduce bench clean
+.PHONY: lab work test check format notebooks reproduce bench clean
 
 # Everything needed to use the package and its notebooks.
 $(VENV)/.lab: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 lab")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[lab,sample,search,fast]'
+	$(INSTALL) -e '.[lab,sample,search,fast]'
+	mkdir -p $(SETTINGS)
+	cp .make/overrides.json $(SETTINGS)/overrides.json
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[lab,sample,search,fast,train,dev]'
+	$(INSTALL) -e '.[lab,sample,search,fast,train,dev]'
 	touch $@
 
-lab: $(VENV)/.lab
-	$(BIN)/jupyter lab --port $(PORT) $(ROOT_FLAG) --LabApp.default_url=/lab/tree/notebooks/00-start-here.ipynb
+# Notebooks are run as copies in work/, which git does not look at: yours, so what is there already stays.
+work:
+	@mkdir -p work
+	@for one in notebooks/*.ipynb; do \
+	  mine=work/$$(basename $$one); \
+	  if [ ! -e $$mine ]; then cp $$one $$mine; \
+	  elif [ $$one -nt $$mine ]; then echo "$$one is newer than your $$mine: delete yours to get it"; fi; \
+	done
+
+lab: $(VENV)/.lab work
+	$(BIN)/jupyter lab --port $(PORT) $(ROOT_FLAG) $(QUIET) --LabApp.default_url=/lab/tree/work/00-start-here.ipynb
 
 # Two test processes on two cores, each with threads: waiting ones must not spin, or small matrices take sixfold.
 test: $(VENV)/.dev check

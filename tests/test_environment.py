@@ -63,9 +63,12 @@ def test_the_cards_packages_are_dependencies(card: str) -> None:
 
 def test_make_installs_through_the_constraints() -> None:
     text = (ROOT / "Makefile").read_text()
-    installs = [line for line in text.splitlines() if "pip install" in line]
-    assert installs
-    assert all("-c constraints.txt" in line for line in installs)
+    (install,) = (line for line in text.splitlines() if line.startswith("INSTALL :="))
+    assert "-c constraints.txt" in install
+    recipes = [line for line in text.splitlines() if line.startswith("\t") and "-e '.[" in line]
+    assert len(recipes) == 2
+    assert all(line.startswith("\t$(INSTALL) ") for line in recipes)
+    assert "pip install" not in text
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 

@@ -35,21 +35,26 @@ def test_there_are_notebooks() -> None:
     assert "00-start-here.ipynb" in {path.name for path in NOTEBOOKS}
 
 
+INSTALLING = nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_house_shape(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     cells = notebook.cells
-    assert 15 <= len(cells) <= 30
+    assert 16 <= len(cells) <= 31
     assert cells[0].cell_type == cells[-1].cell_type == "markdown"
     assert cells[0].source.startswith("# ")
     assert all(word in cells[0].source for word in ("seconds", "MB"))
     assert [tag for cell in cells for tag in cell.metadata.get("tags", [])] == ["parameters"]
-    assert cells[2].metadata["tags"] == ["parameters"]
-    for node in ast.parse(cells[2].source).body:
+    assert cells[3].metadata["tags"] == ["parameters"]
+    for node in ast.parse(cells[3].source).body:
         assert isinstance(node, ast.Assign)
         ast.literal_eval(node.value)
-    for cell in cells:
+    assert cells[1].source == INSTALLING  # closed to the eye, and the same everywhere
+    assert cells[1].metadata == {"jupyter": {"source_hidden": True}}
+    for cell in (cells[0], *cells[2:]):
         if cell.cell_type == "code":
             assert len(source_lines(cell)) <= 12
             assert not any(
