@@ -24,6 +24,7 @@ from alkahest.cli.shared import (
     drain,
     example,
     exit_on_error,
+    number,
     options_of,
     require_outputs,
     say_replaced,
@@ -44,8 +45,13 @@ Energy = Annotated[
     float | None,
     typer.Option("--rank-thresh", "--energy", help="Share of the squared singular values to keep, such as 0.995."),
 ]
-Sum = Annotated[float | None, typer.Option(help="Share of the singular values' sum to keep.")]
-Ratio = Annotated[float | None, typer.Option(help="Keep singular values of at least this share of the largest.")]
+Sum = Annotated[
+    float | None, typer.Option(help="Share of the singular values' sum to keep.", parser=number, metavar="<float>")
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="Keep singular values of at least this share of the largest.", parser=number, metavar="<float>"),
+]
 RankMax = Annotated[int, typer.Option(help="The most that the rank can be; 0: no limit.")]
 NoiseEdge = Annotated[
     bool, typer.Option("--noise-edge", help="Stop at what rounding of the variant's file makes by itself.")
@@ -54,7 +60,10 @@ Include = Annotated[str | None, typer.Option(help="Only these tensors, such as l
 Exclude = Annotated[str | None, typer.Option(help="Not these tensors, such as refiner.")]
 Full = Annotated[str | None, typer.Option(help="Keep these whole, norms and biases too; loads in ComfyUI only.")]
 MinDim = Annotated[int | None, typer.Option(help="Leave out matrices with a side below this. [default: 32]")]
-Alpha = Annotated[float | None, typer.Option(help="Store this alpha; default: folded into the factors.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="Store this alpha; default: folded into the factors.", parser=number, metavar="<float>"),
+]
 LoraDtype = Annotated[str | None, typer.Option("--dtype", help="bf16 (default), fp16 or fp32.")]
 Method = Annotated[str, typer.Option(help="auto, exact or randomised.")]
 Seed = Annotated[int, typer.Option(help="Seed of the randomised method.")]

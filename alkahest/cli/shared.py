@@ -29,6 +29,24 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 refused or failed (stderr says why), 2 wrong usage, 130 interrupted.",
 )
 
+_NEAR_NUMBER = re.compile(r"([+-]?\d[\d_]*)(?:[.,](\d+))?\s*[x\u00d7]?", re.IGNORECASE)
+
+
+def _meant_by(text: str) -> str:
+    """The number that somebody may have meant by 171,1 or 20x; "" for nothing like one."""
+    near = _NEAR_NUMBER.fullmatch(text.strip())
+    return ".".join(part for part in near.groups() if part) if near else ""
+
+
+def number(text: str | float) -> float:
+    """A number of an option, with a word to who writes 171,1 or 171.1x."""
+    try:
+        return float(text)
+    except ValueError:
+        meant = _meant_by(str(text))
+        raise typer.BadParameter(f"{text} is no number{f'; write {meant}' if meant else ''}") from None
+
+
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors), or a new folder.")]
 Dtype = Annotated[
     str | None,
@@ -70,7 +88,9 @@ Ordinary = Annotated[Path | None, typer.Option(help="Prompts of everything else,
 Components = Annotated[
     str | None, typer.Option(help="Text encoder, tokenizer and VAE for it: a pipeline folder or a hub id.")
 ]
-Cfg = Annotated[float | None, typer.Option(help="Guidance that it is for; 1 is none. Default: 2.")]
+Cfg = Annotated[
+    float | None, typer.Option(help="Guidance that it is for; 1 is none. Default: 2.", parser=number, metavar="<float>")
+]
 Count = Annotated[int | None, typer.Option(help="How many pictures are drawn of each kind; default: 24.")]
 Storage = Annotated[str | None, typer.Option(help="Hold the model that draws in fp8_e4m3fn: half the memory of bf16.")]
 MadeFor = Annotated[
@@ -143,14 +163,9 @@ def split_arguments(arguments: list[str]) -> tuple[str | None, dict[str, Any]]:
     return alone, given
 
 
-_NEAR_NUMBER = re.compile(r"([+-]?\d[\d_]*)(?:[.,](\d+))?\s*[x\u00d7]?", re.IGNORECASE)
-
-
 def _require_no_near_number(name: str, value: str) -> None:
     """Refuse what was meant as a number, and would be looked for as a file."""
-    near = _NEAR_NUMBER.fullmatch(value.strip())
-    if near and not Path(value).exists():
-        meant = ".".join(part for part in near.groups() if part)
+    if (meant := _meant_by(value)) and not Path(value).exists():
         raise typer.BadParameter(f"--{name} {value} is no number; write --{name} {meant}")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.cli.shared import TRAINING, AsJson, Device, Quiet, app, drain, example, exit_on_error, lines_of
+from alkahest.cli.shared import TRAINING, AsJson, Device, Quiet, app, drain, example, exit_on_error, lines_of, number
 
 Threads = Annotated[int | None, typer.Option(help="Processor threads of the arithmetic; default: torch's.")]
 
@@ -23,7 +23,10 @@ def finetune(
     device: Device = "cpu",
     threads: Threads = None,
     plan: Annotated[bool, typer.Option("--plan", help="Train nothing: print what each mode takes of memory.")] = False,
-    vram: Annotated[float | None, typer.Option(help="With --plan: GiB of the GPU, to say what fits.")] = None,
+    vram: Annotated[
+        float | None,
+        typer.Option(help="With --plan: GiB of the GPU, to say what fits.", parser=number, metavar="<float>"),
+    ] = None,
     resolution: Annotated[int, typer.Option(help="With --plan: side of the pictures.")] = 1024,
     batch: Annotated[int, typer.Option(help="With --plan: pictures at a time.")] = 1,
     frozen: Annotated[str, typer.Option(help="With --plan: what is not trained.")] = "refiner",
@@ -77,8 +80,10 @@ def make_dataset(
     prompts: Annotated[Path, typer.Option(help="Text file with a prompt a line; each model draws each.")],
     components: Annotated[str | None, typer.Option(help="Pipeline folder or hub id for text encoder and VAE.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of each picture.")] = 24,
-    cfg: Annotated[float, typer.Option(help="Guidance in ComfyUI's meaning; 1 is none.")] = 3.0,
-    shift: Annotated[float, typer.Option(help="Shift of the noise levels.")] = 3.0,
+    cfg: Annotated[
+        float, typer.Option(help="Guidance in ComfyUI's meaning; 1 is none.", parser=number, metavar="<float>")
+    ] = 3.0,
+    shift: Annotated[float, typer.Option(help="Shift of the noise levels.", parser=number, metavar="<float>")] = 3.0,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,

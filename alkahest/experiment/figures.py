@@ -17,6 +17,7 @@ from alkahest.experiment.record import rows_where, slug, tables_of
 from alkahest.lab.figure import COLOURS, MARKERS, Plot, axes_for, legend_beside
 
 _DASHES = ("-", "--", "-.", ":")
+_UNASKED = "unsaid "  # columns of what came where prompts say nothing of it
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")  # one more than colours: the two together repeat late
 
 
@@ -57,7 +58,8 @@ def _series(drawing: Drawing, table: pd.DataFrame) -> dict[str, pd.Series]:
     for group, rows in groups.items():
         for column in drawing.columns:
             several = len(drawing.columns) > 1
-            name = column if (several and len(groups) == 1) or not group else f"{group}, {column}" if several else group
+            said = f"{column.removeprefix(_UNASKED)}, not asked for" if column.startswith(_UNASKED) else column
+            name = said if (several and len(groups) == 1) or not group else f"{group}, {said}" if several else group
             found[name] = rows.set_index(drawing.x)[column].dropna()
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from alkahest.files.whole import write_text
+from alkahest.files.whole import replaced, write_text
 from alkahest.lab import plots
 from alkahest.lab.figure import Plot, image_tag
 from alkahest.lab.report_origin import Origin
@@ -31,14 +31,16 @@ code { overflow-wrap: anywhere; } figcaption { font-size: 85%; opacity: .8; } de
 
 def write_report(
     path: str | Path, table: pd.DataFrame, multiplier: Multiplier | None = None, origin: Origin | None = None
-) -> None:
-    """Write a delta table as HTML: by part, plots, rounding, refiner check, and every tensor.
+) -> list[str]:
+    """Write a delta table as HTML: by part, plots, rounding, refiner check, and every tensor; says what it replaced.
 
     >>> write_report("delta.html", ak.delta_table(variant - base), ak.needed_multiplier(variant - base))
 
     OutputError if the file cannot be written; an older one is then left as it was.
     """
+    before = replaced(Path(path))
     write_text(Path(path), report(table, multiplier, origin))
+    return before
 
 
 def report(table: pd.DataFrame, multiplier: Multiplier | None = None, origin: Origin | None = None) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from alkahest.engine.record import METADATA_KEY, Recipe
 from alkahest.errors import printable
 from alkahest.files.reader import size_text
+from alkahest.files.whole import replaced
 from alkahest.lora.parts import Parts
 from alkahest.lora.write import Pair, check_target, save_lora
 from alkahest.model.families import Family
@@ -66,9 +67,12 @@ class Extracted:
         ``flavour`` is one of `alkahest.lora.write.FLAVOURS`; the default loads in ComfyUI and diffusers.
         """
         target = check_target(path, flavour, bool(self.full), self.inputs)
+        before = replaced(target)
         save_lora(target, self.pairs, self.full, flavour, {METADATA_KEY: self.recipe.to_json()}, family=self.family)
         self.parts.remove()
-        return open_lora(target)
+        saved = open_lora(target)
+        saved.notes += before
+        return saved
 
     def summary(self) -> dict[str, Any]:
         """What was kept, in numbers."""

@@ -422,15 +422,19 @@ def test_two_pictures_are_compared_blindly(opened: Callable[..., Any], tmp_path:
     assert (tmp_path / "answers-order.csv").is_file()
 
 
-def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
     path = ak.mini.load("base").path
-    page = opened("models", FAMILY, f"panels.models_picker('{tmp_path}/models.toml', '{path.parent}')")
+    panel = f"panels.models_picker('{tmp_path}/models.toml', '{path.parent}')"
+    page = opened(f"models-{dark}", FAMILY, panel, height=720, dark=dark)
     box = page.get_by_label("base: Base, which its derivatives were trained from", exact=True)
     box.fill(str(path), timeout=WAIT)
     box.press("Enter")
     page.get_by_text("1,501,504 parameters, 4 layers, width 96").wait_for(timeout=WAIT)
     page.screenshot(path=tmp_path / "models.png")
-    page.get_by_role("button", name="Save models.toml").click()
+    save = page.get_by_role("button", name="Save models.toml")
+    save.focus()
+    page.keyboard.press("Enter")
     page.get_by_text("Run the notebook again from its top").wait_for(timeout=WAIT)
     assert f'base = "{path}"' in (tmp_path / "models.toml").read_text()
 

@@ -56,3 +56,16 @@ def test_in_python_the_result_has_the_note(tmp_path: Path) -> None:
     (note,) = base.save(tmp_path / "out.safetensors").notes
     assert note == f"replaced the file of that name ({size:,} bytes): {tmp_path / 'out.safetensors'}"
     assert note in repr(base.save(tmp_path / "out.safetensors"))
+
+
+def test_python_says_it_too(tmp_path: Path) -> None:
+    from alkahest.lab.report import write_report
+
+    delta = ak.mini.load("base-variant") - ak.mini.load("base")
+    extracted, table = ak.extract_lora(delta, rank=2), ak.delta_table(delta)
+    for existing in (False, True):
+        lora = extracted.save(tmp_path / "lora.safetensors")
+        told = write_report(tmp_path / "report.html", table)
+        assert any("replaced the file of that name" in note for note in lora.notes) is existing
+        assert any("replaced the file of that name" in note for note in told) is existing
+    assert "replaced the file of that name" in repr(lora)

@@ -58,6 +58,15 @@ def test_a_number_as_people_write_it_is_no_file(value: str, meant: str) -> None:
     assert f"--k {value} is no number; write --k {meant}" in said
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("multiplier", "--target"), ("diff", "--k"), ("extract-lora", "--sum"), ("make-dataset", "--cfg")],
+)
+def test_a_number_of_an_option_too(command: str, option: str) -> None:
+    said = refused(command, f"{option}=171,1")
+    assert f"'{option}': 171,1 is no number; write 171.1" in said
+
+
 def test_a_file_of_such_a_name_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "20x").write_text("I am no model")
     assert "is no number" not in refused("merge", "a + k", "--a", "mini:tb1", "--k", "20x", "-o", "out.safetensors")
