@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib as _importlib
 import logging as _logging
 import sys as _sys
+from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
+from alkahest.files.namesake import refuse_namesake as _refuse_namesake
 from alkahest.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -154,6 +156,7 @@ _PUBLIC = {
 }
 _FAMILY = "mini"  # a module of its own: ak.mini.load("base")
 __all__ = sorted([*_PUBLIC, _FAMILY])
+_refuse_namesake(_Path(__file__).parent)
 if "ipykernel" in _sys.modules:  # in a notebook, what takes longer than a second shows a bar with Cancel
 
     def _watch(events: _Any, operation: str) -> _Any:

@@ -41,7 +41,8 @@ def test_pins_are_what_is_installed() -> None:
 
 def test_conda_environment_agrees() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment["name"] == PROJECT["name"]
+    assert environment["name"] == "alkahest"
+    assert PROJECT["name"] == "alkahest-merge"  # alkahest is a stranger's on the package index
     conda = [line for line in environment["dependencies"] if isinstance(line, str)]
     (pip,) = (line["pip"] for line in environment["dependencies"] if isinstance(line, dict))
     (python,) = (line.split("=")[1] for line in conda if line.startswith("python="))

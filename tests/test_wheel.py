@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def run(python: Path, folder: Path, *arguments: str, check: bool = True) -> subp
 
 def test_it_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"alkahest"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"alkahest", "alkahest_merge"}
     for name in (
         "py.typed",
         "mini/weights/tb1.safetensors",
@@ -82,6 +83,23 @@ def test_it_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     ):
         assert f"alkahest/{name}" in names
     assert not [name for name in names if name.endswith((".pyc", ".nbc", ".nbi"))]
+
+
+def test_wheel_and_sdist_are_fit_to_be_published(wheel: Path, tmp_path: Path) -> None:
+    """As the package index looks at them: metadata, and a description that it can show."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)], cwd=ROOT, check=True
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    assert (wheel.name.split("-")[0], sdist.name.split("-")[0]) == ("alkahest_merge", "alkahest_merge")
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(sdist) as files:
+        inside = {name.split("/", 1)[1] for name in files.getnames() if "/" in name}
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "alkahest/__init__.py"} <= inside
+    assert not [name for name in inside if name.startswith(("work/", ".venv/", "notebooks/files/"))]
 
 
 TOUR = """

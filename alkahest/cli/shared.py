@@ -219,7 +219,7 @@ def require_outputs(csv: Path | None, plot: Path | None, html: Path | None) -> N
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise UnsupportedError("plot", "matplotlib is not installed", fix='pip install "alkahest[lab]"') from None
+            raise UnsupportedError("plot", "matplotlib is not installed", fix="pip install matplotlib") from None
 
 
 def options_of(context: typer.Context | None = None, **options: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def packed_of(
             file=reader.path,
             key=name,
             found=kind,
-            fix='pip install "alkahest[quant]", or use the bf16, fp16 or fp8 file of the same model',
+            fix="pip install comfy-kitchen, or use the bf16, fp16 or fp8 file of the same model",
         )
     if entry.dtype != PACKED[kind].tag or len(entry.shape) != 2:
         raise refused(f"this is no {kind} weight", f"a matrix of {PACKED[kind].tag}", f"{entry.dtype} {entry.shape}")

@@ -18,11 +18,15 @@ _MARK = '"""Alkahest\'s nodes; written by `alkahest nodes install`, and removed 
 _LOADER = """{mark}
 
 import importlib.util
+import os
 import sys
 
 PACKAGE = {package!r}
 found = importlib.util.find_spec("alkahest")
-if found is None or found.origin is None:  # not installed in ComfyUI's Python: from where it was installed
+origin = None if found is None else found.origin
+# Another package is called alkahest too; ours has these nodes.
+ours = origin is not None and os.path.isfile(os.path.join(os.path.dirname(origin), "nodes", "merging.py"))
+if not ours:  # not installed in ComfyUI's Python: from where it was installed
     place = [PACKAGE]
     start = PACKAGE + "/__init__.py"
     spec = importlib.util.spec_from_file_location("alkahest", start, submodule_search_locations=place)

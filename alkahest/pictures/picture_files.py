@@ -56,14 +56,14 @@ def read_picture(path: Path, background: str = "white", frame: int = 0) -> tuple
     except FileFormatError:
         raise
     except Exception as error:  # Pillow and its decoders raise whatever they meet: one damaged picture, told as that
-        reader = f"no reader for {path.suffix}: pip install alkahest's extra 'pictures'"
+        reader = f"no reader for {path.suffix}: pip install pillow-heif pillow-jxl-plugin"
         lacking = not _known(FORMATS.get(path.suffix.lower(), ()))
         found = reader if lacking else f"{type(error).__name__}: {str(error)[:80]}"
         raise FileFormatError("dataset", f"unreadable: {found}", file=path) from None
 
 
 def register_plugins() -> None:
-    """Have Pillow know the formats of plugins that are installed (``alkahest[pictures]``)."""
+    """Have Pillow know the formats of plugins that are installed (the extra ``pictures``)."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 

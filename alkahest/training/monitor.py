@@ -179,9 +179,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UnsupportedError(
-                "finetune", "TensorBoard is not installed", fix='pip install "alkahest[train]"'
-            ) from None
+            raise UnsupportedError("finetune", "TensorBoard is not installed", fix="pip install tensorboard") from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Any] | None = None) -> None:

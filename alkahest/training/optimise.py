@@ -120,6 +120,6 @@ def _maker(config: Config) -> Callable[[nn.Parameter], torch.optim.Optimizer]:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UnsupportedError(
-            "finetune", "bitsandbytes is not installed", fix='pip install "alkahest[train]", or optimiser = "adamw"'
+            "finetune", "bitsandbytes is not installed", fix='pip install bitsandbytes, or optimiser = "adamw"'
         ) from None
     return lambda p: AdamW8bit([p], **common, betas=config.betas)
