@@ -199,7 +199,7 @@ def test_a_file_without_its_scales_is_refused(tmp_path: Path) -> None:
 def test_without_comfy_kitchen_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = write(tmp_path / "model.safetensors", "mxfp8")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"(?s)mxfp8 storage needs comfy-kitchen.*alkahest\[quant\]"):
+    with pytest.raises(UnsupportedError, match=r"(?s)mxfp8 storage needs comfy-kitchen.*pip install comfy-kitchen"):
         ak.open(path)
 
 
