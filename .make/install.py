@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 
 _CUDA = re.compile(r"nvidia-|cuda-|triton$")
 _RAW = (24, 1)  # the version of pip from which a progress bar can be read by a program
+_LOUD = re.compile(r"\s*(ERROR|WARNING|error)")  # what pip says and nothing may write over
+_KEPT = 60  # lines of pip's, to show if it fails
 _TIMEOUT = 10  # seconds, to ask for a file's size
 
 
@@ -83,7 +86,7 @@ def progress(lines: Iterable[str], packages: Sequence[Package]) -> Iterator[str]
         elif line.startswith("Installing collected packages"):
             yield f"{len(packages)} packages are there; unpacking them takes a minute or two"
             continue
-        elif re.match(r"\s*(ERROR|WARNING|error)", line):
+        elif _LOUD.match(line):
             yield line.rstrip()
             continue
         else:
@@ -97,17 +100,21 @@ def _plain(name: str) -> str:
 
 
 def size_text(nbytes: int) -> str:
+    """As the package's own, which is not installed yet."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if nbytes >= size:
             return f"{nbytes / size:.1f} {unit}"
     return f"{nbytes / 1e3:.0f} kB"
 
 
-def shown(texts: Iterable[str]) -> None:
-    """One line that changes, on a terminal; a line every ten seconds elsewhere."""
+def show(texts: Iterable[str]) -> None:
+    """One line that changes, on a terminal; a line every ten seconds elsewhere. What is loud has a line that stays."""
     terminal, last, width = sys.stdout.isatty(), 0.0, 0
     for text in texts:
-        if terminal:
+        if _LOUD.match(text):
+            print(f"\n{text}" if width else text, flush=True)
+            width = 0
+        elif terminal:
             print(f"\r{text[:120]:<{width}}", end="", flush=True)
             width = min(len(text), 120)
         elif time.monotonic() - last > 10:
@@ -115,6 +122,14 @@ def shown(texts: Iterable[str]) -> None:
             print(text, flush=True)
     if width:
         print()
+
+
+def remember(lines: Iterable[str], said: deque[str]) -> Iterator[str]:
+    """The same lines; the last of them are kept in ``said``, without the numbers of a progress bar."""
+    for line in lines:
+        if not line.lstrip().startswith("Progress "):
+            said.append(line)
+        yield line
 
 
 def pip(*arguments: str) -> list[str]:
@@ -134,9 +149,12 @@ def main(arguments: list[str]) -> int:
     version = subprocess.run(pip("--version"), capture_output=True, text=True, check=True).stdout.split()[1]
     bar = "raw" if tuple(map(int, version.split(".")[:2])) >= _RAW else "off"
     command = pip("install", "--progress-bar", bar, *arguments)
+    said: deque[str] = deque(maxlen=_KEPT)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         assert running.stdout is not None
-        shown(progress(running.stdout, packages))
+        show(progress(remember(running.stdout, said), packages))
+    if running.returncode:
+        print(f"pip failed; the last that it said:\n{''.join(said)}", file=sys.stderr)
     return running.returncode
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import types
+from collections import deque
 from pathlib import Path
 
 import nbformat
@@ -164,3 +165,12 @@ def test_badges_are_written_for_an_address(tmp_path: Path) -> None:
         assert cells[2:] == nbformat.read(path, as_version=4).cells[2:]
     with pytest.raises(SystemExit, match="an address such as"):
         module.main("alkahest", tmp_path)
+
+
+def test_what_goes_wrong_is_not_written_over(install: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    install.show(["1 of 2 packages", "2 of 2 packages", "ERROR: no space left", "3 of 2 packages"])
+    assert "ERROR: no space left\n" in capsys.readouterr().out  # also within ten seconds of another line
+    said: deque[str] = deque(maxlen=2)
+    lines = ["Collecting a\n", "Progress 1 of 2\n", "  cause\n", "  note\n"]
+    assert list(install.remember(lines, said)) == lines
+    assert list(said) == ["  cause\n", "  note\n"]

@@ -18,7 +18,7 @@ import torch
 from alkahest.algebra.deltas import Delta, Difference, OfDelta, sum_text
 from alkahest.algebra.expression import ATOM, SUM, AnyWeights, Expression, Names, in_parentheses, refuse, require_same
 from alkahest.engine import terms
-from alkahest.engine.events import Event, result_of, watched
+from alkahest.engine.events import Event, result_of, watch
 from alkahest.engine.load import stream_into
 from alkahest.engine.options import Options
 from alkahest.engine.readable import Leading, Shapes
@@ -245,7 +245,7 @@ class Weights(AnyWeights):
             allow_nonfinite=allow_nonfinite,
             threads=threads,
         ).require("load_into")
-        return sum(1 for _ in watched(stream_into(self, module, options), "load_into"))
+        return sum(1 for _ in watch(stream_into(self, module, options), "load_into"))
 
     def _notes(self) -> list[str]:
         notes = []

@@ -26,7 +26,7 @@ from alkahest.cli.shared import (
     drain,
     example,
     exit_on_error,
-    number,
+    number_option,
     options_of,
     save,
     split_arguments,
@@ -136,7 +136,7 @@ def make_checkpoint(
     seed: Annotated[int, typer.Option(help="Seed of the numbers.")] = 0,
     delta: Annotated[
         float,
-        typer.Option(help="Make a variant that differs by this share, such as 0.02.", parser=number, metavar="<float>"),
+        number_option("Make a variant that differs by this share, such as 0.02."),
     ] = 0.0,
     only: Annotated[str, typer.Option(help="Where the variant differs, such as layers.")] = "all",
     layout: Annotated[str | None, typer.Option(help="native (ComfyUI) or diffusers.")] = None,

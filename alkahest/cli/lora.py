@@ -24,7 +24,7 @@ from alkahest.cli.shared import (
     drain,
     example,
     exit_on_error,
-    number,
+    number_option,
     options_of,
     require_outputs,
     say_replaced,
@@ -45,12 +45,10 @@ Energy = Annotated[
     float | None,
     typer.Option("--rank-thresh", "--energy", help="Share of the squared singular values to keep, such as 0.995."),
 ]
-Sum = Annotated[
-    float | None, typer.Option(help="Share of the singular values' sum to keep.", parser=number, metavar="<float>")
-]
+Sum = Annotated[float | None, number_option("Share of the singular values' sum to keep.")]
 Ratio = Annotated[
     float | None,
-    typer.Option(help="Keep singular values of at least this share of the largest.", parser=number, metavar="<float>"),
+    number_option("Keep singular values of at least this share of the largest."),
 ]
 RankMax = Annotated[int, typer.Option(help="The most that the rank can be; 0: no limit.")]
 NoiseEdge = Annotated[
@@ -62,7 +60,7 @@ Full = Annotated[str | None, typer.Option(help="Keep these whole, norms and bias
 MinDim = Annotated[int | None, typer.Option(help="Leave out matrices with a side below this. [default: 32]")]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Store this alpha; default: folded into the factors.", parser=number, metavar="<float>"),
+    number_option("Store this alpha; default: folded into the factors."),
 ]
 LoraDtype = Annotated[str | None, typer.Option("--dtype", help="bf16 (default), fp16 or fp32.")]
 Method = Annotated[str, typer.Option(help="auto, exact or randomised.")]

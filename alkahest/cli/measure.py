@@ -33,7 +33,7 @@ from alkahest.cli.shared import (
     drain,
     example,
     exit_on_error,
-    number,
+    number_option,
     options_of,
     require_outputs,
     say_replaced,
@@ -54,7 +54,7 @@ def diff(
     variant: Variant,
     base: Base,
     on: On = None,
-    k: Annotated[float, typer.Option(help="Multiplier of the difference.", parser=number, metavar="<float>")] = 1.0,
+    k: Annotated[float, number_option("Multiplier of the difference.")] = 1.0,
     by: Annotated[str, typer.Option(help="One row for each part, block, module or tensor.")] = "part",
     dtype: RoundingIn = None,
     csv: Csv = None,
@@ -100,9 +100,7 @@ def multiplier(
             )
         ),
     ] = None,
-    target: Annotated[
-        float | None, typer.Option(help="What the basis aims at; default: its own.", parser=number, metavar="<float>")
-    ] = None,
+    target: Annotated[float | None, number_option("What the basis aims at; default: its own.")] = None,
     reference: Annotated[str | None, typer.Option(help="For --basis reference: a variant known to work.")] = None,
     reference_base: Annotated[str | None, typer.Option(help="The base of --reference; default: BASE.")] = None,
     prompts: Prompts = None,

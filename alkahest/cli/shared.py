@@ -47,6 +47,11 @@ def number(text: str | float) -> float:
         raise typer.BadParameter(f"{text} is no number{f'; write {meant}' if meant else ''}") from None
 
 
+def number_option(help: str) -> Any:
+    """An option that takes a number."""
+    return typer.Option(help=help, parser=number, metavar="<float>")
+
+
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write (.safetensors), or a new folder.")]
 Dtype = Annotated[
     str | None,
@@ -88,9 +93,7 @@ Ordinary = Annotated[Path | None, typer.Option(help="Prompts of everything else,
 Components = Annotated[
     str | None, typer.Option(help="Text encoder, tokenizer and VAE for it: a pipeline folder or a hub id.")
 ]
-Cfg = Annotated[
-    float | None, typer.Option(help="Guidance that it is for; 1 is none. Default: 2.", parser=number, metavar="<float>")
-]
+Cfg = Annotated[float | None, number_option("Guidance that it is for; 1 is none. Default: 2.")]
 Count = Annotated[int | None, typer.Option(help="How many pictures are drawn of each kind; default: 24.")]
 Storage = Annotated[str | None, typer.Option(help="Hold the model that draws in fp8_e4m3fn: half the memory of bf16.")]
 MadeFor = Annotated[

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 import alkahest
-from alkahest.cli.shared import TRAINING, AsJson, Device, Quiet, app, drain, example, exit_on_error, lines_of, number
+from alkahest.cli.shared import (
+    TRAINING,
+    AsJson,
+    Device,
+    Quiet,
+    app,
+    drain,
+    example,
+    exit_on_error,
+    lines_of,
+    number_option,
+)
 
 Threads = Annotated[int | None, typer.Option(help="Processor threads of the arithmetic; default: torch's.")]
 
@@ -25,7 +36,7 @@ def finetune(
     plan: Annotated[bool, typer.Option("--plan", help="Train nothing: print what each mode takes of memory.")] = False,
     vram: Annotated[
         float | None,
-        typer.Option(help="With --plan: GiB of the GPU, to say what fits.", parser=number, metavar="<float>"),
+        number_option("With --plan: GiB of the GPU, to say what fits."),
     ] = None,
     resolution: Annotated[int, typer.Option(help="With --plan: side of the pictures.")] = 1024,
     batch: Annotated[int, typer.Option(help="With --plan: pictures at a time.")] = 1,
@@ -80,10 +91,8 @@ def make_dataset(
     prompts: Annotated[Path, typer.Option(help="Text file with a prompt a line; each model draws each.")],
     components: Annotated[str | None, typer.Option(help="Pipeline folder or hub id for text encoder and VAE.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of each picture.")] = 24,
-    cfg: Annotated[
-        float, typer.Option(help="Guidance in ComfyUI's meaning; 1 is none.", parser=number, metavar="<float>")
-    ] = 3.0,
-    shift: Annotated[float, typer.Option(help="Shift of the noise levels.", parser=number, metavar="<float>")] = 3.0,
+    cfg: Annotated[float, number_option("Guidance in ComfyUI's meaning; 1 is none.")] = 3.0,
+    shift: Annotated[float, number_option("Shift of the noise levels.")] = 3.0,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -39,14 +39,14 @@ def watch_with(watch: Watch | None) -> None:
     _watch = watch
 
 
-def watched(events: Iterator[Any], operation: str) -> Iterator[Any]:
+def watch(events: Iterator[Any], operation: str) -> Iterator[Any]:
     """The same events, shown while they come, where somebody asked for that: nowhere but in notebooks."""
     return events if _watch is None else _watch(events, operation)
 
 
 def result_of(events: Iterator[Event], operation: str = "working") -> Any:
     """Run a generator of events to its end; the result, which its last event carries."""
-    *_, last = watched(events, operation)
+    *_, last = watch(events, operation)
     return last.result
 
 

@@ -149,7 +149,7 @@ class BlindComparison(Panel):
         ]
         if len(file.rows):
             self._notes.append(f"going on with {len(file.rows)} answers of {file.path}")
-        self._tell()
+        self._find_order()
         self._redraw.now()
 
     @property
@@ -182,7 +182,7 @@ class BlindComparison(Panel):
                 return
             del self._ready[0]
             self._show_pair()
-        self._tell()
+        self._find_order()
         self._redraw.request()
 
     def take_back(self) -> None:
@@ -194,7 +194,7 @@ class BlindComparison(Panel):
             if left and right:  # an answer of another day is asked again in its turn
                 self._ready.insert(0, Pair(row["left"], row["right"], *key, (left, right)))
             self._show_pair()
-        self._tell()
+        self._find_order()
         self._redraw.request()
 
     def _draw_pairs(self) -> Iterator[None]:
@@ -252,16 +252,19 @@ class BlindComparison(Panel):
         self.alt = f"two pictures, sides hidden: {pair.prompt}"
         self.picture.value = f"<div style='display:flex; gap:0.5em'>{''.join(figures)}</div>"
 
+    def _find_order(self) -> None:
+        """What the answers come to by now, shown and saved."""
+        order = self.order
+        self.found.value = "" if order is None else order._repr_html_()
+        self._file.write_order(order)
+        self._tell()
+
     def _tell(self) -> None:
         count = len(self._file.rows)
         self.bar.value = min(count, FEW)
-        lines = list(self._notes)
-        lines.append(f"{count} answers, in {self._file.path}" if count else "no answers yet")
-        if (order := self.order) is None:
+        lines = [*self._notes, f"{count} answers, in {self._file.path}" if count else "no answers yet"]
+        if count < FEW:
             lines.append(f"after {FEW} there is an order; until then recipes stay hidden")
-            self.found.value = ""
         else:
-            self._file.write_order(order)
             lines.append(f"the order is in {self._file.order_path}; every further answer makes it surer")
-            self.found.value = order._repr_html_()
         self.say("\n".join(lines))

@@ -43,6 +43,7 @@ class AnswerFile:
                 "blind_comparison", "answers are a .csv file", file=self.path, fix=str(self.path.with_suffix(".csv"))
             )
         self.order_path = self.path.with_name(f"{self.path.stem}-order.csv")
+        self._has_order = False  # written by this one
         self.settings = json.dumps(settings, sort_keys=True)
         self.rows = self._read() if self.path.exists() else pd.DataFrame(columns=list(COLUMNS))
 
@@ -60,8 +61,13 @@ class AnswerFile:
         self._write()
         return row
 
-    def write_order(self, order: PreferenceOrder) -> None:
-        write_text(self.order_path, order.table.to_csv(index=False))
+    def write_order(self, order: PreferenceOrder | None) -> None:
+        """The order beside the answers; None takes back one that was written, as its answers were."""
+        if order is not None:
+            write_text(self.order_path, order.table.to_csv(index=False))
+        elif self._has_order:
+            self.order_path.unlink(missing_ok=True)
+        self._has_order = order is not None
 
     def points(self) -> list[dict[str, Any]]:
         """The points of the recipes in it, in the order in which they were asked."""

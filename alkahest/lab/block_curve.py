@@ -8,7 +8,7 @@ import ipywidgets as widgets
 import traitlets
 
 from alkahest.lab.panel import STYLE
-from alkahest.lab.scripted import scripted
+from alkahest.lab.scripted import class_with_script
 
 
 def block_curve(title: str, names: list[str], x_label: str) -> Any:
@@ -20,7 +20,7 @@ def block_curve(title: str, names: list[str], x_label: str) -> Any:
     ``chosen`` is the number of the block that was touched last, -1 for none; ``behind`` are bars to compare with, a
     share a block or None, which ``behind_label`` names.
     """
-    made = scripted(BlockCurveTraits, "block_curve.js") or BlockBoxes
+    made = class_with_script(BlockCurveTraits, "block_curve.js") or BlockBoxes
     return made(title=title, names=names, x_label=x_label, values=[1.0] * len(names))
 
 

@@ -12,13 +12,13 @@ import pandas as pd
 
 from alkahest.algebra.weights import Weights
 from alkahest.engine.scalars import text_of
-from alkahest.errors import AlgebraError, AlkahestError, unknown
+from alkahest.errors import AlgebraError, AlkahestError
 from alkahest.lab.figure import strip
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.preferences import strengths
 from alkahest.pictures.sampler import sample
-from alkahest.pictures.search_space import Axis, Point, proposed_after, space_of
-from alkahest.pictures.sweeps import SETTINGS
+from alkahest.pictures.search_space import Axis, Point, proposed_after, space_of, start_of
+from alkahest.pictures.sweeps import SETTINGS, require_names
 
 _BEGUN = 4  # candidates that a search starts with
 _A_NEW_ONE = 3  # answers for each further one
@@ -59,15 +59,21 @@ class Candidates:
         return bool(self._space)
 
     def grow(self, answers: pd.DataFrame) -> None:
-        """As many candidates as these answers are worth, where there are ranges to search."""
+        """As many candidates as these answers are worth, where there are ranges to search.
+
+        AlkahestError where less than two are left to compare.
+        """
         wanted = min(self._most, _BEGUN + len(answers) // _A_NEW_ONE) if self._space else 0
         for _ in range(4 * self._most):  # a proposal that is there already is no new candidate
             if len(self._known) >= wanted:
-                return
+                break
             known = strengths(answers, self.names) if self._known else {}
             told = [(one.point, known[one.name]) for one in self._known.values()]
             self.add(self._rounded(proposed_after(self._space, told, self._seed + self._tries, self._most)))
             self._tries += 1
+        if len(self._known) < 2:
+            found = "; ".join(f"{name}: {why}" for name, why in self._dropped.items()) or "too narrow a range"
+            raise AlkahestError(_NOT, "less than two can be drawn", found=found, fix="other values in over=")
 
     def add(self, point: Point) -> None:
         """A candidate at a point, unless it is there."""
@@ -76,11 +82,9 @@ class Candidates:
             self._known.setdefault(one.name, one)
 
     def drop(self, name: str, why: str) -> None:
-        """Leave out a candidate that cannot be drawn. AlkahestError if less than two are left."""
+        """Leave out a candidate that cannot be drawn."""
         self._dropped[name] = why
         del self._known[name]
-        if len(self._known) < 2 and not self._space:
-            raise AlkahestError(_NOT, "less than two can be drawn", found=f"{name}: {why}")
 
     def _rounded(self, point: Point) -> Point:
         """Four digits are enough, and then a name says exactly what is drawn."""
@@ -104,11 +108,12 @@ class Candidates:
 
 def candidate_at(live: LiveModel, point: Point) -> Candidate:
     """A point of a live model as a candidate."""
+    point = {name: _plain(value) for name, value in point.items()}
     scalars = {name: value for name, value in point.items() if name in live.expression.params}
     rest = {name: value for name, value in point.items() if name not in scalars}
     recipe = live.expression.bind(**scalars).text() + (f" with {json.dumps(rest, sort_keys=True)}" if rest else "")
     name = ", ".join(f"{key} = {text_of(value) if isinstance(value, float) else value}" for key, value in point.items())
-    return Candidate(name, recipe, dict(point))
+    return Candidate(name, recipe, point)
 
 
 def candidates_of(
@@ -120,7 +125,7 @@ def candidates_of(
 ) -> Candidates:
     """Candidates of recipes by name, or of a live model's points: every combination of lists, or what a search says.
 
-    Raises AlkahestError for less than two, or for lists beside ranges.
+    Lists beside a range are choices of the search. Raises AlkahestError for less than two.
     """
     if isinstance(what, Mapping):
         _require_two(what)
@@ -128,17 +133,14 @@ def candidates_of(
     given = over or {}
     ranges = [name for name, values in given.items() if isinstance(values, tuple)]
     if not ranges:
-        for name in given:
-            if name not in live.params and name not in SETTINGS:
-                raise unknown(_NOT, "no such named scalar or setting", name, [*live.params, *SETTINGS])
+        require_names(given, live.params, _NOT)
         points = [dict(zip(given, values, strict=True)) for values in product(*(list(one) for one in given.values()))]
-        made = [candidate_at(live, {name: _plain(value) for name, value in point.items()}) for point in points]
+        made = [candidate_at(live, point) for point in points]
         _require_two({one.name: one for one in made})
         return Candidates(live, made, {}, 0, seed)
     space = space_of(given, live.params, _NOT)
-    start = {name: live.params[name] for name in space if name in live.params}
-    inside = len(start) == len(space) and all(axis.holds(start[name]) for name, axis in space.items())
-    return Candidates(live, [candidate_at(live, start)] if inside else [], space, most, seed)
+    start = start_of(space, live.params)
+    return Candidates(live, [candidate_at(live, start)] if start else [], space, most, seed)
 
 
 def _require_two(found: Mapping[str, Any]) -> None:

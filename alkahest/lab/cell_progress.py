@@ -10,11 +10,12 @@ import html
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets as widgets
 
+from alkahest.engine.events import Event
 from alkahest.lab.figure import image_tag
 from alkahest.pictures.sheet import png_bytes
 
@@ -45,7 +46,7 @@ class CellProgress:
         self._told = self._looked = 0.0
         self._shown: Any = None
 
-    def tell(self, event: Any) -> None:
+    def tell(self, event: Event) -> None:
         """Show an event, if it is time. Raises Cancelled once Cancel was pressed."""
         now = time.monotonic()
         self.check()
@@ -54,15 +55,14 @@ class CellProgress:
         self._told = now
         if self._shown is None:
             self._show()
-        done, total = getattr(event, "done", 0), getattr(event, "total", 0)
-        share, elapsed = (done / total if total else 0.0), now - self._started
+        share, elapsed = (event.done / event.total if event.total else 0.0), now - self._started
         left = f", {_time(elapsed * (1 - share) / share)} left" if 0.01 < share < 1 else ""
-        key = html.escape(str(getattr(event, "key", ""))[:120])
+        key = html.escape(event.key[:120])
         self.bar.value = share
         self.words.value = f"{self.operation}: {share:.0%}, {_time(elapsed)}{left}; {key}"
-        if now - self._looked > _LOOKS and (look := getattr(event, "so_far", None)) is not None:
+        if now - self._looked > _LOOKS and event.so_far is not None:
             self._looked = now
-            self.first_results.value = _as_html(look())
+            self.first_results.value = _as_html(event.so_far())
 
     def check(self) -> None:
         """Raise Cancelled once Cancel was pressed."""
@@ -84,40 +84,34 @@ class CellProgress:
         _hear_while_busy(self.button)
 
 
-_running: list[CellProgress] = []  # of the main thread: the outermost is shown
+_running: list[CellProgress] = []  # what is shown now: at most one, of the main thread
 
 
-def watch(events: Iterator[Any], operation: str) -> Iterator[Any]:
-    """The same events; if a notebook's cell waits for them, shown under it. See `alkahest.engine.events.watched`."""
+def watch(events: Iterator[Event], operation: str) -> Iterator[Event]:
+    """The same events; if a notebook's cell waits for them, shown under it. See `alkahest.engine.events.watch`."""
     if not _in_a_cell():
         return events
-    return _checked(events) if _running else _shown(events, operation)
+    if _running:  # within other work: there Cancel is heard more often than between its own events
+        outer = _running[0]
+        return _tell_each(events, lambda _: outer.check())
+    return _show(events, operation)
 
 
-def _shown(events: Iterator[Any], operation: str) -> Iterator[Any]:
+def _show(events: Iterator[Event], operation: str) -> Iterator[Event]:
     progress = CellProgress(operation)
     _running.append(progress)
     try:
-        for event in events:
-            progress.tell(event)
-            yield event
+        yield from _tell_each(events, progress.tell)
     finally:
         _running.remove(progress)
         progress.close()
-        if callable(close := getattr(events, "close", None)):
-            close()
 
 
-def _checked(events: Iterator[Any]) -> Iterator[Any]:
-    """Events within other work that is shown: there Cancel is heard more often than between its own."""
-    outer = _running[0]
-    try:
+def _tell_each(events: Any, tell: Callable[[Event], None]) -> Iterator[Event]:
+    with contextlib.closing(events):
         for event in events:
-            outer.check()
+            tell(event)
             yield event
-    finally:
-        if callable(close := getattr(events, "close", None)):
-            close()
 
 
 def _in_a_cell() -> bool:

@@ -11,7 +11,7 @@ import traitlets
 
 from alkahest.errors import AlgebraError
 from alkahest.lab.panel import STYLE
-from alkahest.lab.scripted import scripted
+from alkahest.lab.scripted import class_with_script
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ class DeltaMap(widgets.VBox):  # type: ignore[misc]
         inside = table[table.block >= 0]
         places = list(dict.fromkeys(zip(inside.part, map(int, inside.block), strict=True)))
         modules = list(dict.fromkeys(inside.module))
-        made = scripted(DeltaMapTraits, "delta_map.js") or DeltaList
+        made = class_with_script(DeltaMapTraits, "delta_map.js") or DeltaList
         self.map: Any = made(title="the delta by module and depth", places=places, modules=modules)
         self._cells = {
             row.tensor: (modules.index(row.module), places.index((row.part, int(row.block))))

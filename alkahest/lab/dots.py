@@ -8,7 +8,7 @@ import ipywidgets as widgets
 import traitlets
 
 from alkahest.lab.panel import STYLE
-from alkahest.lab.scripted import scripted
+from alkahest.lab.scripted import class_with_script
 
 Dot = dict[str, Any]  # x, y, and the label that says what it is
 
@@ -19,7 +19,7 @@ def clickable_dots(title: str) -> Any:
     >>> curve = clickable_dots("pictures over k")
     >>> curve.dots = [{"x": 171.1, "y": 0.98, "label": "k = 171.1"}]
     """
-    made = scripted(DotsTraits, "dots.js") or DotList
+    made = class_with_script(DotsTraits, "dots.js") or DotList
     return made(title=title)
 
 

@@ -14,8 +14,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alkahest.lab.ink import inked
-from alkahest.pictures.sheet import png_bytes
+from alkahest.lab.ink import use_ink
+from alkahest.pictures.sheet import png_bytes, side_by_side
 
 if TYPE_CHECKING:
     import pandas
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COLOURS = [mpl.color_sequences["okabe_ito"][number] for number in (5, 6, 3, 1, 7, 2, 0)]
 MARKERS = "osD^vPX"
-_GAP, _LEAST = 4, 192  # pixels, between pictures of a strip and of the smallest picture in it
+_LEAST = 192  # pixels, of the smallest picture in a strip
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +48,7 @@ def png(figure: Figure, dpi: int = 100, white: bool = False) -> bytes:
     """A figure as a PNG file: in black on white, or transparent, in an ink that reads in both themes."""
     figure.set_facecolor("white")
     buffer = io.BytesIO()
-    with contextlib.nullcontext() if white else inked(figure):
+    with contextlib.nullcontext() if white else use_ink(figure):
         figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor())
     return buffer.getvalue()
 
@@ -78,13 +78,7 @@ def strip(images: Sequence[Image]) -> bytes:
 
     scale = max(1, -(-_LEAST // images[0].width))
     enlarged = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
-    width = sum(one.width + _GAP for one in enlarged) - _GAP
-    whole = Image.new("RGBA", (width, max(one.height for one in enlarged)), (0, 0, 0, 0))
-    left = 0
-    for one in enlarged:
-        whole.paste(one, (left, 0))
-        left += one.width + _GAP
-    return png_bytes(whole)
+    return png_bytes(side_by_side(enlarged))
 
 
 def number_text(value: float) -> str:

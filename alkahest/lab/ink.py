@@ -24,10 +24,10 @@ _GREY = colors.to_rgb(INK)[0]
 
 
 @contextlib.contextmanager
-def inked(figure: Figure) -> Iterator[None]:
+def use_ink(figure: Figure) -> Iterator[None]:
     """Within it, what is black or grey in a figure is `INK`, more or less of it, and what is white is not there.
 
-    >>> with inked(figure): figure.savefig("plot.png")
+    >>> with use_ink(figure): figure.savefig("plot.png")
 
     Colours, pictures and the numbers written on them stay; afterwards the figure is as it was.
     """

@@ -8,10 +8,10 @@ from pathlib import Path
 import traitlets
 
 
-def scripted(traits: type[traitlets.HasTraits], script: str) -> type | None:
+def class_with_script(traits: type[traitlets.HasTraits], script: str) -> type | None:
     """The widget class of ``traits`` whose browser side is ``script``; None where anywidget is not installed.
 
-    >>> scripted(DotsTraits, "dots.js")
+    >>> class_with_script(DotsTraits, "dots.js")
     """
     try:
         import anywidget

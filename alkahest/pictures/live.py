@@ -16,7 +16,7 @@ import torch
 
 from alkahest.algebra.expression import require_same
 from alkahest.algebra.weights import Weights
-from alkahest.engine.events import watched
+from alkahest.engine.events import watch
 from alkahest.engine.load import fill, slices
 from alkahest.engine.options import Options, byte_count
 from alkahest.engine.readable import Bits, Readable, Shapes, Workspace
@@ -160,7 +160,7 @@ class LiveModel:
         self._held.start()
         device = str(next(iter(targets.values())).device) if targets else "cpu"
         try:
-            for _ in watched(fill(terms, targets, Options(device=device), often=True), "LiveModel"):
+            for _ in watch(fill(terms, targets, Options(device=device), often=True), "LiveModel"):
                 pass
         except BaseException:
             # Half rewritten: put back what was there, so that the model is the old one or the new one.

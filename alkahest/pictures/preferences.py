@@ -98,7 +98,7 @@ def preference_order(answers: pd.DataFrame) -> PreferenceOrder:
     names = list(dict.fromkeys([*answers.left, *answers.right]))
     wins = wins_of(answers, names)
     strength, spread = posterior(wins)
-    draws = drawn(strength, spread)
+    draws = draws_of(strength, spread)
     low, high = np.percentile(draws, _INTERVAL, axis=0)
     rows = pd.DataFrame({"recipe": names})
     rows["asked"] = [int(((answers.left == name) | (answers.right == name)).sum()) for name in names]
@@ -108,9 +108,7 @@ def preference_order(answers: pd.DataFrame) -> PreferenceOrder:
             + int(((answers.right == name) & (answers.answer == rights)).sum())
             for name in names
         ]
-    rows = rows.assign(
-        strength=strength, low=low, high=high, best=np.bincount(draws.argmax(1), minlength=len(names)) / _DRAWS
-    )
+    rows = rows.assign(strength=strength, low=low, high=high, best=chances_of(draws))
     order = rows.sort_values("strength", ascending=False, ignore_index=True)
     return PreferenceOrder(order, len(answers), int((answers.answer == "left").sum()))
 
@@ -144,11 +142,17 @@ def posterior(wins: Array) -> tuple[Array, Array]:
     return centred @ strength, centred @ np.linalg.inv(precision) @ centred
 
 
-def drawn(strength: Array, spread: Array) -> Array:
+def draws_of(strength: Array, spread: Array) -> Array:
     """Draws of the strengths [draws, recipes], the same for the same posterior."""
     values, vectors = np.linalg.eigh(spread)
     noise = np.random.default_rng(17).standard_normal((_DRAWS, len(strength)))
     found: Array = strength + (noise * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return found
+
+
+def chances_of(draws: Array) -> Array:
+    """How probably each recipe is the best, by draws of the strengths."""
+    found: Array = np.bincount(draws.argmax(1), minlength=draws.shape[1]) / len(draws)
     return found
 
 
@@ -159,7 +163,7 @@ def next_pair(wins: Array, rng: np.random.Generator) -> tuple[int, int]:
     the two is likely to be the best. Among those within 5 % of the most, chance decides.
     """
     strength, spread = posterior(wins)
-    best = np.bincount(drawn(strength, spread).argmax(1), minlength=len(wins)) / _DRAWS
+    best = chances_of(draws_of(strength, spread))
     worth: dict[tuple[int, int], float] = {}
     for one in range(len(wins)):
         for other in range(one):

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from alkahest.engine.events import Event, watched
+from alkahest.engine.events import Event, watch
 from alkahest.errors import AlkahestError, MismatchError, NonFiniteError, refuse_unknown_options, unknown
 from alkahest.pictures.settings import SHIFT, Settings
 from alkahest.pictures.sheet import row_of_pictures
@@ -71,7 +71,7 @@ class Sampling(Iterator[Step]):
     def images(self) -> list[Image]:
         """The finished pictures, in the order of the prompts."""
         steps = (replace(step, so_far=partial(_row_so_far, self._images, step)) for step in self)
-        for _ in watched(steps, "sample"):
+        for _ in watch(steps, "sample"):
             pass
         return self._images
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,7 +52,8 @@ class FlowLoss:
     name: str = FLOW_LOSS
 
     def of(self, live: LiveModel, points: Sequence[Point], executor: Executor | None) -> Iterator[Outcome]:
-        keys = [self._key(live, point) for point in points]
+        made_of = [cache.KINDS["scores"].format(), identity_of(live), str(live.pipe.transformer.dtype)]
+        keys = [self._key(made_of, {**live.params, **point}) for point in points]
         known = {number: _recall(key, len(self.examples)) for number, key in enumerate(keys)}
         todo = {number: (live, points[number], self.examples, self.batch) for number in known if known[number] is None}
         found: dict[int, Outcome] = {number: one for number, one in known.items() if one is not None}
@@ -62,14 +64,19 @@ class FlowLoss:
                 cache.store("scores", keys[number], outcome.tolist())
         yield from (found[number] for number in range(len(points)))
 
-    def _key(self, live: LiveModel, point: Point) -> str:
+    def _key(self, made_of: Sequence[Any], params: Mapping[str, float]) -> str:
+        asked = [params, self.examples.seed, self.examples.levels, self.examples.name]
+        digest = self._pictures.copy()
+        digest.update(json.dumps([made_of, asked], sort_keys=True).encode())
+        return str(digest.hexdigest())
+
+    @cached_property
+    def _pictures(self) -> Any:
+        """A hash of the pictures and captions, which are the same at every point."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.examples.latents, *self.examples.captions):
             digest.update(part.float().cpu().contiguous().numpy().tobytes())
-        made_of = [cache.KINDS["scores"].format(), identity_of(live), str(live.pipe.transformer.dtype)]
-        asked = [{**live.params, **point}, self.examples.seed, self.examples.levels, self.examples.name]
-        digest.update(json.dumps([made_of, asked], sort_keys=True).encode())
-        return digest.hexdigest()
+        return digest
 
 
 def losses(live: LiveModel, point: Point, examples: EvaluationSet, batch: int) -> Outcome:

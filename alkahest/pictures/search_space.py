@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alkahest.errors import AlkahestError, UnsupportedError, unknown
-from alkahest.pictures.sweeps import SETTINGS
+from alkahest.errors import AlkahestError, UnsupportedError
+from alkahest.pictures.sweeps import require_names
 
 _WHOLE = ("steps", "width", "height")
 _STARTED = 5  # trials by chance before a model of the scores is asked; fewer, if few are wanted
@@ -49,10 +49,15 @@ def space_of(over: Mapping[str, Any], known: Mapping[str, float], operation: str
     """
     if not over:
         raise AlkahestError(operation, "nothing to search over", expected=_EXPECTED, fix="over={'k': (0, 400)}")
-    for name in over:
-        if name not in known and name not in SETTINGS:
-            raise unknown(operation, "no such named scalar or setting", name, [*known, *SETTINGS])
+    require_names(over, known, operation)
     return {name: _axis(name, given, operation) for name, given in over.items()}
+
+
+def start_of(space: Mapping[str, Axis], params: Mapping[str, float]) -> Point:
+    """The point where a model with these scalars stands; empty if a name is none of them, or it lies outside."""
+    if all(name in params and axis.holds(params[name]) for name, axis in space.items()):
+        return {name: params[name] for name in space}
+    return {}
 
 
 def _axis(name: str, given: Any, operation: str) -> Axis:

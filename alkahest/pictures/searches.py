@@ -13,14 +13,14 @@ from typing import Any
 import pandas as pd
 
 from alkahest.engine.events import Event, result_of
-from alkahest.errors import AlkahestError, MismatchError, refuse_unknown_options
+from alkahest.errors import AlkahestError, refuse_unknown_options
 from alkahest.files.cache import cache_folder
 from alkahest.measure.text import lines_under, lines_under_html
 from alkahest.pictures.evidence import PictureOptions, batch_of, given_set
 from alkahest.pictures.live import LiveModel
 from alkahest.pictures.scores import FLOW_LOSS, Drawn, FlowLoss, Outcome, Score, mean_of, require_goal, require_settings
-from alkahest.pictures.search_space import Axis, Point, point_text, propose, space_of, study_of
-from alkahest.pictures.sweeps import SETTINGS
+from alkahest.pictures.search_space import Axis, Point, point_text, propose, space_of, start_of, study_of
+from alkahest.pictures.sweeps import require_live, settings_given
 
 _SURE = 2.0  # standard errors of a paired difference, beyond which a point is worse than the best
 
@@ -145,8 +145,7 @@ def search(
     Raises UnknownNameError for other names, AlkahestError for a score without a goal or a range that is none,
     UnsupportedError without optuna.
     """
-    given = (steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
-    settings = {name: value for name, value in zip(SETTINGS, given, strict=True) if value is not None}
+    settings = settings_given(steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
     events = stream_search(
         live,
         prompts,
@@ -185,9 +184,7 @@ def stream_search(
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Event]:
     """`search` as a generator of events, one for each trial."""
-    if not isinstance(live, LiveModel):
-        fix = "ak.LiveModel(expression, components)"
-        raise MismatchError("search", "a LiveModel is needed", found=type(live).__name__, fix=fix)
+    require_live(live, "search")
     together = (1 if executor is None else 4) if at_once is None else at_once
     for name, number in (("trials", trials), ("at_once", together), ("batch", batch)):
         if number < 1:
@@ -199,6 +196,9 @@ def stream_search(
     scored: Score
     notes: list[str] = []
     if isinstance(score, str) and score == FLOW_LOSS:
+        if folder is not None or tuple(seeds) != (0,):
+            fix = "leave out seeds= and folder=, or another score"
+            raise AlkahestError("search", "flow loss draws nothing: seeds and folder would mean nothing", fix=fix)
         scored, notes = _flow_loss(live, texts, pictures, batch, seed, settings or {})
     else:
         if not texts or not len(seeds) or pictures is not None:
@@ -232,11 +232,8 @@ def _events(
     trials, together, seed = how
     study, before = study_of(space, most, seed, trials, together), live.params
     done: list[Trial] = []
-    start = {name: before[name] for name in space if name in before}
-    if len(start) == len(space) and all(axis.holds(start[name]) for name, axis in space.items()):
+    if start := start_of(space, before):
         study.enqueue_trial(start)
-    else:
-        start = {}
     try:
         while len(done) < trials:
             asked = [propose(study, space) for _ in range(min(together, trials - len(done)))]

@@ -13,19 +13,22 @@ if TYPE_CHECKING:
 _GAP, _FONT = 4, 13
 
 
-def row_of_pictures(images: Sequence[Image], size: int = 96, most: int = 8) -> Image | None:
-    """The last of some pictures side by side, small; None for none."""
+def side_by_side(images: Sequence[Image]) -> Image:
+    """Pictures in a row, transparent between and below them."""
     from PIL import Image
 
-    shown = [image.convert("RGB").resize((round(image.width * size / image.height), size)) for image in images[-most:]]
-    if not shown:
-        return None
-    row = Image.new("RGB", (sum(image.width + _GAP for image in shown) - _GAP, size), "white")
+    row = Image.new("RGBA", (sum(one.width + _GAP for one in images) - _GAP, max(one.height for one in images)))
     left = 0
-    for image in shown:
-        row.paste(image, (left, 0))
-        left += image.width + _GAP
+    for one in images:
+        row.paste(one, (left, 0))
+        left += one.width + _GAP
     return row
+
+
+def row_of_pictures(images: Sequence[Image], size: int = 96, most: int = 8) -> Image | None:
+    """The last of some pictures side by side, small; None for none."""
+    shown = [image.convert("RGB").resize((round(image.width * size / image.height), size)) for image in images[-most:]]
+    return side_by_side(shown) if shown else None
 
 
 def contact_sheet(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import product
@@ -151,8 +151,7 @@ def stream_sweep(
     if batch < 1:
         raise AlkahestError("sweep", "batch must be at least 1", found=batch)
     place = Path(folder) if folder is not None else cache_folder() / "sweeps"
-    given = (steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
-    settings = {name: value for name, value in zip(SETTINGS, given, strict=True) if value is not None}
+    settings = settings_given(steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     cells = cells_of(live, texts, over, seeds, {**settings, **scalars}, place)
     return _events(live, cells, executor, batch)
@@ -161,21 +160,43 @@ def stream_sweep(
 def _events(live: LiveModel, cells: list[Cell], executor: Executor | None, batch: int) -> Iterator[Event]:
     records: dict[Path, dict[str, Any]] = {}
     before = live.params
+
+    def sheet() -> Image:
+        return _table_of(cells, records).contact_sheet(size=_SMALL)
+
     try:
         for cell, record in draw_cells(live, cells, executor, batch):
             records[cell.path] = record
             said = ", ".join(f"{k}={v}" for k, v in cell.row.items())
-            yield Event(len(records), len(cells), said, so_far=lambda: _sheet_so_far(cells, records))
+            yield Event(len(records), len(cells), said, so_far=sheet)
     finally:
         live.set(before)
-    rows = [cell.row | records[cell.path] for cell in cells]
-    yield Event(len(cells), len(cells), "done", Cells(rows))
+    yield Event(len(cells), len(cells), "done", _table_of(cells, records))
 
 
-def _sheet_so_far(cells: Sequence[Cell], records: Mapping[Path, Mapping[str, Any]]) -> Image:
-    """The contact sheet as it fills."""
+def _table_of(cells: Sequence[Cell], records: Mapping[Path, Mapping[str, Any]]) -> Cells:
+    """The table of a sweep, also before all of its cells are there."""
     waits = {"path": None, "error": "not drawn yet"}
-    return Cells([cell.row | dict(records.get(cell.path, waits)) for cell in cells]).contact_sheet(size=_SMALL)
+    return Cells([cell.row | dict(records.get(cell.path, waits)) for cell in cells])
+
+
+def settings_given(*values: Any) -> dict[str, Any]:
+    """Those of `SETTINGS` that were given, by name; None stands for one that was not."""
+    return {name: value for name, value in zip(SETTINGS, values, strict=True) if value is not None}
+
+
+def require_live(live: object, operation: str) -> None:
+    """Raise MismatchError for anything that is no live model."""
+    if not isinstance(live, LiveModel):
+        fix = "ak.LiveModel(expression, components)"
+        raise MismatchError(operation, "a LiveModel is needed", found=type(live).__name__, fix=fix)
+
+
+def require_names(names: Iterable[str], known: Mapping[str, float], operation: str) -> None:
+    """Raise UnknownNameError for what is neither one of a live model's scalars nor a sampling setting."""
+    for name in names:
+        if name not in known and name not in SETTINGS:
+            raise unknown(operation, "no such named scalar or setting", name, [*known, *SETTINGS])
 
 
 def cells_of(
@@ -188,14 +209,9 @@ def cells_of(
     operation: str = "sweep",
 ) -> list[Cell]:
     """A cell for every combination of axes, prompts and seeds. UnknownNameError for other names."""
-    if not isinstance(live, LiveModel):
-        raise MismatchError(
-            operation, "a LiveModel is needed", found=type(live).__name__, fix="ak.LiveModel(expression, components)"
-        )
+    require_live(live, operation)
     known = live.params
-    for name in [*over, *fixed]:
-        if name not in known and name not in SETTINGS:
-            raise unknown(operation, "no such named scalar or setting", name, [*known, *SETTINGS])
+    require_names([*over, *fixed], known, operation)
     axes = {name: [values] if isinstance(values, str) else list(values) for name, values in over.items()}
     if empty := [name for name, values in axes.items() if not values]:
         raise AlkahestError(operation, "an axis has no values", found=empty[0])

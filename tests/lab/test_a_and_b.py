@@ -66,6 +66,9 @@ def test_recipes_are_compared_blindly(bridge: Any, hearts: Any, tmp_path: Path) 
     assert "much" in panel.found.value
     assert pd.read_csv(tmp_path / "a-order.csv").recipe.tolist() == panel.order.table.recipe.tolist()
     assert pd.read_csv(tmp_path / "a.csv").right_recipe.isin([one.text() for one in recipes.values()]).all()
+    panel.take_back()  # eleven are left, which is too few for an order: none lies there as if it were of them
+    assert panel.order is None
+    assert not (tmp_path / "a-order.csv").exists()
     assert {(row.prompt, row.seed) for row in panel.answers.itertuples()} >= {(text, 0) for text in PROMPTS}
 
 
@@ -145,6 +148,12 @@ def test_what_cannot_be_drawn_is_left_out_and_said(bridge: Any, hearts: Any, tmp
         panel.answer("alike")
     panel.wait(60)
     assert "k 1e+30 cannot be drawn and is left out" in panel.status.value
+
+
+def test_a_range_with_one_point_in_it_is_said(live: Any, tmp_path: Path) -> None:
+    panel = blind_comparison(live, PROMPTS, over={"k": (1.0, 1.00001)}, file=tmp_path / "a.csv", sampling=FAST)
+    assert "less than two can be drawn" in panel.status.value
+    assert "too narrow a range" in panel.status.value
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 import alkahest as ak
 from alkahest.lab import plots
 from alkahest.lab.figure import COLOURS, png
-from alkahest.lab.ink import INK, inked
+from alkahest.lab.ink import INK, use_ink
 
 
 def luminance(colour: str | tuple[float, ...]) -> float:
@@ -85,7 +85,7 @@ def test_a_figure_is_as_it_was_afterwards_even_after_an_error() -> None:
         ]
 
     before = state()
-    with pytest.raises(ValueError, match="midway"), inked(made):
+    with pytest.raises(ValueError, match="midway"), use_ink(made):
         assert state() != before
         raise ValueError("midway")
     assert state() == before
@@ -96,8 +96,8 @@ def test_numbers_on_cells_keep_their_colour_and_labels_do_not() -> None:
     pairs = ak.comparison_matrix(ak.compare({"a": delta, "b": ak.mini.load("base-weak") - ak.mini.load("base")}))
     matrix, heat = plots.comparison_matrix(pairs).axes, plots.magnitude_heatmap(ak.delta_table(delta)).axes
     numbers = [text.get_color() for text in matrix.texts]
-    with inked(matrix.figure):
+    with use_ink(matrix.figure):
         assert [text.get_color() for text in matrix.texts] == numbers
-    with inked(heat.figure):
+    with use_ink(heat.figure):
         inks = {tuple(np.round(colors.to_rgba(text.get_color()), 3)) for text in heat.texts}
     assert inks == {tuple(np.round(colors.to_rgba(INK), 3))}

@@ -148,6 +148,8 @@ def test_a_trial_without_a_number_is_said_and_the_rest_goes_on(live: Any, tmp_pa
         ({"pictures": None}, AlkahestError, "flow loss is of pictures that are there"),
         ({"cfg": 3.0}, AlkahestError, "flow loss draws nothing: cfg"),
         ({"over": {"cfg": (1, 3)}}, AlkahestError, "flow loss draws nothing: cfg"),
+        ({"seeds": (0, 1)}, AlkahestError, "flow loss draws nothing: seeds and folder"),
+        ({"folder": "pictures"}, AlkahestError, "flow loss draws nothing: seeds and folder"),
         ({"trials": 0}, AlkahestError, "trials must be at least 1"),
         ({"score": "grid", "goal": "least"}, AlkahestError, "this score is of pictures that are drawn"),
         ({"prompts": PROMPTS[:2]}, MismatchError, "each picture needs its caption"),
