@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from alkahest.algebra.deltas import Delta
-from alkahest.algebra.methods import dot, method, require_within
+from alkahest.algebra.methods import PerOperand, dot, method, require_within
 from alkahest.algebra.model_methods import along_arc
 from alkahest.errors import AlgebraError, refuse_unknown_options
 
@@ -13,15 +13,28 @@ Tensor = torch.Tensor
 
 
 @method()
-def ties(deltas: list[Tensor], *, density: float = 0.2) -> Tensor:
+def ties(
+    deltas: list[Tensor],
+    *,
+    density: PerOperand = (0.2,),
+    weights: PerOperand = (1.0,),
+    normalise: bool = True,
+) -> Tensor:
     """Trim each delta to its ``density`` largest entries, elect a sign per entry, average what agrees.
 
     Yadav et al. 2023, arXiv:2306.01708, algorithm 1. Tensors are trimmed one by one (q, k and v apart).
     """
-    require_within("ties", "density", density, 0, 1)
-    stacked = torch.stack([_largest(delta, delta.abs(), density) for delta in deltas])
+    for share in density:
+        require_within("ties", "density", share, 0, 1, closed=max(density) > 0)
+    trimmed = [_largest(delta, delta.abs(), share) for delta, share in zip(deltas, density, strict=True)]
+    stacked = torch.stack([one * weight for one, weight in zip(trimmed, weights, strict=True)])
     agrees = _majority(stacked)
-    return torch.where(agrees, stacked, 0).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
+    total = torch.where(agrees, stacked, 0).sum(dim=0)
+    if not normalise:
+        return total
+    each = torch.tensor(weights, dtype=stacked.dtype, device=stacked.device).view(-1, 1)
+    divisor = torch.where(agrees, each, 0).sum(dim=0)
+    return total / torch.where(divisor == 0, 1, divisor)
 
 
 @method(elementwise=True)
@@ -76,12 +89,12 @@ def breadcrumbs(delta: Tensor, *, smallest: float = 0.85, largest: float = 0.01)
 
 
 @method()
-def sce(deltas: list[Tensor], *, top: float = 1.0, normalise: float = 0.0) -> Tensor:
+def sce(deltas: list[Tensor], *, top: float = 1.0, normalise: bool = False) -> Tensor:
     """Keep the entries on which deltas vary most, weigh each by its energy there, and leave out minority signs.
 
     Wan et al. 2024, FuseChat, arXiv:2408.07990, section 3.3: select the ``top`` share by variance over the deltas,
     calculate each one's weight as its share of the squares, erase what goes against the sign of the sum. The
-    weighted rest is added up; ``normalise=1`` divides by the weights that are left of each entry, as mergekit does.
+    weighted rest is added up; ``normalise=True`` divides by the weights that are left of each entry, as mergekit does.
     """
     require_within("sce", "top", top, 0, 1)
     stacked = torch.stack(deltas)
@@ -114,10 +127,10 @@ def model_stock(deltas: list[Tensor]) -> Tensor:
 
 
 @method()
-def nuslerp(a: Tensor, b: Tensor, *, t: float = 0.5, rows: float = 0.0, shape: tuple[int, ...]) -> Tensor:
+def nuslerp(a: Tensor, b: Tensor, *, t: float = 0.5, rows: bool = False, shape: tuple[int, ...]) -> Tensor:
     """Go from one delta to another along the arc between them: the whole tensor as one vector, or row by row.
 
-    mergekit's NuSLERP with a base model. ``rows=1`` takes each row's own angle; nearly parallel ones are mixed
+    mergekit's NuSLERP with a base model. ``rows=True`` takes each row's own angle; nearly parallel ones are mixed
     linearly.
     """
     if not rows or len(shape) < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, SupportsFloat
 
@@ -23,7 +23,7 @@ from alkahest.algebra.expression import (
 )
 from alkahest.engine import terms
 from alkahest.engine.readable import Shapes
-from alkahest.engine.scalars import Param, Rules, Scalar, number, scalar, text_of
+from alkahest.engine.scalars import Param, Rules, Scalar, Varied, number, scalar, text_of, varied
 from alkahest.engine.terms import Term
 from alkahest.errors import AlgebraError, MismatchError
 from alkahest.model.keys import Pattern
@@ -54,16 +54,22 @@ class Delta(Expression):
         """This delta, added to protected tensors too."""
         return Everywhere(self)
 
-    def scaled(self, factors: Mapping[str, SupportsFloat | Param]) -> Delta:
+    def scaled(self, factors: Mapping[str, Any] | Sequence[SupportsFloat | Param]) -> Delta:
         """One factor per part: ``delta.scaled({"layers": 1.5, "layers.0-9": 2})``.
 
         Where several patterns select a tensor the last one counts; where none does the factor is 1.
         """
-        checked = [
-            (Pattern(text, self.family).require_match(self.shapes, "scaled").text, scalar(factor, "scaled"))
-            for text, factor in factors.items()
-        ]
-        return ScaledParts(self, tuple(checked))
+        if not isinstance(factors, (Mapping, list, tuple)):
+            problem = "a factor for each part is needed, or a list along the blocks"
+            raise AlgebraError("scaled", problem, found=repr(factors), fix="number * delta is one factor for all")
+        given = factors if isinstance(factors, Mapping) else {"*": factors}
+        return ScaledParts(self, tuple((text, self._factor(text, one)) for text, one in given.items()))
+
+    def _factor(self, text: str, factor: Any) -> Scalar:
+        Pattern(text, self.family).require_match(self.shapes, "scaled")
+        if not isinstance(factor, (list, tuple)):
+            return scalar(factor, "scaled")
+        return varied({text: factor}, "scaled", self.shapes, self.family, whole=False, partial=self.is_partial)
 
     def agreeing(self, signs: Delta) -> Delta:
         """This delta where it goes downhill: entries whose sign is against that of a gradient, zero elsewhere.
@@ -161,7 +167,7 @@ class OfDelta(Delta):
 
 @dataclass(frozen=True, repr=False)
 class Scaled(OfDelta):
-    factor: Scalar
+    factor: float | Param
     delta: Delta
 
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
@@ -170,7 +176,7 @@ class Scaled(OfDelta):
             return self.delta._scaled_by(factor, key, rules)
         return terms.times(factor, self.delta.at(key, rules, protected))
 
-    def _scalars(self) -> Iterator[Scalar]:
+    def _scalars(self) -> Iterator[Any]:
         yield self.factor
         yield from self.delta._scalars()
 
@@ -185,16 +191,25 @@ class ScaledParts(OfDelta):
 
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
         chosen = [factor for text, factor in self.factors if Pattern(text, self.family).matches(key)]
-        factor = rules.value(chosen[-1]) if chosen else 1.0
+        factor = rules.value(chosen[-1], key) if chosen else 1.0
         return terms.times(factor, self.delta.at(key, rules, protected))
 
-    def _scalars(self) -> Iterator[Scalar]:
+    def _scalars(self) -> Iterator[Any]:
         yield from (factor for _, factor in self.factors)
         yield from self.delta._scalars()
 
     def _text(self, names: Names) -> tuple[str, int]:
-        inside = ", ".join(f"{text!r}: {text_of(factor)}" for text, factor in self.factors)
-        return f"{in_parentheses(self.delta, names, ATOM)}.scaled({{{inside}}})", ATOM
+        said = [(text, _factor_text(factor)) for text, factor in self.factors]
+        if [text for text, _ in said] == ["*"] and said[0][1].startswith("["):
+            inside = said[0][1]
+        else:
+            inside = f"{{{', '.join(f'{text!r}: {factor}' for text, factor in said)}}}"
+        return f"{in_parentheses(self.delta, names, ATOM)}.scaled({inside})", ATOM
+
+
+def _factor_text(factor: Scalar) -> str:
+    """A factor as it was given, the pattern apart."""
+    return text_of(factor) if not isinstance(factor, Varied) else f"[{', '.join(map(text_of, factor.entries[0][1]))}]"
 
 
 @dataclass(frozen=True, repr=False)

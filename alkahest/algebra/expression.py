@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, SupportsFloat
 
 from alkahest.engine.readable import Readable, Shapes
-from alkahest.engine.scalars import Param, Rules, Scalar, number
+from alkahest.engine.scalars import Param, Rules, Varied, named_in, number
 from alkahest.engine.terms import Term, name_leaves
 from alkahest.errors import AlgebraError, MismatchError, nearest, printable, unknown
 from alkahest.model.families import Family
@@ -92,8 +92,8 @@ class Expression:
     def params(self) -> dict[str, float]:
         """Named scalars and their values."""
         found: dict[str, float] = {}
-        for one in self._scalars():
-            if isinstance(one, Param) and found.setdefault(one.name, one.value) != one.value:
+        for one in named_in(tuple(self._scalars())):
+            if found.setdefault(one.name, one.value) != one.value:
                 raise AlgebraError(
                     "param",
                     f"{one.name!r} has two values",
@@ -142,7 +142,8 @@ class Expression:
     def _notes(self) -> list[str]:
         return []
 
-    def _scalars(self) -> Iterator[Scalar]:
+    def _scalars(self) -> Iterator[Any]:
+        """Its numbers, and tuples of them."""
         for child in self.children:
             yield from child._scalars()
 
@@ -152,6 +153,8 @@ class Expression:
                 return value._bound(values)
             if isinstance(value, Param):
                 return Param(value.name, values.get(value.name, value.value))
+            if isinstance(value, Varied):
+                return value.bound(values)
             return tuple(bound(item) for item in value) if isinstance(value, tuple) else value
 
         return replace(self, **{f.name: bound(getattr(self, f.name)) for f in fields(self)})

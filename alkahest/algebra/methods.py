@@ -4,8 +4,10 @@
     def halve(delta: Tensor, *, share: float = 0.5) -> Tensor: ...
 
 Operands come first: single tensors, or one ``list[Tensor]`` of any number. Keyword-only arguments
-are settings. A parameter ``uniform: Tensor`` receives seeded random numbers in (0, 1), one per
-element, and gives the method a ``seed`` setting; a parameter ``shape`` receives the tensor's shape.
+are settings: ``float``, ``int`` or ``bool``, of which a call may let the first vary over the
+tensors; one that is annotated `PerOperand` receives a number for each operand. A parameter
+``uniform: Tensor`` receives seeded random numbers in (0, 1), one per element, and gives the method
+a ``seed`` setting; a parameter ``shape`` receives the tensor's shape.
 Operands are flat float32 tensors; ones that are zero for a tensor (protected or left out by
 ``only``) are not in the list. Those that ship are in `alkahest.algebra.delta_methods` and
 `alkahest.algebra.model_methods`.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -27,12 +29,48 @@ from alkahest.algebra.expression import Expression, Names, require_same
 from alkahest.algebra.mixtures import OfModels, require_mixable
 from alkahest.algebra.weights import Weights
 from alkahest.engine.readable import Shapes
-from alkahest.engine.scalars import Rules, Scalar, scalar, text_of
+from alkahest.engine.scalars import Param, Rules, Scalar, scalar, text_of, varied
 from alkahest.engine.terms import Apply, Term
 from alkahest.errors import AlgebraError, unknown
 from alkahest.model import seeded
 
 Tensor = torch.Tensor
+PerOperand = tuple[float, ...]  # a setting with a number for each operand; its default has one for all
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a merge method: its default and what may be given for it."""
+
+    default: float
+    kind: Any = float  # float, int, bool or PerOperand
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether its default leaves things as they are, so that a text says it only where it is another."""
+        return self.default == 1 and self.kind in (bool, PerOperand)
+
+    def checked(self, value: Any, operation: str, operands: Sequence[Expression]) -> Scalar | tuple[Scalar, ...]:
+        """A value for these operands, refused if it is none."""
+        if self.kind in (int, bool):
+            return self._whole(value, operation)
+        family, partial = operands[0].family, any(one.is_partial for one in operands)
+        shapes = {key: shape for one in operands for key, shape in one.shapes.items()}
+        if self.kind is not PerOperand or not isinstance(value, (list, tuple)):
+            return varied(value, operation, shapes, family, partial=partial)
+        if len(value) != len(operands):
+            found, fix = f"{len(value)} for {len(operands)}", "{'*': [...]} if the list goes along the blocks"
+            raise AlgebraError(operation, "a list has a number for each operand", found=found, fix=fix)
+        return tuple(varied(one, operation, shapes, family, partial=partial) for one in value)
+
+    def _whole(self, value: Any, operation: str) -> Scalar:
+        found = scalar(int(value) if isinstance(value, bool) and self.kind is bool else value, operation)
+        given = found.value if isinstance(found, Param) else found
+        if self.kind is bool and given not in (0, 1):
+            raise AlgebraError(operation, "this is on or off", expected="True or False", found=repr(value))
+        if given != int(given):
+            raise AlgebraError(operation, "a whole number is needed", found=repr(value))
+        return found
 
 
 @dataclass(frozen=True)
@@ -44,7 +82,7 @@ class Method:
     makes: type[Expression]
     many: bool
     operands: int
-    defaults: Mapping[str, float]
+    settings: Mapping[str, Setting]
     random: bool
     shaped: bool
     elementwise: bool
@@ -52,8 +90,8 @@ class Method:
 
     def __call__(self, *operands: Any, **settings: Any) -> Any:
         for name in settings:
-            if name not in self.defaults:
-                raise unknown(self.name, "unknown setting", name, self.defaults)
+            if name not in self.settings:
+                raise unknown(self.name, "unknown setting", name, self.settings)
         given = (
             tuple(operands[0])
             if self.many and len(operands) == 1 and isinstance(operands[0], (list, tuple))
@@ -61,21 +99,23 @@ class Method:
         )
         if (len(given) < 1) if self.many else (len(given) != self.operands):
             expected = "at least one" if self.many else self.operands
-            settings_by_name = ", ".join(f"{name}=" for name in self.defaults)
+            settings_by_name = ", ".join(f"{name}=" for name in self.settings)
             raise AlgebraError(
                 self.name,
                 "wrong number of operands",
                 expected=expected,
                 found=len(given),
-                fix=f"settings go by name: {settings_by_name}" if self.defaults else None,
+                fix=f"settings go by name: {settings_by_name}" if self.settings else None,
             )
         for operand in given:
             if not isinstance(operand, self.makes):
                 kind = "deltas" if self.makes is Delta else "weights"
                 found = operand.text() if isinstance(operand, Expression) else repr(operand)
                 raise AlgebraError(self.name, f"the operands must be {kind}", found=found)
-        values = {**self.defaults, **settings}
-        chosen = tuple((name, scalar(value, f"{self.name} {name}")) for name, value in values.items())
+        chosen = tuple(
+            (name, setting.checked(settings.get(name, setting.default), f"{self.name} {name}", given))
+            for name, setting in self.settings.items()
+        )
         return (MergedDelta if self.makes is Delta else MergedWeights)(self, given, chosen)
 
 
@@ -128,14 +168,18 @@ def _method_of(function: Callable[..., Tensor], makes: type[Expression], element
     many = operands == [list[Tensor]]
     if (not many and any(hint is not Tensor for hint in operands)) or not operands:
         raise AlgebraError("method", f"operands of {name} must be Tensor, or one list[Tensor]")
-    defaults = {one.name: float(one.default) for one in settings}
+    made = {one.name: _setting_of(one, hints.get(one.name)) for one in settings}
     draws = "uniform" in parameters
     if draws:
-        defaults["seed"] = 0.0
+        made["seed"] = Setting(0.0, int)
     definition = "" if function.__module__.startswith("alkahest.") else uuid.uuid4().hex
-    return Method(
-        name, function, makes, many, len(operands), defaults, draws, "shape" in parameters, elementwise, definition
-    )
+    shaped = "shape" in parameters
+    return Method(name, function, makes, many, len(operands), made, draws, shaped, elementwise, definition)
+
+
+def _setting_of(parameter: inspect.Parameter, hint: Any) -> Setting:
+    default = parameter.default[0] if hint == PerOperand else parameter.default
+    return Setting(float(default), hint if hint in (int, bool) else PerOperand if hint == PerOperand else float)
 
 
 def _require_free(made: Method) -> None:
@@ -153,29 +197,39 @@ def _require_free(made: Method) -> None:
         )
 
 
+_SHOWN = {float: "Share", PerOperand: "Share | Sequence[Share]"}
+
+
 def _signature_of(made: Method) -> inspect.Signature:
     """Operands and settings as a person gives them."""
     operand = f"Sequence[{made.makes.__name__}]" if made.many else made.makes.__name__
     parameters = inspect.signature(made.function).parameters.values()
     kept = [one.replace(annotation=operand) for one in parameters if one.kind is not one.KEYWORD_ONLY]
-    for name, value in made.defaults.items():
-        default = int(value) if value == int(value) else value
-        kept.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation="SupportsFloat | Param")
-        )
+    for name, setting in made.settings.items():
+        value: float = int(setting.default) if setting.default == int(setting.default) else setting.default
+        default, shown = (bool(value), "bool") if setting.kind is bool else (value, _SHOWN.get(setting.kind, "int"))
+        kept.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown))
     return inspect.Signature(kept, return_annotation=made.makes.__name__)
 
 
 class _Merged(Expression):
     method: Method
     operands: tuple[Any, ...]
-    settings: tuple[tuple[str, Scalar], ...]
+    settings: tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
 
     def definitions(self) -> tuple[str, ...]:
         return (*filter(None, [self.method.definition]), *super().definitions())
 
-    def _term(self, key: str, operands: list[Term], rules: Rules) -> Term:
-        values: dict[str, Any] = {name: rules.value(value) for name, value in self.settings}
+    def _term(self, key: str, operands: list[Term], rules: Rules, of: Sequence[int]) -> Term:
+        """Its term; ``of`` are the numbers of the operands that have this tensor."""
+
+        def value(name: str, given: Scalar | tuple[Scalar, ...]) -> Any:
+            if self.method.settings[name].kind is not PerOperand:
+                return rules.value(given, key) if not isinstance(given, tuple) else None
+            each = given if isinstance(given, tuple) else (given,) * len(self.operands)
+            return tuple(rules.value(each[number], key) for number in of)
+
+        values: dict[str, Any] = {name: value(name, given) for name, given in self.settings}
         if self.method.random:
             values["uniform"] = _Uniform(int(values.pop("seed")), self.method.name)
         if self.method.shaped:
@@ -184,21 +238,30 @@ class _Merged(Expression):
         m = self.method
         return Apply(m.function, tuple(operands), m.many, m.elementwise, settings, key)
 
-    def _scalars(self) -> Iterator[Scalar]:
+    def _scalars(self) -> Iterator[Any]:
         yield from (value for _, value in self.settings)
         yield from super()._scalars()
 
     def _text(self, names: Names) -> tuple[str, int]:
         operands = ", ".join(operand._text(names)[0] for operand in self.operands)
-        settings = "".join(f", {name}={text_of(value)}" for name, value in self.settings)
+        said = [
+            (name, value)
+            for name, value in self.settings
+            if not (self.method.settings[name].is_neutral and value == self.method.settings[name].default)
+        ]
+        settings = "".join(f", {name}={_text_of(value)}" for name, value in said)
         return f"{self.method.name}({f'[{operands}]' if self.method.many else operands}{settings})", 3
+
+
+def _text_of(value: Scalar | tuple[Scalar, ...]) -> str:
+    return f"[{', '.join(map(text_of, value))}]" if isinstance(value, tuple) else text_of(value)
 
 
 @dataclass(frozen=True, repr=False)
 class MergedDelta(_Merged, Delta):
     method: Method
     operands: tuple[Delta, ...]
-    settings: tuple[tuple[str, Scalar], ...]
+    settings: tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,19 +270,28 @@ class MergedDelta(_Merged, Delta):
 
     @property
     def shapes(self) -> Shapes:
-        return self.operands[0].shapes
+        whole = next((one for one in self.operands if not one.is_partial), None)
+        if whole is not None:
+            return whole.shapes
+        return {key: shape for one in self.operands for key, shape in one.shapes.items()}
+
+    @property
+    def is_partial(self) -> bool:
+        return all(operand.is_partial for operand in self.operands)
 
     def at(self, key: str, rules: Rules, protected: bool = False) -> Term | None:
         terms = [operand.at(key, rules, protected) for operand in self.operands]
-        present = [one for one in terms if one is not None]
-        return self._term(key, present, rules) if present and (self.method.many or len(present) == len(terms)) else None
+        of = [number for number, one in enumerate(terms) if one is not None]
+        if not of or (len(of) < len(terms) and not self.method.many):
+            return None
+        return self._term(key, [one for one in terms if one is not None], rules, of)
 
 
 @dataclass(frozen=True, repr=False)
 class MergedWeights(_Merged, OfModels):
     method: Method
     operands: tuple[Weights, ...]
-    settings: tuple[tuple[str, Scalar], ...]
+    settings: tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,7 +306,8 @@ class MergedWeights(_Merged, OfModels):
             or all(other == first for other in others)
         ):
             return first
-        return self._term(key, [first, *(other for other in others if other is not None)], rules)
+        present = {0: first, **{n: other for n, other in enumerate(others, start=1) if other is not None}}
+        return self._term(key, list(present.values()), rules, list(present))
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import ATOM, Expression, Names, require_same
 from alkahest.algebra.weights import Weights
 from alkahest.engine import terms
 from alkahest.engine.readable import Leading
-from alkahest.engine.scalars import Param, Rules, Scalar, number, scalar, text_of
+from alkahest.engine.scalars import Param, Rules, Scalar, Varied, named_in, text_of, varied
 from alkahest.engine.terms import Term
 from alkahest.errors import AlgebraError
+
+# A number, a list of numbers along the blocks of the main stack, or either for patterns.
+Share = SupportsFloat | Param | Sequence[Any] | Mapping[str, Any]
 
 
 class OfModels(Weights):
@@ -39,8 +42,10 @@ class Mixture(OfModels):
     """First weights plus shares of what the others differ by; `lerp` and `weighted_sum` make it."""
 
     operands: tuple[Weights, ...]
-    shares: tuple[Scalar, ...]
+    shares: tuple[Scalar, ...]  # of all but the first
     is_lerp: bool
+    first_share: Scalar = 0.0  # what it was called with, where that matters
+    normalise: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +55,10 @@ class Mixture(OfModels):
         first, *others = [operand.at(key, rules) for operand in self.operands]
         if self.keeps_first(key, rules):
             return first
-        shares = [rules.value(share) for share in self.shares]
+        shares = [rules.value(share, key) for share in self.shares]
+        if self.normalise:
+            total = sum(shares, rules.value(self.first_share, key))
+            shares = [share / total for share in shares]
         if rules.comfy_compatible and first is not None:
             return _comfy_mixture(first, others, shares)
         if self.is_lerp and shares == [1.0]:
@@ -60,8 +68,8 @@ class Mixture(OfModels):
             mixed = terms.plus(mixed, terms.times(share, terms.minus(other, first)))
         return mixed
 
-    def _scalars(self) -> Iterator[Scalar]:
-        yield from self.shares
+    def _scalars(self) -> Iterator[Any]:
+        yield from (self.first_share, *self.shares)
         yield from super()._scalars()
 
     def _text(self, names: Names) -> tuple[str, int]:
@@ -69,11 +77,12 @@ class Mixture(OfModels):
         shares = [text_of(share) for share in self.shares]
         if self.is_lerp:
             return f"lerp({operands[0]}, {operands[1]}, {shares[0]})", ATOM
-        first = text_of(round(1.0 - sum(float(s) for s in self.shares if not isinstance(s, Param)), 12))
-        return f"weighted_sum([{', '.join(operands)}], [{', '.join([first, *shares])}])", ATOM
+        first = text_of(self.first_share)
+        normalise = ", normalise=1" if self.normalise else ""
+        return f"weighted_sum([{', '.join(operands)}], [{', '.join([first, *shares])}]{normalise})", ATOM
 
 
-def lerp(a: Weights, b: Weights, t: SupportsFloat | Param) -> Weights:
+def lerp(a: Weights, b: Weights, t: Share) -> Weights:
     """``a + t * (b - a)``: a at 0, b at 1.
 
     >>> ak.lerp(merged, bridge + 8 * turbo, 0.5)
@@ -81,30 +90,51 @@ def lerp(a: Weights, b: Weights, t: SupportsFloat | Param) -> Weights:
     The first operand leads: its storage, its pad tokens under ``comfy_compatible``, its protection.
     """
     _require_weights("lerp", a, b)
-    return Mixture((a, b), (scalar(t, "lerp"),), True)
+    return Mixture((a, b), (varied(t, "lerp", a.shapes, a.family),), True)
 
 
-def weighted_sum(models: Sequence[Weights], shares: Sequence[SupportsFloat]) -> Weights:
+def weighted_sum(models: Sequence[Weights], shares: Sequence[Share], *, normalise: bool = False) -> Weights:
     """A weighted average of models; the shares add up to 1. The first model leads, as in `lerp`.
 
     >>> ak.weighted_sum([a, b, c], [0.5, 0.3, 0.2])
     """
     if isinstance(models, Expression):
         raise AlgebraError("weighted_sum", "the models go in a list", fix="ak.weighted_sum([a, b], [0.7, 0.3])")
-    models, numbers = tuple(models), [number(share, "weighted_sum") for share in shares]
+    if normalise not in (True, False):
+        raise AlgebraError("weighted_sum", "normalise is on or off", expected="True or False", found=repr(normalise))
+    models = tuple(models)
     _require_weights("weighted_sum", *models)
-    if len(models) != len(numbers) or not models:
-        found = f"{len(models)} models, {len(numbers)} shares"
+    if len(models) != len(shares) or not models:
+        found = f"{len(models)} models, {len(shares)} shares"
         raise AlgebraError("weighted_sum", "one share per model is needed", found=found)
-    if abs(sum(numbers) - 1) > 1e-6:
+    first = models[0]
+    given = [varied(share, "weighted_sum", first.shapes, first.family) for share in shares]
+    if named := [one.name for one in named_in(tuple(given))]:
+        problem = "shares that can be moved one by one would not add up to 1"
+        raise AlgebraError("weighted_sum", problem, found=named[0], fix="lerp(a, b, t) has one")
+    plain, rules = all(not isinstance(share, Varied) for share in given), Rules()
+    for key in list(first.shapes)[:1] if plain else first.shapes:
+        _require_sum([rules.value(share, key) for share in given], None if plain else key, normalise)
+    if normalise and plain:
+        total = sum(rules.value(share) for share in given)
+        given, normalise = [rules.value(share) / total for share in given], False
+    return Mixture(models, tuple(given[1:]), False, given[0], normalise)
+
+
+def _require_sum(shares: list[float], key: str | None, normalise: bool) -> None:
+    """Raise AlgebraError unless shares add up to 1, or to something that they can be divided by."""
+    total = sum(shares)
+    if normalise and abs(total) < 1e-8:
+        raise AlgebraError("weighted_sum", "the shares add up to 0, which nothing can be divided by", key=key)
+    if not normalise and abs(total - 1) > 1e-6:
         raise AlgebraError(
             "weighted_sum",
             "the shares do not add up to 1, so the result would not be weights",
+            key=key,
             expected=1,
-            found=sum(numbers),
-            fix="divide them by their sum, or add deltas: a + k * (b - c)",
+            found=total,
+            fix="normalise=True divides them by their sum; or add deltas: a + k * (b - c)",
         )
-    return Mixture(models, tuple(numbers[1:]), False)
 
 
 def require_mixable(operation: str, operands: tuple[Weights, ...]) -> None:

@@ -23,7 +23,7 @@ def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
 
 
 @method(weights=True)
-def karcher(models: list[Tensor], *, iterations: float = 20) -> Tensor:
+def karcher(models: list[Tensor], *, iterations: int = 20) -> Tensor:
     """The mean of models on the sphere: the direction whose arcs to all of them cancel, at their mean length.
 
     The Riemannian centre of mass (Karcher 1977, Comm. Pure Appl. Math. 30), each tensor as one vector: from the mean of

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, SupportsFloat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from alkahest.errors import AlgebraError
+from alkahest.model.keys import Pattern
+
+if TYPE_CHECKING:
+    from alkahest.engine.readable import Shapes
+    from alkahest.model.families import Family
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,45 @@ class Param:
         return f"param({self.name!r}, {text_of(self.value)})"
 
 
-Scalar = float | Param
+@dataclass(frozen=True)
+class Varied:
+    """A number that differs from tensor to tensor: by part, and along the blocks of the main stack.
+
+    Each entry is a pattern and the values that are spread over the blocks, one value being the same for all. The last
+    entry whose pattern selects a tensor counts.
+    """
+
+    entries: tuple[tuple[str, tuple[float | Param, ...]], ...]
+    family: Family
+    blocks: int  # of the main stack
+
+    def at(self, key: str, rules: Rules) -> float:
+        """The value for one tensor: linear between the two nearest, the first before the stack, the last after it."""
+        values = next(values for text, values in reversed(self.entries) if Pattern(text, self.family).matches(key))
+        numbers = [rules.value(one) for one in values]
+        place = self.family.place_in_main(key, self.blocks) * (len(numbers) - 1)
+        left = min(int(place), max(len(numbers) - 2, 0))
+        share = place - left
+        return numbers[left] if share == 0 else (1 - share) * numbers[left] + share * numbers[left + 1]
+
+    def bound(self, values: Mapping[str, float]) -> Varied:
+        """The same with named scalars set."""
+        entries = [
+            (text, tuple(Param(n.name, values.get(n.name, n.value)) if isinstance(n, Param) else n for n in numbers))
+            for text, numbers in self.entries
+        ]
+        return replace(self, entries=tuple(entries))
+
+    def __repr__(self) -> str:
+        def shown(values: tuple[float | Param, ...]) -> str:
+            return text_of(values[0]) if len(values) == 1 else f"[{', '.join(map(text_of, values))}]"
+
+        if len(self.entries) == 1 and self.entries[0][0] == "*":
+            return shown(self.entries[0][1])
+        return f"{{{', '.join(f'{text!r}: {shown(values)}' for text, values in self.entries)}}}"
+
+
+Scalar = float | Param | Varied
 
 
 @dataclass(frozen=True)
@@ -35,7 +78,11 @@ class Rules:
     params: Mapping[str, float] = field(default_factory=dict)
     comfy_compatible: bool = False
 
-    def value(self, scalar: Scalar) -> float:
+    def value(self, scalar: Scalar, key: str | None = None) -> float:
+        """The number that a scalar stands for, for one tensor if it is `Varied`."""
+        if isinstance(scalar, Varied):
+            assert key is not None
+            return scalar.at(key, self)
         return self.params.get(scalar.name, scalar.value) if isinstance(scalar, Param) else scalar
 
 
@@ -44,8 +91,54 @@ def param(name: str, default: SupportsFloat) -> Param:
     return Param(name, number(default, "param"))
 
 
-def scalar(value: Any, operation: str) -> Scalar:
+def scalar(value: Any, operation: str) -> float | Param:
     return value if isinstance(value, Param) else number(value, operation)
+
+
+def varied(
+    value: Any, operation: str, shapes: Shapes, family: Family, *, whole: bool = True, partial: bool = False
+) -> Scalar:
+    """A scalar from a number, a list along the blocks of the main stack, or a mapping from patterns to either.
+
+    With ``whole`` every tensor must be selected by some pattern; a ``partial`` model, as a LoRA is one, does not say
+    how many blocks there are, so it takes no list. Raises AlgebraError or UnknownNameError.
+    """
+    if isinstance(value, Varied):
+        value = dict(value.entries)
+    given = value if isinstance(value, Mapping) else {"*": value}
+    if not isinstance(value, Mapping) and not isinstance(value, (list, tuple)):
+        return scalar(value, operation)
+    entries = []
+    for text, one in given.items():
+        pattern = Pattern(text, family).require_match(shapes, operation)
+        numbers = tuple(scalar(item, operation) for item in (one if isinstance(one, (list, tuple)) else [one]))
+        in_stack = any(pattern.matches(key) for key in shapes if key.startswith(f"{family.main}."))
+        if not numbers or (len(numbers) > 1 and not in_stack):
+            problem = f"a list goes along the blocks of {family.main}, of which {text!r} selects none"
+            raise AlgebraError(operation, problem if numbers else "the list of values is empty", fix="give one number")
+        if len(numbers) > 1 and partial:
+            problem = f"a LoRA does not say how many blocks its model has, and {text!r} is given a list"
+            raise AlgebraError(operation, problem, fix="name the blocks: {'layers.0-9': 0.5, 'layers.10-29': 1}")
+        entries.append((text, numbers))
+    made = Varied(tuple(entries), family, family.depth(shapes))
+    left = [key for key in shapes if not any(Pattern(text, family).matches(key) for text, _ in entries)]
+    if whole and left:
+        raise AlgebraError(
+            operation,
+            f"{len(left)} tensors are given no value",
+            key=left[0],
+            found=repr(made),
+            fix=f"say first what holds for all: {{'*': 0.5, {repr(made)[1:]}",
+        )
+    return made
+
+
+def named_in(value: Any) -> Iterator[Param]:
+    """The named scalars in a scalar, or in several."""
+    if isinstance(value, Param):
+        yield value
+    for one in value.entries if isinstance(value, Varied) else value if isinstance(value, tuple) else ():
+        yield from named_in(one)
 
 
 def number(value: Any, operation: str) -> float:
@@ -63,6 +156,6 @@ def number(value: Any, operation: str) -> float:
 
 def text_of(value: Scalar) -> str:
     """Recipe text of a number: the shortest that reads back as the same float."""
-    if isinstance(value, Param):
+    if isinstance(value, (Param, Varied)):
         return repr(value)
     return repr(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class Applied(OfWeights):
         note = f"{self.lora.name}: protection leaves out {len(kept)} of its {len(self.lora.updates)} tensors"
         return [note] * bool(kept) + super().protection_notes()
 
-    def _scalars(self) -> Iterator[Scalar]:
+    def _scalars(self) -> Iterator[Any]:
         yield self.strength
         yield from self.weights._scalars()
 

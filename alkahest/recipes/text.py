@@ -149,7 +149,7 @@ class _Reader:
 
     def read(self, node: ast.expr) -> Any:
         match node:
-            case ast.Constant(value=value) if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            case ast.Constant(value=value) if isinstance(value, (int, float, str)):
                 return value
             case ast.Name():
                 return self._name(node)

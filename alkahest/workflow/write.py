@@ -18,7 +18,7 @@ from alkahest.algebra.expression import Expression
 from alkahest.algebra.leaves import Leaf
 from alkahest.algebra.mixtures import Mixture
 from alkahest.algebra.weights import Protected, Sum, Weights
-from alkahest.engine.scalars import Param, Scalar, text_of
+from alkahest.engine.scalars import Param, Scalar, Varied, text_of
 from alkahest.errors import AlgebraError, OutputError, refuse_unknown_options, unknown
 from alkahest.files.paths import expanded
 from alkahest.files.whole import write_text
@@ -110,7 +110,7 @@ class _Writing:
     def mixture(self, one: Mixture) -> list[Any]:
         self.notes.append(PADS)
         first, protect = self.weights(one.operands[0]), ", ".join(dict.fromkeys(one.protection))
-        shares = [_value(share) for share in one.shares]
+        shares = [_value(share) for share in (one.first_share, *one.shares)][1:]
         if one.is_lerp and not protect and 0.0 <= shares[0] <= 1.0:
             return self.node(
                 "ModelMergeSimple", model1=first, model2=self.weights(one.operands[1]), ratio=rest_of(shares[0])
@@ -234,6 +234,9 @@ def _parts(factors: list[tuple[str, float]]) -> str:
 
 
 def _value(scalar: Scalar) -> float:
+    if isinstance(scalar, Varied):
+        fix = "name the blocks: (variant - base).scaled({'layers.0': 0.1, 'layers.1': 0.2, ...})"
+        raise AlgebraError("workflow", "no ComfyUI node says a number that varies so", found=repr(scalar), fix=fix)
     return scalar.value if isinstance(scalar, Param) else scalar
 
 

@@ -129,7 +129,7 @@ def test_the_next_method_is_one_decorated_function(models: list[ak.Checkpoint], 
         return delta.clamp(-most, most)
 
     said = str(inspect.signature(ak.dare)).replace("'", "")
-    assert said == "(delta: Delta, *, drop: SupportsFloat | Param = 0.9, seed: SupportsFloat | Param = 0) -> Delta"
+    assert said == "(delta: Delta, *, drop: Share = 0.9, seed: int = 0) -> Delta"
     assert "(deltas: Sequence[Delta]," in str(inspect.signature(ak.ties)).replace("'", "")
     assert "Drop entries at random" in (ak.dare.__doc__ or "")
     a, v, b = models

@@ -197,6 +197,15 @@ class Family:
                     return int(number), rest
         return None, key
 
+    def place_in_main(self, key: str, blocks: int) -> float:
+        """Where in the main stack a tensor is, 0 for the first block to 1 for the last; 0 before it, 1 after it."""
+        if key.startswith(f"{self.main}."):
+            number, _ = self.block_of(key)
+            return (number or 0) / (blocks - 1) if blocks > 1 else 0.0
+        names = [part.name for part in self.parts]
+        part = self._part(key)
+        return float(part is not None and names.index(part.name) > names.index(self.main_part))
+
     def in_model_order(self, keys: Iterable[str]) -> list[str]:
         """Names sorted as the data flow, blocks by their numbers."""
         heads = [head for part in self.parts for head in part.heads]
