@@ -76,8 +76,8 @@ def merge(
         Path | None,
         typer.Option(
             help=(
-                "Run the recipe in this file: a merged checkpoint, recipe JSON or text, or a ComfyUI workflow "
-                "(JSON, a picture, or a checkpoint that ComfyUI saved)."
+                "Run the recipe in this file: a merged checkpoint, recipe JSON or text, mergekit's YAML, or a ComfyUI "
+                "workflow (JSON, a picture, or a checkpoint that ComfyUI saved)."
             )
         ),
     ] = None,
@@ -140,7 +140,10 @@ def merge(
 @app.command(rich_help_panel=WORKFLOWS, epilog=example("alkahest recipe merged.safetensors"))
 def recipe(
     file: Annotated[
-        Path, typer.Argument(help="A merged checkpoint, recipe JSON or text, or anything that ComfyUI saved.")
+        Path,
+        typer.Argument(
+            help="A merged checkpoint, recipe JSON or text, mergekit's YAML, or anything that ComfyUI saved."
+        ),
     ],
     models_dir: ModelsDir = None,
     node: NodeId = None,
@@ -199,9 +202,12 @@ def workflow(
 
 def _json(found: Any) -> str:
     """A recipe as JSON; a workflow's, whose files nobody looked up, says what they are called."""
+    from alkahest.recipes.mergekit.read import MergekitRecipe
     from alkahest.workflow.translate import WorkflowRecipe
 
     text = str(found.to_json())
+    if isinstance(found, MergekitRecipe):
+        return json.dumps({**json.loads(text), "files": found.files, "notes": found.notes}, ensure_ascii=False)
     if not isinstance(found, WorkflowRecipe):
         return text
     said = {
@@ -215,6 +221,7 @@ def _json(found: Any) -> str:
 
 
 def _print_recipe(found: Any, several: bool) -> None:
+    from alkahest.recipes.mergekit.read import MergekitRecipe
     from alkahest.workflow.translate import WorkflowRecipe
 
     if several and isinstance(found, WorkflowRecipe):
@@ -226,6 +233,10 @@ def _print_recipe(found: Any, several: bool) -> None:
             print(f"#   in ComfyUI's order, bit for bit: {found.text}")
         for name, file in found.files.items():
             print(f"#   {name}: {file}, loaded by {file.node}")
+    if isinstance(found, MergekitRecipe):
+        for name, path in found.files.items():
+            print(f"#   {name}: {path}")
+    if isinstance(found, (WorkflowRecipe, MergekitRecipe)):
         for note in found.notes:
             print(f"#   note: {note}")
     for name, files in found.inputs.items():
@@ -270,6 +281,7 @@ def _expression(
     from alkahest.engine.options import Options
     from alkahest.engine.record import Recipe
     from alkahest.recipes.inputs import build
+    from alkahest.recipes.mergekit.read import MergekitRecipe
     from alkahest.workflow.translate import WorkflowRecipe
 
     if (expression is None) == (recipe is None):
@@ -281,6 +293,10 @@ def _expression(
                 "merge", "--models-dir is for a ComfyUI workflow", file=recipe, fix="give its inputs by name"
             )
         given = {**found.locate(models_dir), **given}
+    if isinstance(found, MergekitRecipe):
+        given = {**found.locate(), **given}
+    for note in found.notes if isinstance(found, (MergekitRecipe, WorkflowRecipe)) else ():
+        print(f"note: {note}", file=sys.stderr)
     known = [*(field.name for field in dataclasses.fields(Options)), "output", "recipe", "json", "quiet"]
     given = {name: 1.0 if value == "auto" else value for name, value in given.items()}
     return found, build(found, given, recipe.resolve().parent if recipe else None, known)

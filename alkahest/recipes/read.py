@@ -10,6 +10,7 @@ from alkahest.errors import RecipeError, refuse_unknown_options
 from alkahest.files.locate import locate
 from alkahest.files.paths import expanded
 from alkahest.files.reader import Reader
+from alkahest.recipes.mergekit.read import is_mergekit, read_mergekit
 from alkahest.recipes.text import names_in
 from alkahest.sources.lora_names import is_lora
 from alkahest.workflow.graph import json_in, read_graph
@@ -26,8 +27,8 @@ def read_recipe(
     >>> what, recipe = ak.read_recipe("merged.safetensors"); recipe.text
     "bridge.protect('refiner') + 171.1 * (variant - base)"
 
-    Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, and ComfyUI workflows: as JSON, in a
-    picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
+    Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, mergekit's YAML, and ComfyUI workflows: as
+    JSON, in a picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
     that saves the model; `ak.read_workflow` gives them all, and says what ``passing`` is. What was trained has no
     recipe ``text``; ``made`` says what it was made of. Raises RecipeError if there is neither.
     """
@@ -75,5 +76,7 @@ def recipes_in(
         text = reader.read(0, reader.size).decode()
     except UnicodeDecodeError:
         raise RecipeError("recipe", "this is neither a checkpoint nor text", file=path) from None
+    if is_mergekit(text):
+        return "a mergekit config", [read_mergekit(text, path)]
     names_in(text)
     return "recipe text", [Recipe(text.strip())]

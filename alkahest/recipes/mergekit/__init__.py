@@ -1,0 +1,1 @@
+"""mergekit's YAML, as recipes: the methods that both have."""
