@@ -1,42 +1,79 @@
-"""What is written for those who come next names files that are there."""
+"""What the pages of docs say one can type, typed."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-import alkahest
+import alkahest as ak
+from alkahest.algebra.expression import Expression
+from alkahest.cli import app
+from alkahest.recipes.text import parse
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "alkahest"
-TEXTS = ["docs/architecture.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_every_path_is_there(text: str) -> None:
-    said = re.sub(r"^    .*$", "", (ROOT / text).read_text(), flags=re.M)
-    paths = re.findall(r"`((?:alkahest|tests|docs|notebooks|experiments)/[\w/.-]*)`", said)
-    paths += [str((ROOT / text).parent.relative_to(ROOT) / one) for one in re.findall(r"\]\(([\w/.-]+)\)", said)]
-    assert not [path for path in paths if "NN" not in path and not (ROOT / path).exists()]
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+_CALL = re.compile(r"\w+\(\[?\w+|\w+ \+ ")
 
 
-def test_the_architecture_s_modules_and_folders_are_there() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    listed = set(re.findall(r"^\| (.*?) \|", text, flags=re.M))
-    named = {name.rstrip("/") for cell in listed for name in re.findall(r"`([\w/]+)`", cell)}
-    assert folders <= named
-    assert not {name for name in named if not (PACKAGE / name).exists() and not (PACKAGE / f"{name}.py").exists()}
-    for module in re.findall(r"`([a-z]+/[a-z_]+(?:/[a-z_]+)?)(?:\.py|\.[A-Za-z_.]+)?`", text):
-        if not module.startswith("tests/"):
-            assert (PACKAGE / f"{module}.py").exists() or (PACKAGE / module).is_dir(), module
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("alkahest ")]
 
 
-def test_it_is_short() -> None:
-    assert len((ROOT / "docs" / "architecture.md").read_text().splitlines()) <= 60
+def expressions(page: str) -> list[str]:
+    """Code in the column ``here`` of tables that is an expression over models."""
+    found, column = [], None
+    for line in (DOCS / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
+        if "here" in cells:
+            column = cells.index("here")
+        elif cells and column is not None and column < len(cells):
+            spans = re.findall(r"`([^`]+)`", cells[column])
+            found += [span for span in spans if _CALL.match(span) or span.startswith("bridge.")]
+        elif not cells:
+            column = None
+    return [one for one in found if not one.startswith(("ak.", "alkahest", "merged.", "panels.", "weights "))]
 
 
-def test_the_version_has_its_place_in_the_changelog() -> None:
-    assert f"## {alkahest.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+@pytest.fixture(scope="module")
+def names() -> dict[str, Expression]:
+    files = {
+        "a": "base-variant",
+        "b": "base-weak",
+        "c": "tb0",
+        "base": "base",
+        "bridge": "tb1",
+        "variant": "base-variant",
+    }
+    found: dict[str, Expression] = {name: ak.open(f"mini:{mini}", name=name) for name, mini in files.items()}
+    return {**found, "lora": found["a"] - found["base"]}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_expressions_in_tables_mean_something(page: str, names: dict[str, Expression]) -> None:
+    for text in expressions(page):
+        assert isinstance(parse(text, names), Expression), text
+
+
+def test_the_tables_are_read() -> None:
+    found = expressions("coming-from.md")
+    assert len(found) > 34
+    assert 'lerp(a, b, {"*": 0.1, "*attention*": 0.7})' in found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in commands(page):
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, (line, done.output)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_files_live(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", (DOCS / page).read_text()):
+        assert (DOCS / target).exists(), target
