@@ -20,10 +20,7 @@ from alkahest.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from alkahest import mini as mini
-    from alkahest.algebra.delta_methods import breadcrumbs as breadcrumbs
     from alkahest.algebra.delta_methods import common as common
-    from alkahest.algebra.delta_methods import dare as dare
-    from alkahest.algebra.delta_methods import della as della
     from alkahest.algebra.delta_methods import model_stock as model_stock
     from alkahest.algebra.delta_methods import nuslerp as nuslerp
     from alkahest.algebra.delta_methods import sce as sce
@@ -37,6 +34,9 @@ if TYPE_CHECKING:
     from alkahest.algebra.model_methods import karcher as karcher
     from alkahest.algebra.model_methods import slerp as slerp
     from alkahest.algebra.model_methods import train_difference as train_difference
+    from alkahest.algebra.sparse_methods import breadcrumbs as breadcrumbs
+    from alkahest.algebra.sparse_methods import dare as dare
+    from alkahest.algebra.sparse_methods import della as della
     from alkahest.algebra.weights import Weights as Weights
     from alkahest.engine.scalars import param as param
     from alkahest.errors import AlkahestError as AlkahestError
@@ -97,7 +97,7 @@ _PUBLIC = {
     "absorbed": "measure.rounding",
     "alignment": "pictures.alignments",
     "apply_lora": "lora.apply",
-    "breadcrumbs": "algebra.delta_methods",
+    "breadcrumbs": "algebra.sparse_methods",
     "cached": "files.cache",
     "clear_cache": "files.cache",
     "common": "algebra.delta_methods",
@@ -105,8 +105,8 @@ _PUBLIC = {
     "comparison_matrix": "measure.pairs",
     "convert_lora": "lora.write",
     "cosine_add": "algebra.model_methods",
-    "dare": "algebra.delta_methods",
-    "della": "algebra.delta_methods",
+    "dare": "algebra.sparse_methods",
+    "della": "algebra.sparse_methods",
     "delta_spectra": "measure.spectrum",
     "delta_table": "measure.table",
     "effect": "pictures.effects",

@@ -1,4 +1,4 @@
-"""Merge methods over deltas: what to keep of each, and what they agree on."""
+"""Merge methods over several deltas: what they agree on, and what they share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.methods import PerOperand, dot, method, require_within
 from alkahest.algebra.model_methods import along_arc
-from alkahest.errors import AlgebraError, refuse_unknown_options
+from alkahest.errors import refuse_unknown_options
 
 Tensor = torch.Tensor
 
@@ -20,9 +20,44 @@ def ties(
     weights: PerOperand = (1.0,),
     normalise: bool = True,
 ) -> Tensor:
-    """Trim each delta to its ``density`` largest entries, elect a sign per entry, average what agrees.
+    """Trim each delta to its largest entries, elect a sign per entry, average what agrees.
 
-    Yadav et al. 2023, arXiv:2306.01708, algorithm 1. Tensors are trimmed one by one (q, k and v apart).
+    Yadav et al. 2023, arXiv:2306.01708, algorithm 1, tensor by tensor (q, k and v apart). Signs are elected by the sum
+    of what is left; an entry whose sum is 0 is 0.
+
+    Parameters
+    ----------
+    deltas : list of Delta
+        Differences of models with the same tensors.
+    density : float or one for each delta, 0.2
+        Share of a tensor's entries that stay, 0 to 1; entries as large as the last of them stay too. Every number may be
+        a list along the blocks or a mapping from patterns, as in `lerp`.
+    weights : float or one for each delta, 1
+        What each delta is multiplied by before signs are elected. The average is over the weights that agree, so one
+        number for all changes nothing.
+    normalise : bool, True
+        False adds up what agrees instead of averaging it.
+
+    Returns
+    -------
+    Delta
+
+    Raises
+    ------
+    AlgebraError
+        If something else than deltas is given, a list has another length than ``deltas``, or a density is out of range.
+
+    Notes
+    -----
+    ``ties([0.7 * a, 0.3 * b])`` divides by the count of deltas that agree, ``ties([a, b], weights=[0.7, 0.3])`` by their
+    weights, as mergekit's ``ties`` does. mergekit keeps ``int(density * n)`` entries where here it is rounded. sd-mecha
+    counts signs unless it is given ``vote_sgn=True``.
+
+    Examples
+    --------
+    >>> merged = base + ak.ties([variant - base, other - base], density=0.3, weights=[0.7, 0.3])
+    >>> by_depth = ak.ties([variant - base, other - base], density=[0.2, {"*": 0.5, "layers": [0.1, 0.9]}])
+    >>> summed = base + 0.8 * ak.ties([variant - base, other - base], normalise=False)
     """
     for share in density:
         require_within("ties", "density", share, 0, 1, closed=max(density) > 0)
@@ -37,64 +72,39 @@ def ties(
     return total / torch.where(divisor == 0, 1, divisor)
 
 
-@method(elementwise=True)
-def dare(delta: Tensor, *, drop: float = 0.9, uniform: Tensor) -> Tensor:
-    """Drop entries at random with probability ``drop`` and divide the rest by ``1 - drop``.
-
-    Yu et al. 2023, arXiv:2311.03099, section 3.2. Give each delta of a merge a ``seed`` of its own.
-    """
-    if not 0 <= drop < 1:
-        raise AlgebraError("dare", "drop is out of range", expected="0 <= drop < 1", found=drop)
-    return torch.where(uniform.to(delta.device) < drop, 0, delta / (1 - drop))
-
-
-@method()
-def della(delta: Tensor, *, drop: float = 0.7, window: float = 0.2, uniform: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Drop entries at random, small ones of a row rather than large ones, and divide the rest by their odds.
-
-    MAGPRUNE of Deep et al. 2024, arXiv:2406.11617, section 3: in each row the probability of being dropped falls
-    from ``drop + window/2`` for the smallest entry to ``drop - window/2`` for the largest, evenly by rank. The
-    paper's two further steps are `ties` with a density of 1: ``ak.ties([ak.della(a, seed=1), ak.della(b, seed=2)],
-    density=1)``.
-    """
-    if not (window >= 0 and drop - window / 2 >= 0 and drop + window / 2 < 1):
-        raise AlgebraError(
-            "della",
-            "drop and window are out of range",
-            expected="0 <= drop - window/2 and drop + window/2 < 1",
-            found=f"drop={drop}, window={window}",
-        )
-    rows = delta.view(shape) if len(shape) > 1 else delta.view(1, -1)
-    rank = rows.abs().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 is the largest
-    dropped = drop - window / 2 + window * rank / max(rows.shape[-1] - 1, 1)
-    kept = uniform.to(delta.device).view(rows.shape) >= dropped
-    return torch.where(kept, rows / (1 - dropped), 0).view(-1)
-
-
-@method()
-def breadcrumbs(delta: Tensor, *, smallest: float = 0.85, largest: float = 0.01) -> Tensor:
-    """Leave out the ``largest`` share of a tensor's entries, which are outliers, and the ``smallest``, which are noise.
-
-    Davari and Belilovsky 2023, arXiv:2312.06795, section 3. Entries as large as the ones at the two limits stay.
-    """
-    for name, value in (("smallest", smallest), ("largest", largest)):
-        require_within("breadcrumbs", name, value, 0, 1, closed=True)
-    size, count = delta.abs(), delta.numel()
-    below, above = round(smallest * count), round(largest * count)
-    if below + above >= count:
-        return torch.zeros_like(delta)
-    low = torch.kthvalue(size, below + 1).values
-    high = torch.kthvalue(size, count - above).values
-    return torch.where((size >= low) & (size <= high), delta, 0)
-
-
 @method()
 def sce(deltas: list[Tensor], *, top: float = 1.0, normalise: bool = False) -> Tensor:
     """Keep the entries on which deltas vary most, weigh each by its energy there, and leave out minority signs.
 
     Wan et al. 2024, FuseChat, arXiv:2408.07990, section 3.3: select the ``top`` share by variance over the deltas,
-    calculate each one's weight as its share of the squares, erase what goes against the sign of the sum. The
-    weighted rest is added up; ``normalise=True`` divides by the weights that are left of each entry, as mergekit does.
+    calculate each one's weight as its share of the squares, erase what goes against the sign of the sum.
+
+    Parameters
+    ----------
+    deltas : list of Delta
+        Differences of models with the same tensors.
+    top : float, 1
+        Share of a tensor's entries that stay, more than 0 and at most 1.
+    normalise : bool, False
+        Divide by the weights that are left of each entry, as mergekit does, instead of adding the weighted rest up.
+
+    Returns
+    -------
+    Delta
+
+    Raises
+    ------
+    AlgebraError
+        If something else than deltas is given, or ``top`` is out of range.
+
+    Notes
+    -----
+    mergekit's ``sce`` gives all deltas equal weights where their mean squares add up to less than 1e-6, as those of
+    differences of 1e-4 do; here weights are shares at any size.
+
+    Examples
+    --------
+    >>> merged = base + ak.sce([variant - base, other - base], top=0.5, normalise=True)
     """
     require_within("sce", "top", top, 0, 1)
     stacked = torch.stack(deltas)
@@ -114,6 +124,29 @@ def model_stock(deltas: list[Tensor]) -> Tensor:
 
     Jang et al. 2024, arXiv:2403.19522, equation 7: ``t = N cos / (1 + (N - 1) cos)``, with the mean cosine between two
     deltas of N, tensor by tensor. Where they oppose each other t is 0.
+
+    Parameters
+    ----------
+    deltas : list of Delta
+        Differences of models with the same tensors. Of one alone t is 1.
+
+    Returns
+    -------
+    Delta
+
+    Raises
+    ------
+    AlgebraError
+        If something else than deltas is given.
+
+    Notes
+    -----
+    mergekit's ``model_stock`` lets t be negative where the mean cosine is; sd-mecha's takes the cosine of each row, of
+    neighbours in the list.
+
+    Examples
+    --------
+    >>> merged = base + ak.model_stock([variant - base, other - base])
     """
     count = len(deltas)
     lengths = [dot(delta, delta) ** 0.5 for delta in deltas]
@@ -130,8 +163,35 @@ def model_stock(deltas: list[Tensor]) -> Tensor:
 def nuslerp(a: Tensor, b: Tensor, *, t: float = 0.5, rows: bool = False, shape: tuple[int, ...]) -> Tensor:
     """Go from one delta to another along the arc between them: the whole tensor as one vector, or row by row.
 
-    mergekit's NuSLERP with a base model. ``rows=True`` takes each row's own angle; nearly parallel ones are mixed
-    linearly.
+    mergekit's NuSLERP with a base model; its ``weight`` of the two, w1 and w2, is ``t = w2 / (w1 + w2)``.
+
+    Parameters
+    ----------
+    a, b : Delta
+        Where to start and where to go.
+    t : float, 0.5
+        How far, 0 at ``a`` and 1 at ``b``.
+    rows : bool, False
+        Take each row's own angle (``nuslerp_flatten: false``).
+
+    Returns
+    -------
+    Delta
+
+    Raises
+    ------
+    AlgebraError
+        If something else than deltas is given.
+
+    Notes
+    -----
+    Tensors that point nearly the same way (a cosine above 0.9995) are mixed linearly, where mergekit stays on the arc;
+    the difference is 1e-4 of them at most.
+
+    Examples
+    --------
+    >>> merged = base + ak.nuslerp(variant - base, other - base, t=0.3, rows=True)
+    >>> deeper_more = base + ak.nuslerp(variant - base, other - base, t=[0, 1])
     """
     if not rows or len(shape) < 2:
         return along_arc(a, b, t)
@@ -147,10 +207,29 @@ def nuslerp(a: Tensor, b: Tensor, *, t: float = 0.5, rows: bool = False, shape: 
 def common(a: Tensor, b: Tensor) -> Tensor:
     """What two deltas share: where their signs agree the smaller of the two entries, elsewhere nothing.
 
-    >>> shared = ak.common(variant - base, other - base)
-
     For sets of signed amounts this is the intersection, as ``--variant2`` of the article's tool means it: its script
     was not published, so the formula is ours. ``common(a, b) + union(a, b)`` is ``a + b``.
+
+    Parameters
+    ----------
+    a, b : Delta
+        Differences of models with the same tensors.
+
+    Returns
+    -------
+    Delta
+
+    Raises
+    ------
+    AlgebraError
+        If something else than deltas is given.
+    MismatchError
+        If the two do not fit.
+
+    Examples
+    --------
+    >>> shared = ak.common(variant - base, other - base)
+    >>> only_the_variants = (variant - base) - shared
     """
     return torch.where(torch.sign(a) == torch.sign(b), torch.where(a.abs() <= b.abs(), a, b), 0)
 
@@ -159,10 +238,27 @@ def common(a: Tensor, b: Tensor) -> Tensor:
 def union(a: Delta, b: Delta) -> Delta:
     """What either of two deltas holds, what they share counted once: ``a + b - common(a, b)``.
 
-    >>> either = ak.union(variant - base, other - base)
+    Where signs agree that is the larger of the two entries, where they do not their sum.
 
-    Where signs agree that is the larger of the two entries, where they do not their sum. Raises MismatchError if the
-    two do not fit.
+    Parameters
+    ----------
+    a, b : Delta
+        Differences of models with the same tensors.
+
+    Returns
+    -------
+    Delta
+
+    Raises
+    ------
+    AlgebraError
+        If something else than deltas is given.
+    MismatchError
+        If the two do not fit.
+
+    Examples
+    --------
+    >>> either = ak.union(variant - base, other - base)
     """
     either: Delta = a + b - common(a, b)
     return either

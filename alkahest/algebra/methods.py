@@ -9,8 +9,8 @@ tensors; one that is annotated `PerOperand` receives a number for each operand. 
 ``uniform: Tensor`` receives seeded random numbers in (0, 1), one per element, and gives the method
 a ``seed`` setting; a parameter ``shape`` receives the tensor's shape.
 Operands are flat float32 tensors; ones that are zero for a tensor (protected or left out by
-``only``) are not in the list. Those that ship are in `alkahest.algebra.delta_methods` and
-`alkahest.algebra.model_methods`.
+``only``) are not in the list. Those that ship are in `alkahest.algebra.delta_methods`,
+`alkahest.algebra.sparse_methods` and `alkahest.algebra.model_methods`.
 """
 
 from __future__ import annotations

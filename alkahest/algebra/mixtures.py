@@ -83,20 +83,65 @@ class Mixture(OfModels):
 
 
 def lerp(a: Weights, b: Weights, t: Share) -> Weights:
-    """``a + t * (b - a)``: a at 0, b at 1.
+    """Mix two models: ``a + t * (b - a)``.
 
-    >>> ak.lerp(merged, bridge + 8 * turbo, 0.5)
+    Parameters
+    ----------
+    a, b : Weights
+        Complete models; ``a`` leads: its storage, its pad tokens under ``comfy_compatible``, its protection.
+    t : float, Param, list or mapping
+        Share of ``b``, 0 to 1 or beyond. A list goes along the blocks of the main stack, evenly spread and linear in
+        between, its first value before the stack and its last after it. A mapping gives patterns a number or a list; the
+        last pattern that selects a tensor counts, and every tensor must be selected by one.
 
-    The first operand leads: its storage, its pad tokens under ``comfy_compatible``, its protection.
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    AlgebraError
+        If a delta is given, what ``b`` protects ``a`` does not, a number is not finite, or a tensor is left without one.
+    UnknownNameError
+        If a pattern selects nothing.
+    MismatchError
+        If the two have different tensors.
+
+    Examples
+    --------
+    >>> merged = ak.lerp(base, variant, 0.5)
+    >>> deeper_more = ak.lerp(base, variant, [0, 0.5, 1])
+    >>> by_part = ak.lerp(base, variant, {"*": 0.5, "refiner": 0, "layers": [0, 1], "attention": 0.7})
     """
     _require_weights("lerp", a, b)
     return Mixture((a, b), (varied(t, "lerp", a.shapes, a.family),), True)
 
 
 def weighted_sum(models: Sequence[Weights], shares: Sequence[Share], *, normalise: bool = False) -> Weights:
-    """A weighted average of models; the shares add up to 1. The first model leads, as in `lerp`.
+    """A weighted average of models.
 
-    >>> ak.weighted_sum([a, b, c], [0.5, 0.3, 0.2])
+    Parameters
+    ----------
+    models : list of Weights
+        Complete models; the first leads, as in `lerp`.
+    shares : list of float, list or mapping
+        One for each model; each may vary over the tensors as in `lerp`. They add up to 1 at every tensor.
+    normalise : bool, False
+        Divide the shares by their sum instead of refusing those that do not add up to 1.
+
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    AlgebraError
+        If shares do not add up to 1 (to 0, with ``normalise``), or are named scalars, which could be moved one by one.
+
+    Examples
+    --------
+    >>> merged = ak.weighted_sum([base, variant, other], [0.5, 0.3, 0.2])
+    >>> divided = ak.weighted_sum([base, variant], [3, {"*": 1, "layers.0-1": 0}], normalise=True)
     """
     if isinstance(models, Expression):
         raise AlgebraError("weighted_sum", "the models go in a list", fix="ak.weighted_sum([a, b], [0.7, 0.3])")

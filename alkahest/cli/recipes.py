@@ -294,7 +294,7 @@ def _expression(
             )
         given = {**found.locate(models_dir), **given}
     if isinstance(found, MergekitRecipe):
-        given = {**found.locate(), **given}
+        given = {**found.locate(given), **given}
     for note in found.notes if isinstance(found, (MergekitRecipe, WorkflowRecipe)) else ():
         print(f"note: {note}", file=sys.stderr)
     known = [*(field.name for field in dataclasses.fields(Options)), "output", "recipe", "json", "quiet"]

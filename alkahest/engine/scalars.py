@@ -87,7 +87,29 @@ class Rules:
 
 
 def param(name: str, default: SupportsFloat) -> Param:
-    """A named scalar: ``ak.param("k", 1.0) * delta`` can be moved later by ``bind(k=171.1)``."""
+    """A named scalar: ``ak.param("k", 1.0) * delta`` can be moved later by ``bind(k=171.1)``.
+
+    Parameters
+    ----------
+    name : str
+        An identifier; recipes, sweeps and sliders know the scalar by it.
+    default : float
+
+    Returns
+    -------
+    Param
+
+    Raises
+    ------
+    AlgebraError
+        If the name is none, or the default is no finite number.
+
+    Examples
+    --------
+    >>> merged = bridge.protect("refiner") + ak.param("k", 1.0) * (variant - base)
+    >>> merged.bind(k=171.1).text()
+    "bridge.protect('refiner') + param('k', 171.1) * (variant - base)"
+    """
     return Param(name, number(default, "param"))
 
 

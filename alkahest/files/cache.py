@@ -62,9 +62,16 @@ def cache_folder() -> Path:
 
 @refuse_unknown_options
 def cached() -> pandas.DataFrame:
-    """What the cache folder holds: a DataFrame with kind, file, bytes and time of each entry, newest first.
+    """What the cache folder holds, newest first.
 
-    >>> ak.cached().groupby("kind")["bytes"].agg(["count", "sum"])
+    Returns
+    -------
+    pandas.DataFrame
+        Kind, file, bytes and time of each entry.
+
+    Examples
+    --------
+    >>> sizes = ak.cached().groupby("kind")["bytes"].agg(["count", "sum"])
     """
     import pandas as pd
 
@@ -81,11 +88,28 @@ def cached() -> pandas.DataFrame:
 
 @refuse_unknown_options
 def clear_cache(kind: str | None = None) -> int:
-    """Delete what the cache folder holds, or one kind of it; returns how many bytes that were.
+    """Delete what the cache folder holds, or one kind of it.
 
-    >>> ak.clear_cache("tables")
+    Touches nothing but the folders named after `alkahest.files.cache.KINDS`.
 
-    Touches nothing but the folders named after `alkahest.files.cache.KINDS`. UnknownNameError for any other kind.
+    Parameters
+    ----------
+    kind : str, optional
+        By default all.
+
+    Returns
+    -------
+    int
+        How many bytes that were.
+
+    Raises
+    ------
+    UnknownNameError
+        For any other kind.
+
+    Examples
+    --------
+    >>> freed = ak.clear_cache("tables")
     """
     if kind is not None and kind not in KINDS:
         raise unknown("clear_cache", "no such kind", kind, KINDS)

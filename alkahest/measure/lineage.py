@@ -81,15 +81,36 @@ def refiner_check(
 ) -> RefinerCheck:
     """Say whether a variant's refiner stayed close enough to its base's for the variant to be imported.
 
-    >>> ak.refiner_check(variant, base)
-    importable
-      refiner moved by 0.00 % of its norm, layers by 8.35 %
-      ...
+    An import keeps the bridge's refiner, and the refiner gives the numbers in the layers their meaning (the article):
+    what a variant learned together with a refiner of its own is lost. Up to 2 % of the refiner's norm is importable, past
+    10 % is not.
 
-    An import keeps the bridge's refiner, and the refiner gives the numbers in the layers their meaning (the
-    article): what a variant learned together with a refiner of its own is lost. Up to 2 % of the refiner's
-    norm is importable, past 10 % is not. With ``bridge``, also how far its refiner is from the base's.
-    Raises MismatchError if tensors do not fit.
+    Parameters
+    ----------
+    variant, base : Weights
+        What is to be imported, and what it was trained from.
+    bridge : Weights, optional
+        What it is to be added to; then it says too how far its refiner is from the base's.
+    device : str, "cpu"
+        What works on it.
+    threads : int, optional
+        How many, by default all cores.
+
+    Returns
+    -------
+    RefinerCheck
+        A verdict with its numbers, which prints itself.
+
+    Raises
+    ------
+    MismatchError
+        If tensors do not fit.
+
+    Examples
+    --------
+    >>> check = ak.refiner_check(variant, base)
+    >>> check.verdict
+    'importable'
     """
     check: RefinerCheck = result_of(
         stream_refiner_check(variant, base, bridge, device=device, threads=threads), "refiner_check"

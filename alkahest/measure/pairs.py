@@ -52,15 +52,42 @@ KIND = Kind("compare", 1, COMPARISON, words=("first", "second"), packages=("torc
 def compare(
     deltas: Mapping[str, Delta], rank: int = 16, seed: int = 0, *, device: str = "cpu", threads: int | None = None
 ) -> pandas.DataFrame:
-    """Compare deltas two by two: a DataFrame with a row for each tensor and pair. `COMPARISON` says what its columns
-    are.
+    """Compare deltas two by two: a DataFrame with a row for each tensor and pair.
 
-    >>> pairs = ak.compare({"anime": anime - turbo, "photo": photo - base})
-    >>> ak.comparison_matrix(pairs, "cosine")
+    Parameters
+    ----------
+    deltas : mapping of str to Delta
+        At least two, by the names that the table gives them.
+    rank : int, 16
+        How many singular directions of each delta are compared; tensors that are no matrices have norms, cosine and signs
+        only.
+    seed : int, 0
+        Of the randomised decomposition.
+    device : str, "cpu"
+        What works on it.
+    threads : int, optional
+        How many, by default all cores.
 
-    ``rank`` is how many singular directions of each delta are compared; tensors that are no matrices have
-    norms, cosine and signs only. Needs every delta of one tensor in memory, 160 MB each. Raises
-    MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
+    Returns
+    -------
+    pandas.DataFrame
+        `COMPARISON` of `alkahest.measure.pairs` says what its columns are.
+
+    Raises
+    ------
+    MismatchError
+        If tensors do not fit.
+    NonFiniteError
+        For NaN and infinity.
+
+    Notes
+    -----
+    Every delta of one tensor is in memory at once, 160 MB each in the 6-billion model.
+
+    Examples
+    --------
+    >>> pairs = ak.compare({"variant": variant - base, "other": other - base})
+    >>> cosines = ak.comparison_matrix(pairs, "cosine")
     """
     table: pandas.DataFrame = result_of(stream_compare(deltas, rank, seed, device=device, threads=threads), "compare")
     return table
@@ -101,7 +128,26 @@ def _tasks(deltas: Mapping[str, Delta], rank: int, seed: int) -> list[_Task]:
 def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pandas.DataFrame:
     """One number for every two deltas of a comparison, as a square table: all tensors together.
 
-    Cosines are those of whole deltas; the others are means over tensors, weighted by the norms of both.
+    Parameters
+    ----------
+    pairs : pandas.DataFrame
+        Of `compare`.
+    statistic : str, "cosine"
+        A column of it. Cosines are those of whole deltas; the others are means over tensors, weighted by the norms of
+        both.
+
+    Returns
+    -------
+    pandas.DataFrame
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such column.
+
+    Examples
+    --------
+    >>> fights = ak.comparison_matrix(ak.compare({"v": variant - base, "o": other - base}), "interference")
     """
     import pandas as pd
 

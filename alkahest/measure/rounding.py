@@ -15,12 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alkahest.errors import refuse_unknown_options
+from alkahest.engine.scalars import number
+from alkahest.errors import AlgebraError, refuse_unknown_options
 from alkahest.model.dtypes import Format
 
 if TYPE_CHECKING:
     import pandas
 
+_NOISE = ("changed", "delta_norm", "elements", "step", "base_step")
 Counts = npt.NDArray[np.int64]
 Energies = npt.NDArray[np.float64]
 # Lower edges of the bins, four to an octave: 2^-16 to 2^16 units in w's last place; the outer ones take the rest.
@@ -28,6 +30,14 @@ ULPS = np.array([2.0**octave * (1 + quarter / 4) for octave in range(-16, 16) fo
 _UPPER = np.append(ULPS[1:], 2 * ULPS[-1] - ULPS[-2])
 # 32 sizes spread evenly inside each bin.
 _INSIDE = ULPS[:, None] + (_UPPER - ULPS)[:, None] * (np.arange(32) + 0.5) / 32
+
+
+def require_columns(table: Any, operation: str, *columns: str) -> None:
+    """Raise AlgebraError unless a table is one of `delta_table` that still has these columns."""
+    lacking = [name for name in columns if name not in getattr(table, "columns", ())]
+    if lacking:
+        problem = "a table of ak.delta_table is needed, with its columns"
+        raise AlgebraError(operation, problem, expected=", ".join(columns), found=f"none called {lacking[0]!r}")
 
 
 def ulp_counts(delta: Tensor, weights: Tensor, form: Format, scale: float = 1.0) -> tuple[Counts, Energies]:
@@ -94,13 +104,34 @@ def share_below(histogram: npt.NDArray[Any], size: float) -> float:
 def absorbed(table: pandas.DataFrame, k: float = 1.0) -> pandas.DataFrame:
     """What adding ``k`` times a measured delta to its weights changes nothing of: a row for each row of the table.
 
-    >>> ak.absorbed(ak.delta_table(variant - base, on=bridge), k=20).energy.mean()
+    A change below half a unit in the last place is rounded away again where the weights are numbers of their format, as
+    stored ones are. From the histograms of `delta_table`: exact to a few parts in a thousand.
 
-    A change below half a unit in the last place is rounded away again where the weights are numbers of
-    their format, as stored ones are. ``count`` is the share of changed elements that this befalls,
-    ``energy`` the share of the delta's sum of squares that they hold. From the histograms of
-    `delta_table`: exact to a few parts in a thousand. NaN where nothing was changed.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Of `delta_table`, with ``on`` what is added to.
+    k : float, 1
+        The multiplier.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``count``: the share of changed elements that this befalls; ``energy``: the share of the delta's sum of squares
+        that they hold. NaN where nothing was changed.
+
+    Raises
+    ------
+    AlgebraError
+        If ``k`` is no finite number, or the table is another.
+
+    Examples
+    --------
+    >>> table = ak.delta_table(variant - base, on=bridge)
+    >>> lost = ak.absorbed(table, k=20).energy.mean()
     """
+    require_columns(table, "absorbed", "ulps", "ulp_energy")
+    k = number(k, "absorbed")
     limit = 0.5 / abs(k) if k else float("inf")
     found = {
         name: [share_below(histogram, limit) for histogram in table[column]]
@@ -114,17 +145,37 @@ def absorbed(table: pandas.DataFrame, k: float = 1.0) -> pandas.DataFrame:
 def rounding_curve(table: pandas.DataFrame, ks: Sequence[float] | None = None) -> pandas.DataFrame:
     """What rounding does to ``k`` times a measured delta, over many ``k``: a row for each.
 
-    >>> curve = ak.rounding_curve(ak.delta_table(variant - base, on=bridge), ks=[1, 10, 20, 171.1])
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Of `delta_table`, with ``on`` what is added to.
+    ks : list of float, optional
+        Multipliers, by default 81 from 0.1 to 1000, evenly by their logarithm.
 
-    ``size`` is k |d| / |w|. ``absorbed_count`` and ``absorbed_energy`` are as in `absorbed`. What is left, by
-    nearest rounding of the sum: ``nearest_kept``, how much of k d is there along k d itself (1 means no
-    bias), and ``nearest_error``, the norm of what differs over that of k d. Stochastic rounding keeps 1 on
-    average and makes ``stochastic_error``. ``noise_least`` and ``noise_most`` are the variant's own file's
-    noise, multiplied by k, over |w|: see `file_noise`.
+    Returns
+    -------
+    pandas.DataFrame
+        ``size`` is k |d| / |w|; ``absorbed_count`` and ``absorbed_energy`` are as in `absorbed`. Of what is left by
+        nearest rounding of the sum ``nearest_kept`` says how much of k d there is along k d itself (1 means no bias), and
+        ``nearest_error`` the norm of what differs over that of k d. Stochastic rounding keeps 1 on average and makes
+        ``stochastic_error``. ``noise_least`` and ``noise_most`` are the noise of the variant's own file, multiplied by k,
+        over |w|: see `file_noise`.
+
+    Raises
+    ------
+    AlgebraError
+        If a multiplier is no finite number, there are none, or the table is another.
+
+    Examples
+    --------
+    >>> curve = ak.rounding_curve(ak.delta_table(variant - base, on=bridge), ks=[1, 10, 20, 171.1])
     """
     import pandas as pd
 
-    ks = np.geomspace(0.1, 1000.0, 81).tolist() if ks is None else [float(k) for k in ks]
+    ks = np.geomspace(0.1, 1000.0, 81).tolist() if ks is None else [number(k, "rounding_curve") for k in ks]
+    if not ks:
+        raise AlgebraError("rounding_curve", "there are no multipliers", fix="ks=[1, 10, 171.1]")
+    require_columns(table, "rounding_curve", "on_norm", "ulps", "ulp_energy", *_NOISE)
     on, delta = (math.sqrt(table[name].pow(2).sum()) for name in ("on_norm", "delta_norm"))
     counts, energy = (np.sum(list(table[name]), axis=0) for name in ("ulps", "ulp_energy"))
     noise = file_noise(table)
@@ -165,16 +216,33 @@ def rounding_curve(table: pandas.DataFrame, ks: Sequence[float] | None = None) -
 def file_noise(table: pandas.DataFrame) -> pandas.DataFrame:
     """How much of a delta may be rounding of the files it was taken from: shares of its sum of squares, per row.
 
-    >>> ak.file_noise(ak.delta_table(variant - base))[["tensor", "least", "most"]]
+    In files of one dtype, with a change alike all over a tensor, of which a share p shows, the noise is p (1 - p) ulp
+    squared, at most 1/4; a base in a coarser dtype adds its own ulp squared / 12, unless the delta is too small for that
+    to be so. Weights that were trained in their stored dtype have no noise at all. The numbers cannot tell these apart;
+    `delta_spectra` can, for noise has no leading directions.
 
-    ``least`` is the noise if the variant was fine-tuned from the base as stored: every changed element is
-    off by ulp squared / 12 of the variant's file. ``most`` is the noise if the base was rounded from finer
-    weights too. In files of one dtype, with a change alike all over a tensor, of which a share p shows,
-    that is p (1 - p) ulp squared, at most 1/4; a base in a coarser dtype adds its own ulp squared / 12,
-    unless the delta is too small for that to be so. The numbers cannot tell these apart; `delta_spectra`
-    can, for noise has no leading directions. Weights that were trained in their stored dtype have no
-    noise at all. NaN where nothing was changed.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Of `delta_table`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``least``: the noise if the variant was fine-tuned from the base as stored, every changed element being off by
+        ulp squared / 12 of the variant's file. ``most``: if the base was rounded from finer weights too. NaN where
+        nothing was changed.
+
+    Raises
+    ------
+    AlgebraError
+        If the table is another.
+
+    Examples
+    --------
+    >>> noise = ak.file_noise(ak.delta_table(variant - base))[["tensor", "least", "most"]]
     """
+    require_columns(table, "file_noise", *_NOISE)
     share, energy = table.changed, (table.delta_norm**2).where(table.delta_norm > 0)
     least = share * table.elements * table.step**2 / 12 / energy
     alike = table.elements * table.step**2 * (share * (1 - share)).where(share < 0.5, 0.25) / energy

@@ -25,7 +25,7 @@ from alkahest.engine.terms import Minus, Source, Term, Times, sources
 from alkahest.engine.workers import Run, blocks, place_of
 from alkahest.errors import AlgebraError, UnsupportedError, refuse_unknown_options, unknown
 from alkahest.measure.remembered import Kind, stream_table
-from alkahest.measure.rounding import absorbed
+from alkahest.measure.rounding import absorbed, require_columns
 from alkahest.measure.tally import Tally
 from alkahest.model.dtypes import FORMATS, SCALED, Format, storage_name
 from alkahest.model.families import Family
@@ -98,17 +98,43 @@ def delta_table(
     device: str = "cpu",
     threads: int | None = None,
 ) -> pandas.DataFrame:
-    """Measure ``k * delta``: a DataFrame with a row for each tensor. `COLUMNS` says what its columns are.
+    """Measure ``k * delta``: a DataFrame with a row for each tensor.
 
+    Parameters
+    ----------
+    delta : Delta
+    on : Weights, optional
+        What the delta is to be added to, by default its base: ``relative`` is relative to its norm, and ``ulps`` counts
+        in units of its last place.
+    k : float, 1
+        Multiplier.
+    dtype : str, optional
+        In what the sum would be stored, by default as ``on`` is.
+    exact : bool, False
+        Count every element of large tensors too, of which a sample stands for all otherwise.
+    device : str, "cpu"
+        What works on it: ``cpu``, ``cuda``, ``mps``.
+    threads : int, optional
+        How many, by default all cores.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `COLUMNS` of `alkahest.measure.table` says what its columns are. Sums are exact to 1e-6. The ends of a sum of
+        deltas are not known: their columns are empty. A table that was measured before is remembered (`cached`).
+
+    Raises
+    ------
+    MismatchError
+        If tensors do not fit.
+    NonFiniteError
+        For NaN and infinity.
+
+    Examples
+    --------
     >>> table = ak.delta_table(variant - base)
-    >>> table.nlargest(5, "relative")[["tensor", "relative", "cosine"]]
-    >>> ak.rolled_up(table, by=["part", "block"])
-
-    ``on`` is what the delta is to be added to, by default its base: ``relative`` is relative to its
-    norm, and ``ulps`` counts in units of its last place, as stored or in ``dtype``; ``exact`` counts every element
-    there. Sums are exact to 1e-6. A table that was measured before is remembered (`ak.cached`). The ends of a sum of
-    deltas are not known: their columns are empty. ``device`` and ``threads`` are what works on it. Raises
-    MismatchError if tensors do not fit, NonFiniteError for NaN and infinity.
+    >>> largest = table.nlargest(5, "relative")[["tensor", "relative", "cosine"]]
+    >>> blocks = ak.rolled_up(table, by=["part", "block"])
     """
     table: pandas.DataFrame = result_of(
         stream_delta_table(delta, on, k, dtype, exact=exact, device=device, threads=threads), "delta_table"
@@ -150,9 +176,28 @@ def _tasks(delta: Delta, on: Weights | None, dtype: str | None, exact: bool) -> 
 def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pandas.DataFrame:
     """A delta table's rows added up by ``part``, ``block``, ``module`` or several of them, in model order.
 
-    >>> ak.rolled_up(table, by=["part", "block"]).relative.plot()
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Of `delta_table`.
+    by : str or list of str, "part"
+        ``part``, ``block``, ``module``.
 
-    Norms are those of all tensors of a group together; shares are of all their elements.
+    Returns
+    -------
+    pandas.DataFrame
+        Norms are those of all tensors of a group together; shares are of all their elements.
+
+    Raises
+    ------
+    UnknownNameError
+        If it cannot be added up by that.
+    AlgebraError
+        If the table is another, or there is nothing to add up by.
+
+    Examples
+    --------
+    >>> blocks = ak.rolled_up(ak.delta_table(variant - base), by=["part", "block"])
     """
     from alkahest.measure.measured_table import MeasuredTable
 
@@ -160,6 +205,9 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     for name in names:
         if name not in ("part", "block", "module"):
             raise unknown("rolled_up", "no such grouping", name, ("part", "block", "module"))
+    if not names:
+        raise AlgebraError("rolled_up", "there is nothing to add up by", fix="by='part'")
+    require_columns(table, "rolled_up", *names, "distance", "gap", "hidden", "ulps", "ulp_energy")
     rows = []
     for group, found in table.groupby(names, sort=False):
         norms = {

@@ -76,14 +76,32 @@ class PreferenceOrder:
 def preference_order(answers: pd.DataFrame) -> PreferenceOrder:
     """An order of recipes from answers to pairs: who was preferred, how often, and how probably each is the best.
 
-    >>> ak.preference_order(pd.read_csv("answers.csv"))
+    Strengths are those of Bradley and Terry (1952), in which one is preferred to another with the odds exp(s - t); alike
+    counts as half a win each (Glickman 1999). Before the first answer a strength is normal with a standard deviation of
+    1.5; after it the posterior is taken as normal around its mode (Laplace), and intervals and probabilities are of 20,000
+    draws of it.
 
-    ``answers`` has a row a pair: ``left`` and ``right`` name the recipes, ``answer`` is ``left``, ``right`` or
-    ``alike``. Strengths are those of Bradley and Terry (1952), in which one is preferred to another with the odds
-    exp(s - t); alike counts as half a win each (Glickman 1999). Before the first answer a strength is normal with a
-    standard deviation of 1.5; after it the posterior is taken as normal around its mode (Laplace), and intervals and
-    probabilities are of 20,000 draws of it. Raises UnknownNameError for another answer or a missing column,
-    AlgebraError for no answers or a pair of one recipe.
+    Parameters
+    ----------
+    answers : pandas.DataFrame
+        A row a pair: ``left`` and ``right`` name the recipes, ``answer`` is ``left``, ``right`` or ``alike``.
+
+    Returns
+    -------
+    PreferenceOrder
+
+    Raises
+    ------
+    UnknownNameError
+        For another answer or a missing column.
+    AlgebraError
+        For no answers, or a pair of one recipe.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> rows = [("k = 5", "k = 10", "left"), ("k = 5", "k = 20", "left"), ("k = 10", "k = 20", "alike")]
+    >>> order = ak.preference_order(pd.DataFrame(rows, columns=["left", "right", "answer"]))
     """
     for name in ("left", "right", "answer"):
         if name not in answers.columns:

@@ -61,10 +61,28 @@ def picture_measures(images: Any, pipe: Any = None, patch: int = PATCH) -> panda
 def picture_difference(images: Any, others: Any) -> pandas.DataFrame:
     """How far pictures are from others of the same prompt and seed, one row each.
 
-    >>> ak.picture_difference(with_lora.images, with_full_delta.images)["difference"].mean()
+    Parameters
+    ----------
+    images, others : list of pictures
+        PIL images or arrays, as many of each and of the same sizes.
 
-    ``difference`` is the mean absolute difference of pixels as a share of full scale, ``psnr`` the peak
-    signal-to-noise ratio in dB (infinite for equal pictures). Raises AlkahestError if sizes or numbers differ.
+    Returns
+    -------
+    pandas.DataFrame
+        ``difference`` is the mean absolute difference of pixels as a share of full scale, ``psnr`` the peak
+        signal-to-noise ratio in dB (infinite for equal pictures).
+
+    Raises
+    ------
+    AlkahestError
+        If sizes or numbers differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> found = ak.picture_difference([np.zeros((32, 32, 3))], [np.full((32, 32, 3), 0.1)])
+    >>> round(float(found.psnr[0]), 1)
+    20.0
     """
     import pandas as pd
 

@@ -24,13 +24,34 @@ def read_recipe(
 ) -> tuple[str, Recipe]:
     """What a file is, in words, and the recipe in it.
 
-    >>> what, recipe = ak.read_recipe("merged.safetensors"); recipe.text
-    "bridge.protect('refiner') + 171.1 * (variant - base)"
+    Parameters
+    ----------
+    path : str or path
+        A checkpoint that Alkahest wrote, a recipe as JSON, recipe text, mergekit's YAML, or a ComfyUI workflow: as JSON,
+        in a picture, or in a checkpoint that ComfyUI saved.
+    node : str, optional
+        Of a workflow with several recipes the id of the node that saves the model; `read_workflow` gives them all.
+    passing : collection of str
+        Kinds of ComfyUI nodes of which you know that they change no weights.
 
-    Takes a checkpoint that Alkahest wrote, a recipe as JSON, recipe text, mergekit's YAML, and ComfyUI workflows: as
-    JSON, in a picture, or in a checkpoint that ComfyUI saved. Where a workflow has several recipes, ``node`` is the id of the node
-    that saves the model; `ak.read_workflow` gives them all, and says what ``passing`` is. What was trained has no
-    recipe ``text``; ``made`` says what it was made of. Raises RecipeError if there is neither.
+    Returns
+    -------
+    what : str
+    recipe : Recipe
+        Its ``text``, ``inputs`` and ``output``. What was trained has no text; ``made`` says what it was made of. One of a
+        workflow or of mergekit has ``files`` and ``notes`` besides.
+
+    Raises
+    ------
+    RecipeError
+        If there is none, or there are several.
+
+    Examples
+    --------
+    >>> done = (bridge.protect("refiner") + 5 * (variant - base)).save("merged.safetensors")
+    >>> what, recipe = ak.read_recipe("merged.safetensors")
+    >>> recipe.text
+    "bridge.protect('refiner') + 5 * (variant - base)"
     """
     what, found = recipes_in(path, node, passing)
     if len(found) == 1:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from alkahest.algebra.delta_methods import breadcrumbs, common, dare, della, model_stock, nuslerp, sce, ties, union
+from alkahest.algebra.delta_methods import common, model_stock, nuslerp, sce, ties, union
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.expression import Expression
 from alkahest.algebra.methods import REGISTRY
 from alkahest.algebra.mixtures import lerp, weighted_sum
 from alkahest.algebra.model_methods import cosine_add, karcher, slerp, train_difference
+from alkahest.algebra.sparse_methods import breadcrumbs, dare, della
 from alkahest.algebra.weights import Weights
 from alkahest.engine.record import MAX_TEXT
 from alkahest.engine.scalars import Param, param

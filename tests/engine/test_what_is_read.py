@@ -10,13 +10,14 @@ import tiny
 import torch
 
 import alkahest as ak
-from alkahest.algebra import delta_methods, model_methods
+from alkahest.algebra import delta_methods, model_methods, sparse_methods
 from alkahest.algebra.deltas import Delta
 from alkahest.algebra.methods import REGISTRY
 from alkahest.errors import NonFiniteError
 
 KEY = "layers.0.feed_forward.w1.weight"
-SHIPPED = sorted(name for name in REGISTRY if hasattr(delta_methods, name) or hasattr(model_methods, name))
+MODULES = (delta_methods, model_methods, sparse_methods)
+SHIPPED = sorted(name for name in REGISTRY if any(hasattr(one, name) for one in MODULES))
 
 
 def spoiled(tmp_path: Path, value: float, whole: bool) -> ak.Checkpoint:

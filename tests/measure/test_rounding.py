@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import tiny
 import torch
 
 import alkahest as ak
+from alkahest.errors import AlgebraError
 from alkahest.measure.rounding import ULPS, nearest_error, share_below, stochastic_error, ulp_counts
 from alkahest.measure.rounding import ulp as ulp_of
 from alkahest.model.dtypes import FORMATS, Format, encode, rounding_noise
@@ -218,3 +221,24 @@ def test_file_noise_of_ends_in_different_dtypes(tmp_path: Path) -> None:
         ({key: stored[key] + small[key] - fine[key] for key in fine}, torch.float32), (stored, torch.bfloat16)
     )
     assert clean.most < 1e-5
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda table: ak.absorbed(table, k=float("nan")),
+        lambda table: ak.absorbed(table, k="20"),
+        lambda table: ak.absorbed(table[["tensor"]]),
+        lambda table: ak.absorbed({"ulps": []}),
+        lambda table: ak.rounding_curve(table, ks=[]),
+        lambda table: ak.rounding_curve(table, ks=[1, float("inf")]),
+        lambda table: ak.rounding_curve(table[["ulps", "ulp_energy"]]),
+        lambda table: ak.file_noise(table[["tensor"]]),
+        lambda table: ak.rolled_up(table, by=[]),
+        lambda table: ak.rolled_up(table[["part"]]),
+    ],
+)
+def test_other_tables_and_numbers_are_refused(ask: Callable[[Any], Any], trio: dict[str, Path]) -> None:
+    table = ak.delta_table(ak.open(trio["variant"]) - ak.open(trio["base"]))
+    with pytest.raises(AlgebraError, match=r"table of ak.delta_table|number|multipliers|nothing to add up"):
+        ask(table)

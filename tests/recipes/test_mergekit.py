@@ -182,3 +182,20 @@ def test_the_command_line_tells_and_merges(models: Path, tmp_path: Path) -> None
     assert done.exit_code == 0, done.stderr
     assert "note: weights are shares" in done.stderr
     assert ak.read_recipe(output)[1].text.startswith("base + sce(")
+
+
+def test_two_files_of_one_name_are_not_chosen_between(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = models / "passthrough.yml"
+    config.write_text((HERE / "passthrough.yml").read_text())
+    recipe = ak.read_recipe(config)[1]
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(recipe, MergekitRecipe)
+    assert recipe.locate() == {"b": str(models / "b.safetensors")}
+    (tmp_path / "b.safetensors").write_bytes((models / "a.safetensors").read_bytes())
+    with pytest.raises(RecipeError, match="--b PATH"):
+        recipe.locate()
+    output = tmp_path / "merged.safetensors"
+    asked = ["merge", "--recipe", str(config), "--b", str(models / "b.safetensors"), "-o", str(output), "--quiet"]
+    assert CliRunner().invoke(app, asked).exit_code == 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import keyword
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from alkahest.algebra.methods import REGISTRY, RESERVED
 from alkahest.engine.record import Recipe
-from alkahest.errors import UnknownNameError
+from alkahest.errors import RecipeError, UnknownNameError
 from alkahest.model.dtypes import storage_name
 from alkahest.recipes.mergekit.config import Config, read_config
 from alkahest.recipes.mergekit.methods import text_of_config
@@ -24,14 +25,25 @@ class MergekitRecipe(Recipe):
     notes: list[str] = field(default_factory=list)
     source: Path | None = None
 
-    def locate(self) -> dict[str, str]:
-        """Where each of its models lies: as its path says, or beside the config."""
-        beside = self.source.parent if self.source else Path()
-        near = {name: beside / path for name, path in self.files.items()}
-        return {
-            name: str(near[name]) if not os.path.exists(path) and near[name].exists() else path
-            for name, path in self.files.items()
-        }
+    def locate(self, given: Collection[str] = ()) -> dict[str, str]:
+        """Where each of its models lies: as its path says from the working folder, or from the config's; not of those
+        that are ``given`` otherwise. Raises RecipeError where both have one and the two are not the same.
+        """
+        return {name: self._located(name, path) for name, path in self.files.items() if name not in given}
+
+    def _located(self, name: str, path: str) -> str:
+        near = (self.source.parent if self.source else Path()) / path
+        if not near.exists() or not os.path.exists(path):
+            return str(near) if near.exists() else path
+        if not os.path.samefile(near, path):
+            raise RecipeError(
+                "mergekit",
+                "the working folder and the folder of the config both have this model",
+                file=self.source,
+                found=f"{os.path.abspath(path)} and {near}",
+                fix=f"say which: --{name} PATH",
+            )
+        return path
 
 
 def read_mergekit(text: str, source: Path) -> MergekitRecipe:
