@@ -13,43 +13,26 @@ import pytest
 import alkahest as ak
 
 SECTION = re.compile(r"^(\w[\w ]*)\n-+$", re.MULTILINE)
-# Functions whose docstrings are not in sections yet.
-PROSE = {
-    "alignment",
-    "apply_lora",
-    "convert_lora",
-    "delta_spectra",
-    "effect",
-    "extract_lora",
-    "finetune",
-    "fit_factors",
-    "flow_loss",
-    "gradient_signs",
-    "lora_ranks",
-    "made_up",
-    "matching_units",
-    "memory_plan",
-    "method",
-    "nearest_base",
-    "needed_multiplier",
-    "open",
-    "open_lora",
-    "open_part",
-    "open_signs",
-    "picture_measures",
-    "pipeline",
-    "read_config",
-    "read_history",
-    "read_workflow",
-    "sample",
-    "search",
-    "sweep",
-    "write_workflow",
-}
+TOML = """
+start = "lerp(turbo, base, 0.5)"
+inputs = { turbo = "mini:turbo", base = "mini:base" }
+data.scenes.scenes = { count = 12, seed = 1 }
+held_out = 4
+save_every = 1
+measure_every = 1
+
+[[stage]]
+name = "short"
+mix = { scenes = 1.0 }
+steps = 1
+batch = 2
+resolution = 64
+lr = 1e-3
+"""
 
 
 def functions() -> list[str]:
-    return [name for name in ak.__all__ if inspect.isfunction(getattr(ak, name)) and name not in PROSE]
+    return [name for name in ak.__all__ if inspect.isfunction(getattr(ak, name))]
 
 
 def sections(text: str) -> dict[str, str]:
@@ -58,7 +41,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def parameters(body: str) -> set[str]:
-    heads = re.findall(r"^([\w, *]+?)(?: :.*)?$", body, re.MULTILINE)
+    heads = re.findall(r"^(\w[\w, ]*?)(?: :.*)?$", body, re.MULTILINE)
     return {name.strip() for head in heads for name in head.split(",")} - {""}
 
 
@@ -74,13 +57,21 @@ def test_every_parameter_is_described(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
+    """What the examples take as given: models of the miniature family, prompts, and what is drawn with them."""
     minis = {"base": "base", "variant": "base-variant", "other": "base-weak", "bridge": "tb1", "turbo": "turbo"}
-    return {"ak": ak, **{name: ak.open(f"mini:{mini}", name=name) for name, mini in minis.items()}}
+    found: dict[str, Any] = {name: ak.open(f"mini:{mini}", name=name) for name, mini in minis.items()}
+    delta = found["variant"] - found["base"]
+    live = ak.LiveModel(found["bridge"].protect("refiner") + ak.param("k", 1.0) * delta)
+    prompts = ["a red ball on a beach", "a blue box at night", "a green ball at night"]
+    pictures = ak.sample(live, prompts, steps=2, cfg=1).images
+    given = {"live": live, "pipe": live.pipe, "prompts": prompts, "pictures": pictures}
+    return {"__name__": "examples", "ak": ak, **found, **given}
 
 
 @pytest.mark.parametrize("name", functions())
 def test_examples_run(name: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tb1.toml").write_text(TOML)
     function = getattr(ak, name)
     examples = doctest.DocTestParser().get_doctest(inspect.getdoc(function) or "", dict(names), name, name, 0)
     assert examples.examples

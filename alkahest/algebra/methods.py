@@ -134,10 +134,36 @@ _GIVEN = ("uniform", "shape")  # parameters that evaluation fills in
 def method(
     *, weights: bool = False, elementwise: bool = False
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Any]]:
-    """Register a merge method over deltas, or over complete weights with ``weights=True``.
+    """Register a merge method over deltas, or over complete weights.
 
-    ``elementwise=True`` lets it run block by block; otherwise it gets whole tensors, and memory
-    grows with the largest tensor (157 MB in float32 for a feed-forward matrix, times the operands).
+    The function under it takes flat float32 tensors, or one ``list[Tensor]``; keyword-only arguments are its settings.
+    Recipes, the command line and ComfyUI's nodes know it by its name from then on, in this process.
+
+    Parameters
+    ----------
+    weights : bool, False
+        Whether it takes complete weights instead of deltas.
+    elementwise : bool, False
+        Lets it run block by block; otherwise it gets whole tensors, and memory grows with the largest tensor (157 MB in
+        float32 for a feed-forward matrix, times the operands).
+
+    Returns
+    -------
+    decorator
+        It returns a function that takes expressions and gives one.
+
+    Raises
+    ------
+    AlgebraError
+        If the name is taken, a setting has no default, or operands are something else than tensors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> @ak.method(elementwise=True)
+    ... def clipped(delta: torch.Tensor, *, most: float = 0.01) -> torch.Tensor:
+    ...     return delta.clamp(-most, most)
+    >>> merged = bridge + clipped(variant - base, most=0.02)
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Any]:

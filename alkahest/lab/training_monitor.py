@@ -80,6 +80,9 @@ class TrainingMonitor(Panel):
             return None
 
     def _draw_figure(self) -> Iterator[None]:
+        if not self.folder.is_dir():
+            self.say(f"nothing measured yet: there is no {self.folder}")
+            return
         self.history = read_history(self.folder)
         if not len(self.history):
             self.say(f"nothing measured yet in {self.folder}")

@@ -22,13 +22,32 @@ from alkahest.sources.lora import Lora
 def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1.0) -> Weights:
     """Weights with a LoRA in them; for a DoRA, OFT, BOFT, IA3 and tensors that are stored whole the only way.
 
-    >>> ak.apply_lora(bridge.protect("refiner"), ak.open_lora("dora.safetensors"), 0.8).save("with.safetensors")
+    A plain LoRA gives ``weights + strength * lora``. A DoRA makes ``D = m * (W + dW) / |W + dW|``, norms and magnitudes m
+    by row, or by column if that is m's length (Liu et al. 2024, arXiv:2402.09353, as PEFT), of which ``strength`` goes the
+    way: ``W + strength * (D - W)``, as ComfyUI; so do the others, whose formulas are in `alkahest.lora.transforms`.
+    ComfyUI's norm by row is |W| alone, which differs by what dW adds to it.
 
-    A plain LoRA gives ``weights + strength * lora``. A DoRA makes ``D = m * (W + dW) / |W + dW|``, norms and
-    magnitudes m by row, or by column if that is m's length (Liu et al. 2024, arXiv:2402.09353, as PEFT), of
-    which ``strength`` goes the way: ``W + strength * (D - W)``, as ComfyUI; so do the others, whose formulas are in
-    `alkahest.lora.transforms`. ComfyUI's norm by row is |W| alone, which differs by what dW adds to it. Protected
-    tensors stay. Raises MismatchError if it is not of this model.
+    Parameters
+    ----------
+    weights : Weights
+        Protected tensors stay.
+    lora : Lora
+        Of `open_lora`.
+    strength : float or Param, 1
+
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    MismatchError
+        If the LoRA is not of this model.
+
+    Examples
+    --------
+    >>> lora = ak.extract_lora(variant - base, rank=4).save("lora.safetensors")
+    >>> merged = ak.apply_lora(bridge.protect("refiner"), ak.open_lora("lora.safetensors"), 0.8)
     """
     if not isinstance(weights, Weights) or not isinstance(lora, Lora):
         raise AlgebraError(

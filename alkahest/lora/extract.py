@@ -68,23 +68,61 @@ def extract_lora(
 ) -> Extracted:
     """Make a LoRA of a delta: thin factors for every matrix that it changes.
 
-    >>> lora = ak.extract_lora(base - bridge, energy=0.995, exclude="refiner")
-    >>> lora.save("supplement.safetensors")
+    LoRAs are deltas: ``extract_lora(lora, rank=16)`` resizes one and ``extract_lora(a + 0.5 * b, energy=1)`` merges two,
+    from their factors alone; what they hold whole is kept. Work is kept in the cache until it is saved, so that a run that
+    was killed goes on.
 
-    How much is kept, by one rule (`alkahest.lora.rank.RULES`): ``rank``, ``energy`` (default 0.995), ``sum`` or
-    ``ratio``; ``rank_max`` (64, as the article's tool; None for none) caps the last three. ``noise_edge=True`` stops at
-    singular values that rounding of the variant's file makes by itself. Which tensors: ``include`` and ``exclude``
-    patterns, ``min_dim`` (32) for both sides; those of a ``full`` pattern are kept whole, before any
-    other choice, norms, biases and pad tokens too, which load in ComfyUI only. How: ``dtype`` bf16, fp16 or fp32;
-    ``alpha`` (default: folded in);
-    ``method`` exact, randomised (with ``seed``) or auto; ``device``, ``threads``; ``executor``, any
-    ``concurrent.futures.Executor``, dask's
-    ``client.get_executor()`` among them: tensors are then shared out, each with ``threads`` of its own.
+    Parameters
+    ----------
+    delta : Delta
+    rank, energy, sum, ratio : number, optional
+        How much is kept, by one rule (`alkahest.lora.rank.RULES`); energy=0.995 if none is given.
+    noise_edge : bool, False
+        Stop at singular values that rounding of the variant's file makes by itself.
+    rank_max : int or None, 64
+        Caps ``energy``, ``sum`` and ``ratio``, as the article's tool; None for no cap.
+    include, exclude : str, optional
+        Patterns of tensors that are taken and left.
+    full : str, optional
+        A pattern of tensors that are kept whole, before any other choice; norms, biases and pad tokens too, which load in
+        ComfyUI only.
+    rounding : bool, False
+        Take also what is nothing but rounding of the variant's file.
+    min_dim : int, optional
+        Leave out matrices with a side below this, 32 unless it is given.
+    alpha : float, optional
+        By default folded in.
+    dtype : str or torch.dtype, optional
+        bf16, fp16 or fp32.
+    method : str, "auto"
+        ``exact``, ``randomised`` or ``auto``.
+    seed : int, 0
+        Of the randomised method.
+    device : str, "cpu"
+        What works on it.
+    threads : int, optional
+        How many, by default all cores.
+    executor : concurrent.futures.Executor, optional
+        Tensors are shared out over it, each with ``threads`` of its own; dask's ``client.get_executor()`` is one.
 
-    LoRAs are deltas: ``extract_lora(lora, rank=16)`` resizes one and ``extract_lora(a + 0.5 * b, energy=1)`` merges
-    two, from their factors alone; what they hold whole is kept. Work is kept in the cache until it is saved, so
-    that a run that was killed goes on. Raises AlgebraError for a zero delta or a rule out of range,
-    UnknownNameError for a pattern that selects nothing, NonFiniteError for NaN and infinity.
+    Returns
+    -------
+    Extracted
+        ``save(path)`` writes it; its report has a row for each matrix.
+
+    Raises
+    ------
+    AlgebraError
+        For a zero delta or a rule out of range.
+    UnknownNameError
+        For a pattern that selects nothing.
+    NonFiniteError
+        For NaN and infinity.
+
+    Examples
+    --------
+    >>> extracted = ak.extract_lora(variant - base, energy=0.9, rank_max=16, exclude="refiner")
+    >>> lora = extracted.save("variant-lora.safetensors")
     """
     found: Extracted = result_of(
         stream_extract_lora(

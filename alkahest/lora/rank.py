@@ -145,12 +145,31 @@ def lora_ranks(
 ) -> pandas.DataFrame:
     """The report that `extract_lora` would give by a rule, from `delta_spectra`, with bf16 for the size.
 
-    >>> spectra = ak.delta_spectra(variant - base, values=200)
-    >>> ak.lora_ranks(spectra, energy=0.9)[["tensor", "rank", "energy"]]
+    Noise and its edge are not known from spectra. Matrices with a side below 32 are left out.
 
-    Where the rule asks for more singular values than were measured, it gets these, and ``capped`` says so.
-    Matrices with a side below 32 are left out.
-    Noise and its edge are not known from spectra. Raises AlgebraError for a rule out of range.
+    Parameters
+    ----------
+    spectra : pandas.DataFrame
+        Of `delta_spectra`.
+    rank, energy, sum, ratio : number, optional
+        One rule, as in `extract_lora`.
+    rank_max : int or None, 64
+        Caps ``energy``, ``sum`` and ``ratio``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Where the rule asks for more singular values than were measured, it gets these, and ``capped`` says so.
+
+    Raises
+    ------
+    AlgebraError
+        For a rule out of range.
+
+    Examples
+    --------
+    >>> spectra = ak.delta_spectra((variant - base).only("layers.0"))
+    >>> ranks = ak.lora_ranks(spectra, energy=0.9)[["tensor", "rank", "energy"]]
     """
     import pandas as pd
 

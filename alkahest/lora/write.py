@@ -236,14 +236,37 @@ def _fuse(name: str, members: list[Pair | None]) -> Pair:
 
 @refuse_unknown_options
 def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfyui") -> Lora:
-    """Write the same LoRA for another program (`alkahest.lora.write.FLAVOURS`), and open it.
+    """Write the same LoRA for another program, and open it.
 
-    >>> ak.convert_lora(ak.open_lora("kohya.safetensors"), "everywhere.safetensors")
+    Numbers stay as they are, so there and back again gives the same tensors; only ``diffusers`` and ``peft``, which take no
+    alpha, have it folded in with one rounding. LoHa and LoKr become LoRAs in float32, exactly if their factors are 16 bits
+    wide.
 
-    Numbers stay as they are, so there and back again gives the same tensors; only ``diffusers`` and ``peft``,
-    which take no alpha, have it folded in with one rounding. LoHa and LoKr become LoRAs in float32, exactly if their
-    factors are 16 bits wide.
-    Raises UnsupportedError for a DoRA, and for a LoKr that is no smaller as a LoRA.
+    Parameters
+    ----------
+    lora : Lora
+        Of `open_lora`.
+    path : str or path
+        The file.
+    flavour : str, "comfyui"
+        One of `alkahest.lora.write.FLAVOURS`.
+
+    Returns
+    -------
+    Lora
+        The new file.
+
+    Raises
+    ------
+    UnsupportedError
+        For a DoRA, and for a LoKr that is no smaller as a LoRA.
+    UnknownNameError
+        For another flavour.
+
+    Examples
+    --------
+    >>> made = ak.extract_lora(variant - base, rank=4).save("comfyui.safetensors")
+    >>> lora = ak.convert_lora(ak.open_lora("comfyui.safetensors"), "peft.safetensors", "peft")
     """
     if lora.needs_weights:
         raise UnsupportedError(

@@ -192,12 +192,36 @@ def nearest_base(
 ) -> NearestBase:
     """Say which candidate a variant was fine-tuned from: the one it is nearest to.
 
-    >>> ak.nearest_base(variant, [base, turbo, deturbo])
-    nearest: base
-      0.08 of its norm away; the next, turbo, 0.54
+    Taking the difference from the wrong base was an error of the article itself: the delta then holds the difference of two
+    lineages. One pass over each pair of files; tables are remembered.
 
-    Taking the difference from the wrong base was an error of the article itself: the delta then holds the
-    difference of two lineages. One pass over each pair of files; tables are remembered.
+    Parameters
+    ----------
+    variant : Weights
+    candidates : list of Weights, or mapping of str to Weights
+        Each with a name, in a mapping its key.
+    device : str, "cpu"
+        What works on it.
+    threads : int, optional
+        How many, by default all cores.
+
+    Returns
+    -------
+    NearestBase
+        The nearest with its distance and the next one's, which prints itself.
+
+    Raises
+    ------
+    MismatchError
+        If tensors do not fit.
+    AlgebraError
+        If there are no candidates.
+
+    Examples
+    --------
+    >>> found = ak.nearest_base(variant, [base, turbo])
+    >>> found.name
+    'base'
     """
     found: NearestBase = result_of(
         stream_nearest_base(variant, candidates, device=device, threads=threads), "nearest_base"

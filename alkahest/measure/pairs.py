@@ -75,6 +75,8 @@ def compare(
 
     Raises
     ------
+    AlgebraError
+        For fewer than two deltas, or a rank below 1.
     MismatchError
         If tensors do not fit.
     NonFiniteError
@@ -107,6 +109,8 @@ def stream_compare(
             found=f"{len(deltas)}" if wrong is None else f"{wrong}: {type(deltas[wrong]).__name__}",
             fix='ak.compare({"a": variant_a - base_a, "b": variant_b - base_b})',
         )
+    if rank < 1:
+        raise AlgebraError("compare", "at least one singular direction", found=rank)
     first = next(iter(deltas.values()))
     for other in deltas.values():
         require_same("compare", first, other)

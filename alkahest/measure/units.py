@@ -43,13 +43,36 @@ KIND = Kind("matching_units", 1, UNITS, whole=("units", "looked at"), words=("ki
 def matching_units(
     a: Weights, b: Weights, looked_at: int = 256, seed: int = 0, *, device: str = "cpu", threads: int | None = None
 ) -> pandas.DataFrame:
-    """Compare hidden units and heads of two models, block by block: a DataFrame; `UNITS` says what its columns are.
+    """Compare hidden units and heads of two models, block by block.
 
-    >>> ak.matching_units(base, turbo).groupby("kind").itself.min()
+    Models that were trained apart may hold the same units in another order (Ainsworth et al. 2022, arXiv:2209.04836); where
+    every unit is nearest to itself, as after training from one start, permuting has nothing to give. Needs no pictures.
 
-    Models that were trained apart may hold the same units in another order (Ainsworth et al. 2022, arXiv:2209.04836);
-    where every unit is nearest to itself, as after training from one start, permuting has nothing to give.
-    ``looked_at`` units of each kind and block are compared with all of the other's. Needs no pictures.
+    Parameters
+    ----------
+    a, b : Weights
+    looked_at : int, 256
+        How many units of each kind and block are compared with all of the other's.
+    seed : int, 0
+        Of their choice.
+    device : str, "cpu"
+        What works on it.
+    threads : int, optional
+        How many, by default all cores.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `UNITS` of `alkahest.measure.units` says what its columns are.
+
+    Raises
+    ------
+    MismatchError
+        If tensors do not fit.
+
+    Examples
+    --------
+    >>> least = ak.matching_units(base, turbo).groupby("kind").itself.min()
     """
     table: pandas.DataFrame = result_of(
         stream_matching_units(a, b, looked_at, seed, device=device, threads=threads), "matching_units"

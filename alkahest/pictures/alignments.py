@@ -111,13 +111,47 @@ def alignment(
 ) -> Alignment:
     """Fit maps from the streams of ``a`` to those of ``b``: after their refiners and after every block.
 
-    >>> ak.alignment(base, bridge, prompts=["a red ball at night", ...]).table
+    Both see the same noised pictures. Maps are fitted on two thirds of the pictures and judged on the third. If the streams
+    that enter the main stack agree as they are, a delta of one model means the same in the other; if only a linear map
+    makes them agree, it means the same after that map. Both models are held at once.
 
-    Both see the same noised ``pictures`` (with captions as ``prompts``, or a folder), or what ``a`` draws of
-    ``prompts``. Maps are fitted on two thirds of the pictures and judged on the third: `ALIGNMENT` says how. If the
-    streams that enter the main stack agree as they are, a delta of one model means the same in the other; if
-    only a linear map makes them agree, it means the same after that map. Both models are held at once. Raises
-    MismatchError for models of different widths, AlgebraError for fewer than three pictures.
+    Parameters
+    ----------
+    a, b : Weights
+    pictures : list of pictures or folder, optional
+        With captions as ``prompts``, or a folder with a caption beside each. Without them ``a`` draws ``prompts``.
+    prompts : list of str, optional
+    components : optional
+        As in `pipeline`.
+    count : int, 24
+        How many pictures of each kind.
+    seed : int, 0
+        Of pictures and noise.
+    steps : int, 12
+    cfg : float, 2
+    shift : float, 3
+    width, height : int, optional
+        How pictures are drawn, as in `sample`.
+    dtype : str, optional
+    device : str, "cpu"
+        As in `pipeline`.
+
+    Returns
+    -------
+    Alignment
+        ``table`` (`ALIGNMENT` of `alkahest.pictures.alignments` says what its columns are) and ``maps``.
+
+    Raises
+    ------
+    MismatchError
+        For models of different widths.
+    AlgebraError
+        For fewer than three pictures.
+
+    Examples
+    --------
+    >>> found = ak.alignment(base, bridge, prompts=prompts, count=3, steps=4)
+    >>> table = found.table
     """
     options = PictureOptions(
         prompts=prompts,

@@ -117,15 +117,62 @@ def effect(
 ) -> Effect:
     """What ``k * delta`` does to what a model says, on its own base and on ``on``, as a whole and block by block.
 
-    >>> found = ak.effect(variant - base, bridge.protect("refiner"), prompts=["a cyan ball on a beach"])
-    >>> found.table.nlargest(5, "along")[["part", "block", "along", "leak"]]
+    The variant draws ``prompts`` (or ``pictures`` of the new thing are given, with captions); the model that the delta is
+    added to draws as many of ``ordinary`` prompts. Both are mixed with noise at three levels, and predictions are compared.
 
-    The variant draws ``prompts`` (or ``pictures`` of the new thing are given, with captions); the model that the delta
-    is added to draws as many of ``ordinary`` prompts. Both are mixed with noise at three levels, and predictions are
-    compared: `EFFECT` says what the table's columns are. With ``by_block`` each block's share of the delta is added
-    alone besides, and ``tensors`` has ``|dW x| / |W x|`` by matrix, over the inputs x that it really gets. ``base`` is
-    the delta's own unless it has none (a LoRA); the rest is as in `needed_multiplier`. Raises AlgebraError without a
-    base, or for a delta that is protected everywhere; NonFiniteError if a model says NaN.
+    Parameters
+    ----------
+    delta : Delta
+    on : Weights
+        What it is added to; protected tensors stay.
+    base : Weights, optional
+        The delta's own unless it has none (a LoRA, a sum).
+    k : float, 1
+        Multiplier.
+    by_block : bool, True
+        Add each block's share of the delta alone besides.
+    prompts : list of str, optional
+        What the variant draws; they should ask for what it learned. Or the captions of ``pictures``.
+    pictures : list of pictures or folder, optional
+        Of the new thing, in a folder with a caption beside each.
+    ordinary : list of str, optional
+        What the model that is added to draws, for everything else; by default general prompts.
+    components : optional
+        As in `pipeline`.
+    count : int, 24
+        How many pictures of each kind.
+    seed : int, 0
+        Of pictures and noise.
+    steps : int, 12
+    cfg : float, 2
+    shift : float, 3
+    width, height : int, optional
+        How pictures are drawn, as in `sample`.
+    batch : int, optional
+        Pictures looked at together, by default about 1.5 megapixels.
+    memory : int or str, "2GB"
+    dtype, storage : str, optional
+    device : str, "cpu"
+    offload : bool, False
+        As in `LiveModel`.
+
+    Returns
+    -------
+    Effect
+        ``table``: `EFFECT` of `alkahest.pictures.effects` says what its columns are. ``tensors`` has ``|dW x| / |W x|`` by
+        matrix, over the inputs x that it really gets.
+
+    Raises
+    ------
+    AlgebraError
+        Without a base, or for a delta that is protected everywhere.
+    NonFiniteError
+        If a model says NaN.
+
+    Examples
+    --------
+    >>> found = ak.effect(variant - base, bridge.protect("refiner"), prompts=prompts, count=3, steps=4)
+    >>> strongest = found.table.nlargest(5, "along")[["part", "block", "along", "leak"]]
     """
     found: Effect = result_of(
         stream_effect(

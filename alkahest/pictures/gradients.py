@@ -42,17 +42,55 @@ def gradient_signs(
 ) -> Signs:
     """The sign of the flow loss' gradient for every weight of ``on``, over pictures of the new thing.
 
-    >>> signs = ak.gradient_signs(bridge, pictures, prompts).save("signs.safetensors")
-    >>> merged = bridge.protect("refiner") + 1.2 * (variant - base).agreeing(signs)
+    One backward pass with gradient checkpointing over ``batch`` noised latents at a time. Each tensor's gradient is added to
+    its sum on the CPU and freed as soon as it is known, so that a device holds the weights and one gradient: 12.3 GB and
+    activations for the real model in bf16, on the CPU 24.6 GB of sums, or none if one batch holds everything (6.15 billion
+    made-up parameters on a CPU peaked at 15.2 GB, the mapped file included). A sign is a bit: positive, or not.
 
-    ``pictures`` with their captions as ``prompts`` (or a folder with a caption beside each); or ``variant`` draws
-    ``count`` of the ``prompts``. One backward pass with gradient checkpointing over ``batch`` noised latents at a
-    time (by default about 1.5 megapixels). Each tensor's gradient is added to its sum on the CPU and freed as soon
-    as it is known, so that a device holds the weights and one gradient: 12.3 GB and activations for the real model
-    in bf16, on the CPU 24.6 GB of sums, or none if one batch holds everything (6.15 billion made-up parameters on a
-    CPU peaked at 15.2 GB, the mapped file included). A sign is a bit: positive, or not. A file in fp8 is computed with
-    in ``dtype``. Raises AlgebraError without pictures, NonFiniteError for a gradient that is NaN, UnsupportedError if
-    memory is short.
+    Parameters
+    ----------
+    on : Weights
+        What a delta is to be added to.
+    pictures : list of pictures or folder, optional
+        Of the new thing, with their captions as ``prompts``, or a folder with a caption beside each.
+    prompts : list of str, optional
+    variant : Weights, optional
+        Draws ``count`` of the ``prompts`` where no pictures are given.
+    components : optional
+        As in `pipeline`.
+    count : int, 24
+        How many pictures of each kind.
+    seed : int, 0
+        Of pictures and noise.
+    steps : int, 12
+    cfg : float, 2
+    shift : float, 3
+    width, height : int, optional
+        How pictures are drawn, as in `sample`.
+    batch : int, optional
+        Pictures looked at together, by default about 1.5 megapixels.
+    dtype : str, optional
+        In what a file in fp8 is computed with.
+    device : str, "cpu"
+
+    Returns
+    -------
+    Signs
+        For ``delta.agreeing``; ``save`` writes them.
+
+    Raises
+    ------
+    AlgebraError
+        Without pictures.
+    NonFiniteError
+        For a gradient that is NaN.
+    UnsupportedError
+        If memory is short.
+
+    Examples
+    --------
+    >>> signs = ak.gradient_signs(bridge, prompts=prompts, variant=variant, count=3, steps=4)
+    >>> merged = bridge.protect("refiner") + 1.2 * (variant - base).agreeing(signs)
     """
     options = PictureOptions(
         prompts=prompts,

@@ -29,17 +29,34 @@ def pipeline(
 ) -> ZImagePipeline:
     """A real ``ZImagePipeline`` whose transformer holds a checkpoint, or what an expression comes to.
 
-    >>> pipe = ak.pipeline(bridge + 8 * delta, components="Tongyi-MAI/Z-Image")
-    >>> pipe = ak.pipeline(ak.mini.load("base"))  # the miniature family brings its own components
+    Parameters
+    ----------
+    weights : Weights
+    components : optional
+        Text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, a pipeline to share them with, or a mapping
+        from those names to loaded parts or ComfyUI's files: ``{"text_encoder": "qwen_3_4b.safetensors", "vae":
+        "ae.safetensors", "tokenizer": "qwen25_tokenizer/"}``. The miniature family brings its own.
+    dtype : str, optional
+        Of the arithmetic: fp32 by default, bf16 above a billion parameters.
+    storage : str, optional
+        ``"fp8_e4m3fn"`` keeps the transformer's Linears in fp8 and computes in ``dtype`` (diffusers' layerwise casting: half
+        the memory of bf16).
+    device : str, "cpu"
+    offload : bool, False
+        Keep each part on the CPU until it is needed (CUDA only).
 
-    ``components`` gives text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, a
-    pipeline to share them with, or a mapping from those names to loaded parts or ComfyUI's files:
-    ``{"text_encoder": "qwen_3_4b.safetensors", "vae": "ae.safetensors", "tokenizer": "qwen25_tokenizer/"}``.
-    ``dtype`` is that of
-    the arithmetic: fp32 by default, bf16 above a billion parameters. ``storage="fp8_e4m3fn"`` keeps
-    the transformer's Linears in fp8 and computes in ``dtype`` (diffusers' layerwise casting: half
-    the memory of bf16). ``offload=True`` keeps each part on the CPU until it is needed (CUDA only).
-    Raises MismatchError, before the transformer is loaded, if the parts do not fit it.
+    Returns
+    -------
+    ZImagePipeline
+
+    Raises
+    ------
+    MismatchError
+        Before the transformer is loaded, if the parts do not fit it.
+
+    Examples
+    --------
+    >>> pipe = ak.pipeline(bridge.protect("refiner") + 8 * (variant - base))
     """
     from diffusers import ZImagePipeline
 

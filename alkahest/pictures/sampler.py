@@ -102,17 +102,51 @@ def sample(
 ) -> Sampling:
     """Draw pictures, as a generator of steps with previews; ``.images`` are the finished ones.
 
-    >>> ak.sample(live, "a red fox at night", steps=24, cfg=2.0, shift=3, seed=0).images[0]
-    >>> for step in ak.sample(pipe, ["a red ball", "a blue ball"], cfg=1, steps=8): step.previews()
+    A picture depends on its prompt and seed alone, not on the others in its ``batch`` (up to float noise).
 
-    ``pipe`` is a `pipeline`, or a `LiveModel`. ``cfg`` is ComfyUI's: 1 is no guidance, and diffusers'
-    ``guidance_scale`` is cfg - 1. ``shift`` is ModelSamplingAuraFlow's, and is always applied.
-    ``schedule`` is ``diffusers`` or ComfyUI's ``simple``. Picture n of several has ``seed + n``; a list
-    gives each its own, and one prompt with several seeds is drawn once for each. A picture depends on
-    its prompt and seed alone, not on the others in its ``batch`` (up to float noise). ``width`` and
-    ``height`` are in pixels, by default what the VAE was made for. ``loras`` gives a strength for each
-    LoRA loaded into the pipeline (``pipe.load_lora_weights(path, adapter_name=name)``). ``negative_prompt``
-    works above cfg 1 only. Raises AlkahestError kinds before drawing, NonFiniteError if latents become NaN.
+    Parameters
+    ----------
+    pipe : ZImagePipeline or LiveModel
+        Of `pipeline`.
+    prompt : str or list of str
+    negative_prompt : str, ""
+        Works above cfg 1 only.
+    steps : int, 24
+    cfg : float, 2
+        ComfyUI's: 1 is no guidance, and diffusers' ``guidance_scale`` is cfg - 1.
+    shift : float, 3
+        ModelSamplingAuraFlow's; it is always applied.
+    seed : int or list of int, 0
+        Picture n of several has ``seed + n``; a list gives each its own, and one prompt with several seeds is drawn once for
+        each.
+    schedule : str, "diffusers"
+        Or ComfyUI's ``simple``.
+    cfg_normalization : float, 0
+        Most that guidance may make a prediction's norm, in norms of the unguided one; 0 is no limit.
+    width, height : int, optional
+        In pixels, by default what the VAE was made for.
+    batch : int, 4
+        How many are drawn at once.
+    loras : mapping of str to float, optional
+        A strength for each LoRA loaded into the pipeline (``pipe.load_lora_weights(path, adapter_name=name)``).
+
+    Returns
+    -------
+    Sampling
+        A generator of steps; ``.images`` runs it to its end.
+
+    Raises
+    ------
+    AlkahestError
+        Before drawing, for what cannot be drawn.
+    NonFiniteError
+        If latents become NaN.
+
+    Examples
+    --------
+    >>> image = ak.sample(pipe, "a red ball on a beach", steps=8, cfg=2.0, seed=0).images[0]
+    >>> for step in ak.sample(pipe, ["a red ball", "a blue ball"], cfg=1, steps=4):
+    ...     previews = step.previews()
     """
     pipe = getattr(pipe, "pipe", pipe)
     settings = Settings(steps, cfg, shift, schedule, cfg_normalization)

@@ -129,21 +129,61 @@ def search(
 ) -> Search:
     """The best values that a search finds for named scalars and sampling settings, and how sure that is.
 
-    >>> live = ak.LiveModel(bridge.protect("refiner") + ak.param("k", 1.0) * (variant - base), components)
-    >>> found = ak.search(live, over={"k": (0, 400)}, pictures="pictures_of_the_new_thing")
-    >>> found = ak.search(live, prompts, over={"k": (1, 400, "log"), "cfg": (1, 4)}, score="grid", goal="least")
-    >>> live.set(found.best)
+    The first trial is where the model stands, if that lies inside; the others are optuna's. The same call proposes the same,
+    whichever executor; what was drawn or measured before is remembered, so that a search that was stopped goes on. The live
+    model is left as it was. For answers of a person to pairs of pictures see `panels.blind_comparison`.
 
-    ``over`` has a range ``(low, high)`` or ``(low, high, "log")``, or a list of values, for each name. ``score`` is
-    ``"flow_loss"`` of ``pictures`` (a folder with captions, or pictures whose captions are the prompts), a measure of
-    `ak.picture_measures`, whose means over drawn pictures are compared, or a function of the list of pictures of a
-    trial: a number, or one for each picture. ``goal`` is ``"least"`` or ``"most"``. (For answers of a person to pairs
-    of pictures see `panels.blind_comparison`.) The first of ``trials`` is where the model stands, if that lies
-    inside; the others are optuna's, ``at_once`` of them asked for together: 1, or 4 with an ``executor``. The same
-    call proposes the same, whichever executor; what was drawn or measured before is remembered, so that a search that
-    was stopped goes on. ``seeds`` and what follows ``batch`` are as in `ak.sweep`; the live model is left as it was.
-    Raises UnknownNameError for other names, AlkahestError for a score without a goal or a range that is none,
-    UnsupportedError without optuna.
+    Parameters
+    ----------
+    live : LiveModel
+    prompts : str or list of str, optional
+    over : mapping of str to tuple or list
+        A range ``(low, high)`` or ``(low, high, "log")``, or a list of values, for each name.
+    score : str or callable, "flow_loss"
+        The loss of ``pictures``; a measure of `picture_measures`, whose means over drawn pictures are compared; or a function
+        of the list of pictures of a trial: a number, or one for each picture.
+    goal : str, optional
+        ``"least"`` or ``"most"``.
+    trials : int, 24
+    at_once : int, optional
+        How many are asked for together: 1, or 4 with an ``executor``.
+    seed : int, 0
+        Of the search.
+    pictures : list of pictures or folder, optional
+        For ``flow_loss``: a folder with captions, or pictures whose captions are the prompts.
+    seeds : list of int, (0,)
+    executor : concurrent.futures.Executor, optional
+    folder : str or path, optional
+    batch : int, 4
+        As in `sweep`.
+    steps : int, optional
+    cfg : float, optional
+    shift : float, optional
+    schedule : str, optional
+    cfg_normalization : float, optional
+    negative_prompt : str, optional
+    width, height : int, optional
+        Settings that stay, by default those of `sample`.
+
+    Returns
+    -------
+    Search
+        ``best`` is for ``live.set``.
+
+    Raises
+    ------
+    UnknownNameError
+        For other names.
+    AlkahestError
+        For a score without a goal or a range that is none.
+    UnsupportedError
+        Without optuna.
+
+    Examples
+    --------
+    >>> found = ak.search(live, prompts, over={"k": (0, 10)}, pictures=pictures, trials=3)
+    >>> found = ak.search(live, prompts[0], over={"k": (1, 10, "log")}, score="grid", goal="least", trials=2, steps=4)
+    >>> report = live.set(found.best)
     """
     settings = settings_given(steps, cfg, shift, schedule, cfg_normalization, negative_prompt, width, height)
     events = stream_search(

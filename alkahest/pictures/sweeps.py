@@ -90,19 +90,50 @@ def sweep(
     height: int | None = None,
     **scalars: float,
 ) -> Cells:
-    """Draw every combination; returns a DataFrame with a row a picture: values, seed, measures, path.
+    """Draw every combination of values.
 
-    >>> table = ak.sweep(live, ["a red ball at night"], over={"k": [0, 1, 10, 171.1], "shift": [3, 6, 12]})
-    >>> table.contact_sheet(rows="shift", columns="k")
+    A cell that was drawn before is not drawn again, so a sweep that was stopped goes on. One that fails has its reason in
+    the column ``error``, and the rest goes on.
 
-    ``over`` maps named scalars of the `LiveModel` (LoRA strengths too) and sampling settings (``steps``,
-    ``cfg``, ``shift``, ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``) to values.
-    ``executor`` is any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; ``folder`` is for
-    the pictures, by default in the user's cache; ``batch`` is how many are drawn at once. What follows are fixed
-    settings, by default those of `sample`, and named scalars, such as ``k=5``. A cell that was drawn before is not
-    drawn again, so a sweep that was stopped goes on. One that fails has its reason in the column ``error``, and the
-    rest goes on.
-    Raises UnknownNameError for a name that is neither a scalar nor a setting, before anything is drawn.
+    Parameters
+    ----------
+    live : LiveModel
+    prompts : str or list of str
+    over : mapping of str to list
+        Values for named scalars of the model (LoRA strengths too) and sampling settings (``steps``, ``cfg``, ``shift``,
+        ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``).
+    seeds : list of int, (0,)
+    executor : concurrent.futures.Executor, optional
+        dask's ``client.get_executor()`` is one.
+    folder : str or path, optional
+        For the pictures, by default in the user's cache.
+    batch : int, 4
+        How many are drawn at once.
+    steps : int, optional
+    cfg : float, optional
+    shift : float, optional
+    schedule : str, optional
+    cfg_normalization : float, optional
+    negative_prompt : str, optional
+    width, height : int, optional
+        Settings that stay, by default those of `sample`.
+    scalars : float
+        Named scalars that stay, such as ``k=5``.
+
+    Returns
+    -------
+    Cells
+        A DataFrame with a row a picture: values, seed, measures, path; ``contact_sheet`` shows them.
+
+    Raises
+    ------
+    UnknownNameError
+        For a name that is neither a scalar nor a setting, before anything is drawn.
+
+    Examples
+    --------
+    >>> table = ak.sweep(live, ["a red ball at night"], over={"k": [0, 5], "cfg": [1, 2]}, steps=4)
+    >>> sheet = table.contact_sheet(rows="cfg", columns="k")
     """
     cells: Cells = result_of(
         stream_sweep(

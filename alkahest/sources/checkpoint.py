@@ -180,16 +180,36 @@ class Part(Mapping[str, torch.Tensor]):
 def open(source: str | os.PathLike[str], *, name: str | None = None, prefix: str | None = None) -> Checkpoint:
     """Open a Z-Image checkpoint by reading its headers.
 
-    >>> ak.open("z_image_bf16.safetensors")
-    >>> ak.open("models/Z-Image/transformer"), ak.open("Tongyi-MAI/Z-Image"), ak.open("mini:tb1")
+    Parameters
+    ----------
+    source : str or path
+        A single file with any published prefix, an all-in-one file, a diffusers or pipeline folder, a sharded checkpoint,
+        a hub id, or a member of the miniature family (``mini:base``); fp32, fp16, bf16, fp8 plain and scaled, and with
+        comfy-kitchen nvfp4, mxfp8 and int8.
+    name : str, optional
+        What recipes call it, by default from the file's name.
+    prefix : str, optional
+        Which of several models in one file is meant, by default the one under a published prefix, or the only one.
 
-    Takes single files with any published prefix, all-in-one files, diffusers and pipeline folders,
-    sharded checkpoints, hub ids and members of the miniature family; fp32, fp16, bf16, fp8 plain and scaled,
-    and with comfy-kitchen nvfp4, mxfp8 and int8. ``name`` is what recipes call it (default: from the
-    file's name); ``prefix`` says which of several models in one file is meant (default: the one under a published
-    prefix, or the only one). Tensors that are no part of the model are carried along: ``extras``. Raises
-    FileFormatError for damaged, incomplete or lying files, UnsupportedError for other models, other quantised forms,
-    GGUF and pickles.
+    Returns
+    -------
+    Checkpoint
+        Weights that are read when they are needed. Tensors that are no part of the model are carried along: ``extras``.
+
+    Raises
+    ------
+    FileFormatError
+        For damaged, incomplete or lying files.
+    UnsupportedError
+        For other models, other quantised forms, GGUF and pickles.
+
+    Examples
+    --------
+    >>> base = ak.open("mini:base")
+    >>> saved = base.save("base.safetensors", dtype="bf16")
+    >>> again = ak.open("base.safetensors", name="base")
+    >>> len(again) == len(base)
+    True
     """
     located = locate(source)
     if holds_signs(located):

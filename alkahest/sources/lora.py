@@ -228,14 +228,35 @@ class Lora(DeltaLeaf):
 def open_lora(source: str | os.PathLike[str], *, name: str | None = None, only: str | None = None) -> Lora:
     """Open a LoRA by reading its header: a delta on the weights that it names.
 
-    >>> bridge.protect("refiner") + 0.1 * ak.open_lora("supplement.safetensors")
+    Parameters
+    ----------
+    source : str or path
+        LoRA, LoHa, LoKr, DoRA and full differences, fused or split qkv, with the names of ComfyUI, diffusers, PEFT (with
+        its folder's adapter_config.json), kohya, musubi, OneTrainer and LyCORIS. OFT, BOFT, IA3 and whole tensors, which
+        depend on the weights that they meet, are for `apply_lora`.
+    name : str, optional
+        What recipes call it, by default from the file's name.
+    only : str, optional
+        ``"transformer"`` leaves out what is for other models; ``left`` says what.
 
-    Takes LoRA, LoHa, LoKr, DoRA and full differences, fused or split qkv, with the names of ComfyUI,
-    diffusers, PEFT (with its folder's adapter_config.json), kohya, musubi, OneTrainer and LyCORIS. Strength 1 is
-    alpha / rank. OFT, BOFT, IA3 and whole tensors, which depend on the weights that they meet, are for `ak.apply_lora`.
-    ``name`` is what recipes call it; ``only="transformer"`` leaves out what is for other models (``left`` says what).
-    Raises FileFormatError for incomplete, ambiguous or damaged files, UnknownNameError for a tensor that fits nothing,
-    UnsupportedError for checkpoints, other adapters, and settings that are not understood.
+    Returns
+    -------
+    Lora
+        Strength 1 is alpha / rank.
+
+    Raises
+    ------
+    FileFormatError
+        For incomplete, ambiguous or damaged files.
+    UnknownNameError
+        For a tensor that fits nothing.
+    UnsupportedError
+        For checkpoints, other adapters, and settings that are not understood.
+
+    Examples
+    --------
+    >>> made = ak.extract_lora(variant - base, rank=4).save("variant-lora.safetensors")
+    >>> merged = bridge.protect("refiner") + 0.8 * ak.open_lora("variant-lora.safetensors")
     """
     located = locate(source)
     if not any(map(is_lora, located.tensors)):

@@ -82,12 +82,32 @@ class MadeUp(Leaf):
 def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "all", width: int = 3840) -> MadeUp:
     """Weights of true Z-Image shapes with random numbers, the same for the same arguments.
 
-    >>> ak.made_up(layers=2).save("base.safetensors")
-    >>> ak.made_up(layers=2, delta=0.02, only="layers").save("variant.safetensors")
+    Parameters
+    ----------
+    layers : int, 30
+        Blocks of the main stack.
+    seed : int, 0
+    delta : float, 0
+        Makes a variant of the model with the same seed, whose difference is that share of the weights' standard deviation.
+    only : str, "all"
+        A pattern of the tensors that differ.
+    width : int, 3840
+        A multiple of 32; others make smaller models of the same class.
 
-    ``delta`` makes a variant of the model with the same seed, whose difference is that share of the
-    weights' standard deviation, on the tensors that ``only`` selects. The defaults give the full
-    6,154,908,736 parameters; ``width`` (a multiple of 32) makes smaller models of the same class.
+    Returns
+    -------
+    MadeUp
+        With the defaults 6,154,908,736 parameters, which take no memory until they are read.
+
+    Raises
+    ------
+    AlgebraError
+        If there can be no such model.
+
+    Examples
+    --------
+    >>> tiny = ak.made_up(layers=2, width=64).save("tiny.safetensors")
+    >>> near = ak.made_up(layers=2, width=64, delta=0.02, only="layers").save("near.safetensors")
     """
     for name, value in (("layers", layers), ("seed", seed), ("width", width)):
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):

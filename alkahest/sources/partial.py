@@ -59,9 +59,32 @@ def open_part(
 ) -> PartialCheckpoint:
     """Open a file that holds some of a model's tensors, such as its refiners or an unfinished upload.
 
-    >>> whole = base.with_parts_of(ak.open_part("refiners.safetensors"))
+    Parameters
+    ----------
+    source : str or path
+        In the forms of `open`.
+    name : str, optional
+        What recipes call it, by default from the file's name.
+    prefix : str, optional
+        Which of several models in one file is meant.
 
-    The forms and options are those of `ak.open`. Raises UnsupportedError if no tensor of a known family is there.
+    Returns
+    -------
+    PartialCheckpoint
+        For ``with_parts_of``.
+
+    Raises
+    ------
+    UnsupportedError
+        If no tensor of a known family is there.
+    FileFormatError
+        For damaged files.
+
+    Examples
+    --------
+    >>> from safetensors.torch import save_file
+    >>> save_file({key: turbo[key] for key in turbo if "refiner" in key}, "refiners.safetensors")
+    >>> whole = base.with_parts_of(ak.open_part("refiners.safetensors"))
     """
     return PartialCheckpoint(locate(source), name, prefix)
 

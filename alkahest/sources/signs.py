@@ -111,9 +111,27 @@ class Signs(DeltaLeaf):
 def open_signs(source: str | os.PathLike[str], *, name: str | None = None) -> Signs:
     """Open signs that `Signs.save` wrote, by reading the header.
 
-    >>> bridge.protect("refiner") + 1.2 * (variant - base).agreeing(ak.open_signs("signs.safetensors"))
+    Parameters
+    ----------
+    source : str or path
+    name : str, optional
+        What recipes call it, by default from the file's name.
 
-    Raises UnsupportedError for other files, FileFormatError for shapes that the bytes do not fit.
+    Returns
+    -------
+    Signs
+
+    Raises
+    ------
+    UnsupportedError
+        For other files.
+    FileFormatError
+        For shapes that the bytes do not fit.
+
+    Examples
+    --------
+    >>> made = ak.gradient_signs(bridge, prompts=prompts, variant=variant, count=3, steps=4).save("signs.safetensors")
+    >>> merged = bridge.protect("refiner") + 1.2 * (variant - base).agreeing(ak.open_signs("signs.safetensors"))
     """
     located = locate(source)
     if not holds_signs(located):

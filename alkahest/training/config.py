@@ -151,7 +151,30 @@ class Config:
 
 @refuse_unknown_options
 def read_config(path: str | Path) -> Config:
-    """Read a run from a TOML file. FileFormatError if it is none, UnknownNameError for a key that means nothing."""
+    """Read a run from a TOML file.
+
+    Parameters
+    ----------
+    path : str or path
+
+    Returns
+    -------
+    Config
+        For `finetune`.
+
+    Raises
+    ------
+    FileFormatError
+        If it is no TOML.
+    UnknownNameError
+        For a key that means nothing.
+
+    Examples
+    --------
+    >>> config = ak.read_config("tb1.toml")
+    >>> config.frozen
+    'refiner'
+    """
     path = expanded(path, "finetune")
     return config_of(read_toml(path, "finetune"), path.resolve().parent, path)
 

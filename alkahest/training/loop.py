@@ -83,14 +83,36 @@ class Result:
 def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     """Train by a configuration; `stream_finetune` is the same as a generator of events.
 
-    >>> result = ak.finetune(ak.read_config("tb1.toml"), "runs/tb1")
-    >>> result.weights.save("tb1.safetensors", dtype="bf16")
+    Everything that is not selected by ``config.frozen`` is trained, or with ``config.lora`` a LoRA beside it; what is frozen
+    is checked by hash at every checkpoint. A run in a folder that holds checkpoints of the same configuration goes on from
+    the last, and gives the same weights to the bit as one that was never stopped (one process, one machine).
 
-    Everything that is not selected by ``config.frozen`` is trained, or with ``config.lora`` a LoRA beside it; what is
-    frozen is checked by hash at every checkpoint. A run in a folder that holds checkpoints of the same configuration
-    goes on from the last, and gives the same weights to the bit as one that was never stopped (one process, one
-    machine). Raises NonFiniteError if the loss is no number any more, MismatchError if the folder is another run's,
-    AlkahestError with what would fit if memory runs out.
+    Parameters
+    ----------
+    config : Config
+        Of `read_config`.
+    folder : str or path
+        Of the run.
+    device : str, "cpu"
+
+    Returns
+    -------
+    Result
+        ``weights`` is an expression.
+
+    Raises
+    ------
+    NonFiniteError
+        If the loss is no number any more.
+    MismatchError
+        If the folder is another run's.
+    AlkahestError
+        With what would fit, if memory runs out.
+
+    Examples
+    --------
+    >>> result = ak.finetune(ak.read_config("tb1.toml"), "runs/tb1")
+    >>> saved = result.weights.save("tb1.safetensors", dtype="bf16")
     """
     result: Result = result_of(stream_finetune(config, folder, device), "finetune")
     return result

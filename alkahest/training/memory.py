@@ -65,18 +65,48 @@ def memory_plan(
     checkpointing: bool = True,
     processes: int = 1,
 ) -> pandas.DataFrame:
-    """GiB that each way to train needs on one GPU: a DataFrame, smallest first, ``fits`` where ``vram`` is given.
+    """GiB that each way to train needs on one GPU: a DataFrame, smallest first.
 
-    >>> memory_plan(ak.open("z_image_bf16.safetensors"), vram=24)[["mode", "total", "card", "fits"]]
+    Parameters
+    ----------
+    weights : Weights
+        The model; only its shapes are looked at.
+    vram : float, optional
+        GiB of the card.
+    frozen : str, "refiner"
+        A pattern of what is not trained.
+    resolution : int, 1024
+        Side of the pictures in pixels.
+    batch : int, 1
+    checkpointing : bool, True
+        Gradient checkpointing.
+    processes : int, 1
+        Over several (FSDP) all but activations is divided.
 
-    ``weights`` hold what is trained in float32 or bf16 and what is frozen in bf16; ``gradients`` of all or, fused,
-    of the largest tensor; ``optimiser`` its state (AdamW 8 bytes a number, in 8 bits 2, Adafactor a row and a
-    column a matrix) and float32 copies of one tensor; ``activations`` of one batch at ``resolution``. Over several
-    ``processes`` (FSDP) all but activations is divided. The text encoder and VAE are not there: they are
-    encoded beforehand. ``card`` and ``fits`` leave a tenth for kernels and gaps, which ``total`` does not count.
+    Returns
+    -------
+    pandas.DataFrame
+        ``weights`` hold what is trained in float32 or bf16 and what is frozen in bf16; ``gradients`` of all or, fused, of
+        the largest tensor; ``optimiser`` its state (AdamW 8 bytes a number, in 8 bits 2, Adafactor a row and a column a
+        matrix) and float32 copies of one tensor; ``activations`` of one batch. ``card`` and ``fits``, with ``vram``, leave
+        a tenth for kernels and gaps, which ``total`` does not count. The text encoder and VAE are not there: they are
+        encoded beforehand.
+
+    Raises
+    ------
+    UnknownNameError
+        If ``frozen`` selects nothing.
+    AlkahestError
+        If a number is none that a card or a batch can have.
+
+    Examples
+    --------
+    >>> plan = ak.memory_plan(ak.made_up(), vram=24)[["mode", "total", "card", "fits"]]
     """
     import pandas as pd
 
+    if vram is not None and not 0 < vram < float("inf"):
+        raise AlkahestError("plan", "vram is the card's memory in GiB", expected="more than 0", found=vram)
     if resolution < 16 or batch < 1 or processes < 1:
         raise AlkahestError(
             "plan", "resolution, batch and processes must be positive", found=f"{resolution}, {batch}, {processes}"

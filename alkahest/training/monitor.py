@@ -33,10 +33,29 @@ Files = Mapping[str, Mapping[str, str]]  # dataset -> file -> what there is to s
 def read_history(folder: str | Path) -> pandas.DataFrame:
     """What a run measured so far, while it trains or after: a DataFrame with a row for each measurement.
 
-    >>> read_history("runs/tb1").plot("step", "held_out")
+    Parameters
+    ----------
+    folder : str or path
+        Of the run.
+
+    Returns
+    -------
+    pandas.DataFrame
+
+    Raises
+    ------
+    FileFormatError
+        If its history is damaged, or there is no such folder.
+
+    Examples
+    --------
+    >>> result = ak.finetune(ak.read_config("tb1.toml"), "runs/tb1")
+    >>> losses = ak.read_history("runs/tb1")[["step", "loss"]]
     """
     import pandas as pd
 
+    if not Path(folder).is_dir():
+        raise FileFormatError("read_history", "there is no such run", file=folder, fix="give the folder of a run")
     rows = [row for row in _rows(Path(folder) / "history.jsonl") if "left_out" not in row]
     return pd.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
 

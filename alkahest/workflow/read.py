@@ -26,14 +26,35 @@ def read_workflow(
 ) -> list[WorkflowRecipe]:
     """The recipes in a ComfyUI workflow, one for each model that it saves, or else draws with.
 
-    >>> (recipe,) = ak.read_workflow("merge.json"); recipe.text, recipe.files
-    ('bridge + 10 * (variant - base)', {'bridge': diffusion_models/bridge.safetensors, ...})
-    >>> build(recipe, recipe.locate("ComfyUI/models")).save("out.safetensors", **recipe.output)
+    Parameters
+    ----------
+    path : str or path
+        The editor's form (with subgraphs) or the API form as JSON, a PNG picture, or a checkpoint that ComfyUI saved, of
+        which only the recipe of that very file is given.
+    node : str, optional
+        The id of the one node that is asked for.
+    passing : collection of str
+        Kinds of nodes of which you know that they change no weights, where Alkahest does not.
 
-    Takes the editor's form (with subgraphs) and the API form as JSON, PNG pictures, and checkpoints that ComfyUI
-    saved, of which only the recipe of that very file is given. ``node`` is the id of the one node that is asked for,
-    ``passing`` holds kinds of nodes of which you know that they change no weights, where Alkahest does not.
-    Raises RecipeError that names the node, for whatever cannot be said in a recipe.
+    Returns
+    -------
+    list of WorkflowRecipe
+        Each with its ``text``, its ``files`` and ``notes``; ``locate(models)`` finds the files in ComfyUI's folder.
+
+    Raises
+    ------
+    RecipeError
+        That names the node, for whatever cannot be said in a recipe.
+
+    Examples
+    --------
+    >>> for name, model in {"bridge": bridge, "variant": variant, "base": base}.items():
+    ...     saved = model.save(f"{name}.safetensors")
+    >>> a, v, b = (ak.open(f"{name}.safetensors") for name in ("bridge", "variant", "base"))
+    >>> notes = ak.write_workflow(a + 5 * (v - b), "merge.json")
+    >>> (recipe,) = ak.read_workflow("merge.json")
+    >>> recipe.text
+    'bridge + 5 * (variant - base)'
     """
     path = expanded(path, "recipe")
     if path.suffix == ".safetensors" or path.is_dir():

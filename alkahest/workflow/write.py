@@ -43,15 +43,37 @@ def write_workflow(
 ) -> list[str]:
     """Write an expression as a ComfyUI workflow that saves the model.
 
-    >>> ak.write_workflow(bridge + 171.1 * (variant - base), "merge.json")
-    ['ComfyUI merges no pad tokens: they stay the first model's']
+    Protection, factors by part and what else ComfyUI's own nodes cannot say becomes an Alkahest Merge node.
 
-    ``form`` is "editor" for the form that the editor saves and opens with every digit, or "api" for the one that is
-    posted to the server; the editor opens that too, but rounds its numbers to the steps of its widgets.
+    Parameters
+    ----------
+    expression : Weights
+    path : str or path
+        The JSON file.
+    prefix : str, "diffusion_models/alkahest"
+        Under which ComfyUI saves the model.
+    form : str, "editor"
+        ``editor`` for the form that the editor saves and opens with every digit, or ``api`` for the one that is posted to
+        the server; the editor opens that too, but rounds its numbers to the steps of its widgets.
 
-    Returns what the graph does otherwise. Protection, factors by part and what else ComfyUI's own nodes cannot say
-    becomes an Alkahest Merge node. Raises AlgebraError for what no node says (merge methods, made-up weights), and
-    OutputError for a checkpoint that ComfyUI cannot load; nothing is written then.
+    Returns
+    -------
+    list of str
+        What the graph does otherwise.
+
+    Raises
+    ------
+    AlgebraError
+        For what no node says (merge methods, made-up weights, numbers along the blocks); nothing is written then.
+    OutputError
+        For a checkpoint that ComfyUI cannot load.
+
+    Examples
+    --------
+    >>> for name, model in {"bridge": bridge, "variant": variant, "base": base}.items():
+    ...     saved = model.save(f"{name}.safetensors")
+    >>> a, v, b = (ak.open(f"{name}.safetensors") for name in ("bridge", "variant", "base"))
+    >>> notes = ak.write_workflow(a + 171.1 * (v - b), "merge.json")
     """
     if form not in FORMS:
         raise unknown("workflow", "unknown form of a workflow", form, FORMS)

@@ -93,6 +93,8 @@ def test_bad_input(trio: dict[str, Path]) -> None:
     v, b = ak.open(trio["variant"]), ak.open(trio["base"])
     with pytest.raises(AlgebraError, match="two or more deltas are needed"):
         ak.compare({"one": v - b})
+    with pytest.raises(AlgebraError, match="at least one singular direction"):
+        ak.compare({"one": v - b, "two": v - b}, rank=0)
     with pytest.raises(AlgebraError, match="two: Checkpoint"):
         ak.compare({"one": v - b, "two": v})
     with pytest.raises(UnknownNameError, match="did you mean 'cosine'"):

@@ -50,3 +50,6 @@ def test_bad_input() -> None:
         ak.memory_plan(ak.made_up(layers=1), frozen="refinr")
     with pytest.raises(AlkahestError, match="must be positive"):
         ak.memory_plan(ak.made_up(layers=1), batch=0)
+    for vram in (0, -24, float("nan")):
+        with pytest.raises(AlkahestError, match="memory in GiB"):
+            ak.memory_plan(ak.made_up(layers=1), vram=vram)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from test_loop import config
 
-from alkahest.errors import UnknownNameError
+import alkahest as ak
+from alkahest.errors import FileFormatError, UnknownNameError
 from alkahest.training.loop import finetune
 
 PROMPTS: dict[str, Any] = {"prompts": ["a red ball"], "sampling": {"steps": 2, "cfg": 1}}
@@ -48,3 +49,9 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_tracker() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'tensorboard'"):
         config(log="tensorbord")
+
+
+def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+    assert ak.read_history(tmp_path).empty  # it has not measured yet
+    with pytest.raises(FileFormatError, match="no such run"):
+        ak.read_history(tmp_path / "tb2")
