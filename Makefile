@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -I .make/install.py -c constraints.txt $(CPU_INDEX)
 SETTINGS := $(VENV)/share/jupyter/lab/settings
 QUIET := --LanguageServerManager.autodetect=False
 
-.PHONY: lab work test check format notebooks reproduce bench clean
+.PHONY: lab work test check format docs notebooks reproduce bench clean
 
 # Everything needed to use the package and its notebooks.
 $(VENV)/.lab: pyproject.toml constraints.txt
@@ -53,6 +53,14 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(INSTALL) -e '.[lab,sample,search,fast,train,dev,docs]'
+	touch $@
+
+# The site, in site/: strict, so that a link that leads nowhere stops it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -f .make/mkdocs.yml
 
 # Execute every notebook and store its outputs.
 notebooks: $(VENV)/.dev

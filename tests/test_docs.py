@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -19,9 +21,13 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 _CALL = re.compile(r"\w+\(\[?\w+|\w+ \+ ")
 
 
+def blocks(page: str, language: str) -> list[str]:
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
+
+
 def commands(page: str) -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("alkahest ")]
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("alkahest ")]
 
 
 def expressions(page: str) -> list[str]:
@@ -68,6 +74,8 @@ def test_the_tables_are_read() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "ComfyUI/custom_nodes").mkdir(parents=True)
+    (tmp_path / "ComfyUI/main.py").touch()
     for line in commands(page):
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, (line, done.output)
@@ -77,3 +85,11 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_links_to_files_live(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", (DOCS / page).read_text()):
         assert (DOCS / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), known)  # what we wrote ourselves

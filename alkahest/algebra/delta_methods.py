@@ -29,13 +29,13 @@ def ties(
     ----------
     deltas : list of Delta
         Differences of models with the same tensors.
-    density : float or one for each delta, 0.2
-        Share of a tensor's entries that stay, 0 to 1; entries as large as the last of them stay too. Every number may be
-        a list along the blocks or a mapping from patterns, as in `lerp`.
-    weights : float or one for each delta, 1
+    density : float or one for each delta, default 0.2
+        Share of a tensor's entries that stay, 0 to 1; entries as large as the last of them stay too. Every number may
+        be a list along the blocks or a mapping from patterns, as in `lerp`.
+    weights : float or one for each delta, default 1
         What each delta is multiplied by before signs are elected. The average is over the weights that agree, so one
         number for all changes nothing.
-    normalise : bool, True
+    normalise : bool, default True
         False adds up what agrees instead of averaging it.
 
     Returns
@@ -49,9 +49,9 @@ def ties(
 
     Notes
     -----
-    ``ties([0.7 * a, 0.3 * b])`` divides by the count of deltas that agree, ``ties([a, b], weights=[0.7, 0.3])`` by their
-    weights, as mergekit's ``ties`` does. mergekit keeps ``int(density * n)`` entries where here it is rounded. sd-mecha
-    counts signs unless it is given ``vote_sgn=True``.
+    ``ties([0.7 * a, 0.3 * b])`` divides by the count of deltas that agree, ``ties([a, b], weights=[0.7, 0.3])`` by
+    their weights, as mergekit's ``ties`` does. mergekit keeps ``int(density * n)`` entries where here it is rounded.
+    sd-mecha counts signs unless it is given ``vote_sgn=True``.
 
     Examples
     --------
@@ -83,9 +83,9 @@ def sce(deltas: list[Tensor], *, top: float = 1.0, normalise: bool = False) -> T
     ----------
     deltas : list of Delta
         Differences of models with the same tensors.
-    top : float, 1
+    top : float, default 1
         Share of a tensor's entries that stay, more than 0 and at most 1.
-    normalise : bool, False
+    normalise : bool, default False
         Divide by the weights that are left of each entry, as mergekit does, instead of adding the weighted rest up.
 
     Returns
@@ -169,9 +169,9 @@ def nuslerp(a: Tensor, b: Tensor, *, t: float = 0.5, rows: bool = False, shape: 
     ----------
     a, b : Delta
         Where to start and where to go.
-    t : float, 0.5
+    t : float, default 0.5
         How far, 0 at ``a`` and 1 at ``b``.
-    rows : bool, False
+    rows : bool, default False
         Take each row's own angle (``nuslerp_flatten: false``).
 
     Returns

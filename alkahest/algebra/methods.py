@@ -141,9 +141,9 @@ def method(
 
     Parameters
     ----------
-    weights : bool, False
+    weights : bool, default False
         Whether it takes complete weights instead of deltas.
-    elementwise : bool, False
+    elementwise : bool, default False
         Lets it run block by block; otherwise it gets whole tensors, and memory grows with the largest tensor (157 MB in
         float32 for a feed-forward matrix, times the operands).
 

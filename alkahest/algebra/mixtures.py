@@ -91,8 +91,8 @@ def lerp(a: Weights, b: Weights, t: Share) -> Weights:
         Complete models; ``a`` leads: its storage, its pad tokens under ``comfy_compatible``, its protection.
     t : float, Param, list or mapping
         Share of ``b``, 0 to 1 or beyond. A list goes along the blocks of the main stack, evenly spread and linear in
-        between, its first value before the stack and its last after it. A mapping gives patterns a number or a list; the
-        last pattern that selects a tensor counts, and every tensor must be selected by one.
+        between, its first value before the stack and its last after it. A mapping gives patterns a number or a list;
+        the last pattern that selects a tensor counts, and every tensor must be selected by one.
 
     Returns
     -------
@@ -101,7 +101,8 @@ def lerp(a: Weights, b: Weights, t: Share) -> Weights:
     Raises
     ------
     AlgebraError
-        If a delta is given, what ``b`` protects ``a`` does not, a number is not finite, or a tensor is left without one.
+        If a delta is given, what ``b`` protects ``a`` does not, a number is not finite, or a tensor is left without
+        one.
     UnknownNameError
         If a pattern selects nothing.
     MismatchError
@@ -126,7 +127,7 @@ def weighted_sum(models: Sequence[Weights], shares: Sequence[Share], *, normalis
         Complete models; the first leads, as in `lerp`.
     shares : list of float, list or mapping
         One for each model; each may vary over the tensors as in `lerp`. They add up to 1 at every tensor.
-    normalise : bool, False
+    normalise : bool, default False
         Divide the shares by their sum instead of refusing those that do not add up to 1.
 
     Returns

@@ -23,7 +23,7 @@ def slerp(a: Tensor, b: Tensor, *, t: float = 0.5) -> Tensor:
     ----------
     a, b : Weights
         Where to start and where to go. The first leads, as in `lerp`.
-    t : float, 0.5
+    t : float, default 0.5
         How far, 0 at ``a`` and 1 at ``b``; it may be a list along the blocks or a mapping from patterns.
 
     Returns
@@ -58,7 +58,7 @@ def karcher(models: list[Tensor], *, iterations: int = 20) -> Tensor:
     ----------
     models : list of Weights
         The first leads, as in `lerp`.
-    iterations : int, 20
+    iterations : int, default 20
         How many steps at most, at least 1; mergekit's ``max_iter``, 10 there.
 
     Returns
@@ -107,9 +107,9 @@ def cosine_add(a: Tensor, b: Tensor, *, alpha: float = 0.0, whole: float = 0.0, 
     ----------
     a, b : Weights
         The first leads, as in `lerp`.
-    alpha : float, 0
+    alpha : float, default 0
         What is subtracted from the cosine: 1 takes all of ``b``.
-    whole : float, 0
+    whole : float, default 0
         Share of the cosine of the tensors as a whole, 0 to 1; 0.5 is cosineB.
 
     Returns
@@ -146,7 +146,7 @@ def train_difference(a: Tensor, b: Tensor, base: Tensor, *, alpha: float = 1.0) 
         What is added to. It leads, as in `lerp`.
     b, base : Weights
         What learned something, and what from.
-    alpha : float, 1
+    alpha : float, default 1
         How much of it.
 
     Returns

@@ -19,10 +19,10 @@ def dare(delta: Tensor, *, drop: float = 0.9, uniform: Tensor) -> Tensor:
     Parameters
     ----------
     delta : Delta
-    drop : float, 0.9
+    drop : float, default 0.9
         Probability of being dropped, at least 0 and less than 1; it may be a list along the blocks or a mapping from
         patterns, as in `lerp`.
-    seed : int, 0
+    seed : int, default 0
         Each delta of a merge needs one of its own, or the same entries go. Numbers depend on the seed and the tensor's
         name alone, so a merge is the same whatever the threads.
 
@@ -61,11 +61,11 @@ def della(delta: Tensor, *, drop: float = 0.7, window: float = 0.2, uniform: Ten
     Parameters
     ----------
     delta : Delta
-    drop : float, 0.7
+    drop : float, default 0.7
         Mean probability of being dropped.
-    window : float, 0.2
+    window : float, default 0.2
         How much it differs between a row's smallest and largest entry; twice mergekit's ``epsilon``.
-    seed : int, 0
+    seed : int, default 0
         Each delta of a merge needs one of its own.
 
     Returns
@@ -79,9 +79,9 @@ def della(delta: Tensor, *, drop: float = 0.7, window: float = 0.2, uniform: Ten
 
     Notes
     -----
-    The paper's two further steps are `ties` with a density of 1, as in the example. Each entry is divided by its own odds;
-    mergekit's ``della`` restores the L1 norm of the whole delta instead, a factor of 1.066 in one case where the paper's
-    is 1.
+    The paper's two further steps are `ties` with a density of 1, as in the example. Each entry is divided by its own
+    odds; mergekit's ``della`` restores the L1 norm of the whole delta instead, a factor of 1.066 in one case where the
+    paper's is 1.
 
     Examples
     --------
@@ -111,9 +111,9 @@ def breadcrumbs(delta: Tensor, *, smallest: float = 0.85, largest: float = 0.01)
     Parameters
     ----------
     delta : Delta
-    smallest : float, 0.85
+    smallest : float, default 0.85
         Share of the entries that goes as noise, 0 to 1: mergekit's ``1 - density - gamma``.
-    largest : float, 0.01
+    largest : float, default 0.01
         Share that goes as outliers, 0 to 1: mergekit's ``gamma``.
 
     Returns

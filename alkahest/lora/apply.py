@@ -22,10 +22,10 @@ from alkahest.sources.lora import Lora
 def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1.0) -> Weights:
     """Weights with a LoRA in them; for a DoRA, OFT, BOFT, IA3 and tensors that are stored whole the only way.
 
-    A plain LoRA gives ``weights + strength * lora``. A DoRA makes ``D = m * (W + dW) / |W + dW|``, norms and magnitudes m
-    by row, or by column if that is m's length (Liu et al. 2024, arXiv:2402.09353, as PEFT), of which ``strength`` goes the
-    way: ``W + strength * (D - W)``, as ComfyUI; so do the others, whose formulas are in `alkahest.lora.transforms`.
-    ComfyUI's norm by row is |W| alone, which differs by what dW adds to it.
+    A plain LoRA gives ``weights + strength * lora``. A DoRA makes ``D = m * (W + dW) / |W + dW|``, norms and magnitudes
+    m by row, or by column if that is m's length (Liu et al. 2024, arXiv:2402.09353, as PEFT), of which ``strength``
+    goes the way: ``W + strength * (D - W)``, as ComfyUI; so do the others, whose formulas are in
+    `alkahest.lora.transforms`. ComfyUI's norm by row is |W| alone, which differs by what dW adds to it.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1
         Protected tensors stay.
     lora : Lora
         Of `open_lora`.
-    strength : float or Param, 1
+    strength : float or Param, default 1
 
     Returns
     -------

@@ -68,25 +68,25 @@ def extract_lora(
 ) -> Extracted:
     """Make a LoRA of a delta: thin factors for every matrix that it changes.
 
-    LoRAs are deltas: ``extract_lora(lora, rank=16)`` resizes one and ``extract_lora(a + 0.5 * b, energy=1)`` merges two,
-    from their factors alone; what they hold whole is kept. Work is kept in the cache until it is saved, so that a run that
-    was killed goes on.
+    LoRAs are deltas: ``extract_lora(lora, rank=16)`` resizes one and ``extract_lora(a + 0.5 * b, energy=1)`` merges
+    two, from their factors alone; what they hold whole is kept. Work is kept in the cache until it is saved, so that a
+    run that was killed goes on.
 
     Parameters
     ----------
     delta : Delta
     rank, energy, sum, ratio : number, optional
         How much is kept, by one rule (`alkahest.lora.rank.RULES`); energy=0.995 if none is given.
-    noise_edge : bool, False
+    noise_edge : bool, default False
         Stop at singular values that rounding of the variant's file makes by itself.
-    rank_max : int or None, 64
+    rank_max : int or None, default 64
         Caps ``energy``, ``sum`` and ``ratio``, as the article's tool; None for no cap.
     include, exclude : str, optional
         Patterns of tensors that are taken and left.
     full : str, optional
-        A pattern of tensors that are kept whole, before any other choice; norms, biases and pad tokens too, which load in
-        ComfyUI only.
-    rounding : bool, False
+        A pattern of tensors that are kept whole, before any other choice; norms, biases and pad tokens too, which load
+        in ComfyUI only.
+    rounding : bool, default False
         Take also what is nothing but rounding of the variant's file.
     min_dim : int, optional
         Leave out matrices with a side below this, 32 unless it is given.
@@ -94,11 +94,11 @@ def extract_lora(
         By default folded in.
     dtype : str or torch.dtype, optional
         bf16, fp16 or fp32.
-    method : str, "auto"
+    method : str, default "auto"
         ``exact``, ``randomised`` or ``auto``.
-    seed : int, 0
+    seed : int, default 0
         Of the randomised method.
-    device : str, "cpu"
+    device : str, default "cpu"
         What works on it.
     threads : int, optional
         How many, by default all cores.

@@ -153,7 +153,7 @@ def lora_ranks(
         Of `delta_spectra`.
     rank, energy, sum, ratio : number, optional
         One rule, as in `extract_lora`.
-    rank_max : int or None, 64
+    rank_max : int or None, default 64
         Caps ``energy``, ``sum`` and ``ratio``.
 
     Returns

@@ -238,9 +238,9 @@ def _fuse(name: str, members: list[Pair | None]) -> Pair:
 def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfyui") -> Lora:
     """Write the same LoRA for another program, and open it.
 
-    Numbers stay as they are, so there and back again gives the same tensors; only ``diffusers`` and ``peft``, which take no
-    alpha, have it folded in with one rounding. LoHa and LoKr become LoRAs in float32, exactly if their factors are 16 bits
-    wide.
+    Numbers stay as they are, so there and back again gives the same tensors; only ``diffusers`` and ``peft``, which
+    take no alpha, have it folded in with one rounding. LoHa and LoKr become LoRAs in float32, exactly if their factors
+    are 16 bits wide.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ def convert_lora(lora: Lora, path: str | os.PathLike[str], flavour: str = "comfy
         Of `open_lora`.
     path : str or path
         The file.
-    flavour : str, "comfyui"
+    flavour : str, default "comfyui"
         One of `alkahest.lora.write.FLAVOURS`.
 
     Returns

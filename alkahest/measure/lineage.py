@@ -82,8 +82,8 @@ def refiner_check(
     """Say whether a variant's refiner stayed close enough to its base's for the variant to be imported.
 
     An import keeps the bridge's refiner, and the refiner gives the numbers in the layers their meaning (the article):
-    what a variant learned together with a refiner of its own is lost. Up to 2 % of the refiner's norm is importable, past
-    10 % is not.
+    what a variant learned together with a refiner of its own is lost. Up to 2 % of the refiner's norm is importable,
+    past 10 % is not.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def refiner_check(
         What is to be imported, and what it was trained from.
     bridge : Weights, optional
         What it is to be added to; then it says too how far its refiner is from the base's.
-    device : str, "cpu"
+    device : str, default "cpu"
         What works on it.
     threads : int, optional
         How many, by default all cores.
@@ -192,15 +192,15 @@ def nearest_base(
 ) -> NearestBase:
     """Say which candidate a variant was fine-tuned from: the one it is nearest to.
 
-    Taking the difference from the wrong base was an error of the article itself: the delta then holds the difference of two
-    lineages. One pass over each pair of files; tables are remembered.
+    Taking the difference from the wrong base was an error of the article itself: the delta then holds the difference of
+    two lineages. One pass over each pair of files; tables are remembered.
 
     Parameters
     ----------
     variant : Weights
     candidates : list of Weights, or mapping of str to Weights
         Each with a name, in a mapping its key.
-    device : str, "cpu"
+    device : str, default "cpu"
         What works on it.
     threads : int, optional
         How many, by default all cores.

@@ -58,12 +58,12 @@ def compare(
     ----------
     deltas : mapping of str to Delta
         At least two, by the names that the table gives them.
-    rank : int, 16
-        How many singular directions of each delta are compared; tensors that are no matrices have norms, cosine and signs
-        only.
-    seed : int, 0
+    rank : int, default 16
+        How many singular directions of each delta are compared; tensors that are no matrices have norms, cosine and
+        signs only.
+    seed : int, default 0
         Of the randomised decomposition.
-    device : str, "cpu"
+    device : str, default "cpu"
         What works on it.
     threads : int, optional
         How many, by default all cores.
@@ -136,7 +136,7 @@ def comparison_matrix(pairs: pandas.DataFrame, statistic: str = "cosine") -> pan
     ----------
     pairs : pandas.DataFrame
         Of `compare`.
-    statistic : str, "cosine"
+    statistic : str, default "cosine"
         A column of it. Cosines are those of whole deltas; the others are means over tensors, weighted by the norms of
         both.
 

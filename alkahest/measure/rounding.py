@@ -111,7 +111,7 @@ def absorbed(table: pandas.DataFrame, k: float = 1.0) -> pandas.DataFrame:
     ----------
     table : pandas.DataFrame
         Of `delta_table`, with ``on`` what is added to.
-    k : float, 1
+    k : float, default 1
         The multiplier.
 
     Returns
@@ -156,10 +156,10 @@ def rounding_curve(table: pandas.DataFrame, ks: Sequence[float] | None = None) -
     -------
     pandas.DataFrame
         ``size`` is k |d| / |w|; ``absorbed_count`` and ``absorbed_energy`` are as in `absorbed`. Of what is left by
-        nearest rounding of the sum ``nearest_kept`` says how much of k d there is along k d itself (1 means no bias), and
-        ``nearest_error`` the norm of what differs over that of k d. Stochastic rounding keeps 1 on average and makes
-        ``stochastic_error``. ``noise_least`` and ``noise_most`` are the noise of the variant's own file, multiplied by k,
-        over |w|: see `file_noise`.
+        nearest rounding of the sum ``nearest_kept`` says how much of k d there is along k d itself (1 means no bias),
+        and ``nearest_error`` the norm of what differs over that of k d. Stochastic rounding keeps 1 on average and
+        makes ``stochastic_error``. ``noise_least`` and ``noise_most`` are the noise of the variant's own file,
+        multiplied by k, over |w|: see `file_noise`.
 
     Raises
     ------
@@ -217,9 +217,9 @@ def file_noise(table: pandas.DataFrame) -> pandas.DataFrame:
     """How much of a delta may be rounding of the files it was taken from: shares of its sum of squares, per row.
 
     In files of one dtype, with a change alike all over a tensor, of which a share p shows, the noise is p (1 - p) ulp
-    squared, at most 1/4; a base in a coarser dtype adds its own ulp squared / 12, unless the delta is too small for that
-    to be so. Weights that were trained in their stored dtype have no noise at all. The numbers cannot tell these apart;
-    `delta_spectra` can, for noise has no leading directions.
+    squared, at most 1/4; a base in a coarser dtype adds its own ulp squared / 12, unless the delta is too small for
+    that to be so. Weights that were trained in their stored dtype have no noise at all. The numbers cannot tell these
+    apart; `delta_spectra` can, for noise has no leading directions.
 
     Parameters
     ----------

@@ -73,13 +73,13 @@ def delta_spectra(
     delta : Delta
     on : Weights, optional
         What the sizes are beside, by default the delta's base.
-    values : int, 32
+    values : int, default 32
         How many singular values are found, by seeded randomised iteration (Halko, Martinsson and Tropp 2011).
-    seed : int, 0
+    seed : int, default 0
         Of that iteration.
-    exact : bool, False
+    exact : bool, default False
         Find all, in full, as is done where a side is at most 1024.
-    device : str, "cpu"
+    device : str, default "cpu"
         What works on it.
     threads : int, optional
         How many, by default all cores.

@@ -106,13 +106,13 @@ def delta_table(
     on : Weights, optional
         What the delta is to be added to, by default its base: ``relative`` is relative to its norm, and ``ulps`` counts
         in units of its last place.
-    k : float, 1
+    k : float, default 1
         Multiplier.
     dtype : str, optional
         In what the sum would be stored, by default as ``on`` is.
-    exact : bool, False
+    exact : bool, default False
         Count every element of large tensors too, of which a sample stands for all otherwise.
-    device : str, "cpu"
+    device : str, default "cpu"
         What works on it: ``cpu``, ``cuda``, ``mps``.
     threads : int, optional
         How many, by default all cores.
@@ -180,7 +180,7 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     ----------
     table : pandas.DataFrame
         Of `delta_table`.
-    by : str or list of str, "part"
+    by : str or list of str, default "part"
         ``part``, ``block``, ``module``.
 
     Returns

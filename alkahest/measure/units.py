@@ -45,17 +45,18 @@ def matching_units(
 ) -> pandas.DataFrame:
     """Compare hidden units and heads of two models, block by block.
 
-    Models that were trained apart may hold the same units in another order (Ainsworth et al. 2022, arXiv:2209.04836); where
-    every unit is nearest to itself, as after training from one start, permuting has nothing to give. Needs no pictures.
+    Models that were trained apart may hold the same units in another order (Ainsworth et al. 2022, arXiv:2209.04836);
+    where every unit is nearest to itself, as after training from one start, permuting has nothing to give. Needs no
+    pictures.
 
     Parameters
     ----------
     a, b : Weights
-    looked_at : int, 256
+    looked_at : int, default 256
         How many units of each kind and block are compared with all of the other's.
-    seed : int, 0
+    seed : int, default 0
         Of their choice.
-    device : str, "cpu"
+    device : str, default "cpu"
         What works on it.
     threads : int, optional
         How many, by default all cores.

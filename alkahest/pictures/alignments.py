@@ -111,9 +111,9 @@ def alignment(
 ) -> Alignment:
     """Fit maps from the streams of ``a`` to those of ``b``: after their refiners and after every block.
 
-    Both see the same noised pictures. Maps are fitted on two thirds of the pictures and judged on the third. If the streams
-    that enter the main stack agree as they are, a delta of one model means the same in the other; if only a linear map
-    makes them agree, it means the same after that map. Both models are held at once.
+    Both see the same noised pictures. Maps are fitted on two thirds of the pictures and judged on the third. If the
+    streams that enter the main stack agree as they are, a delta of one model means the same in the other; if only a
+    linear map makes them agree, it means the same after that map. Both models are held at once.
 
     Parameters
     ----------
@@ -123,17 +123,17 @@ def alignment(
     prompts : list of str, optional
     components : optional
         As in `pipeline`.
-    count : int, 24
+    count : int, default 24
         How many pictures of each kind.
-    seed : int, 0
+    seed : int, default 0
         Of pictures and noise.
-    steps : int, 12
-    cfg : float, 2
-    shift : float, 3
+    steps : int, default 12
+    cfg : float, default 2
+    shift : float, default 3
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     dtype : str, optional
-    device : str, "cpu"
+    device : str, default "cpu"
         As in `pipeline`.
 
     Returns

@@ -117,8 +117,9 @@ def effect(
 ) -> Effect:
     """What ``k * delta`` does to what a model says, on its own base and on ``on``, as a whole and block by block.
 
-    The variant draws ``prompts`` (or ``pictures`` of the new thing are given, with captions); the model that the delta is
-    added to draws as many of ``ordinary`` prompts. Both are mixed with noise at three levels, and predictions are compared.
+    The variant draws ``prompts`` (or ``pictures`` of the new thing are given, with captions); the model that the delta
+    is added to draws as many of ``ordinary`` prompts. Both are mixed with noise at three levels, and predictions are
+    compared.
 
     Parameters
     ----------
@@ -127,9 +128,9 @@ def effect(
         What it is added to; protected tensors stay.
     base : Weights, optional
         The delta's own unless it has none (a LoRA, a sum).
-    k : float, 1
+    k : float, default 1
         Multiplier.
-    by_block : bool, True
+    by_block : bool, default True
         Add each block's share of the delta alone besides.
     prompts : list of str, optional
         What the variant draws; they should ask for what it learned. Or the captions of ``pictures``.
@@ -139,28 +140,28 @@ def effect(
         What the model that is added to draws, for everything else; by default general prompts.
     components : optional
         As in `pipeline`.
-    count : int, 24
+    count : int, default 24
         How many pictures of each kind.
-    seed : int, 0
+    seed : int, default 0
         Of pictures and noise.
-    steps : int, 12
-    cfg : float, 2
-    shift : float, 3
+    steps : int, default 12
+    cfg : float, default 2
+    shift : float, default 3
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     batch : int, optional
         Pictures looked at together, by default about 1.5 megapixels.
-    memory : int or str, "2GB"
+    memory : int or str, default "2GB"
     dtype, storage : str, optional
-    device : str, "cpu"
-    offload : bool, False
+    device : str, default "cpu"
+    offload : bool, default False
         As in `LiveModel`.
 
     Returns
     -------
     Effect
-        ``table``: `EFFECT` of `alkahest.pictures.effects` says what its columns are. ``tensors`` has ``|dW x| / |W x|`` by
-        matrix, over the inputs x that it really gets.
+        ``table``: `EFFECT` of `alkahest.pictures.effects` says what its columns are. ``tensors`` has ``|dW x| / |W x|``
+        by matrix, over the inputs x that it really gets.
 
     Raises
     ------

@@ -98,19 +98,19 @@ def fit_factors(
 ) -> FittedFactors:
     """Factors by block that keep most of a delta's effect for as much leak as ``k`` times all of it has.
 
-    Each block's share is added alone at ``k``, and what predictions change by is taken to add up: of the new thing f_i, of
-    everything else g_i. The factors c, none below 0, maximise f(c) . e, what they do along the delta's effect e on its own
-    base, for a bound on |g(c)|: c is proportional to (G + r)^-1 p with G = <g_i, g_j> and p = <f_i, e>. They are fitted on
-    half of the pictures and then really added and compared on the other half with the one number that leaks as much. On the
-    miniatures they never did better, by block or by module (cyan and hearts on TB-1: 99 and 102 % against 107, 58 and 58
-    against 58): one number is as good there.
+    Each block's share is added alone at ``k``, and what predictions change by is taken to add up: of the new thing f_i,
+    of everything else g_i. The factors c, none below 0, maximise f(c) . e, what they do along the delta's effect e on
+    its own base, for a bound on |g(c)|: c is proportional to (G + r)^-1 p with G = <g_i, g_j> and p = <f_i, e>. They
+    are fitted on half of the pictures and then really added and compared on the other half with the one number that
+    leaks as much. On the miniatures they never did better, by block or by module (cyan and hearts on TB-1: 99 and 102 %
+    against 107, 58 and 58 against 58): one number is as good there.
 
     Parameters
     ----------
     delta : Delta
     on : Weights
         What it is added to; protected tensors stay.
-    k : float, 1
+    k : float, default 1
         The multiplier whose leak is allowed.
     base : Weights, optional
         The delta's own unless it has none (a LoRA, a sum).
@@ -124,21 +124,21 @@ def fit_factors(
         What the model that is added to draws, for everything else; by default general prompts.
     components : optional
         As in `pipeline`.
-    count : int, 24
+    count : int, default 24
         How many pictures of each kind.
-    seed : int, 0
+    seed : int, default 0
         Of pictures and noise.
-    steps : int, 12
-    cfg : float, 2
-    shift : float, 3
+    steps : int, default 12
+    cfg : float, default 2
+    shift : float, default 3
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     batch : int, optional
         Pictures looked at together, by default about 1.5 megapixels.
-    memory : int or str, "2GB"
+    memory : int or str, default "2GB"
     dtype, storage : str, optional
-    device : str, "cpu"
-    offload : bool, False
+    device : str, default "cpu"
+    offload : bool, default False
         As in `LiveModel`.
 
     Returns
@@ -153,10 +153,9 @@ def fit_factors(
 
     Examples
     --------
-    >>> factors = ak.fit_factors(
-    ...     variant - base, bridge.protect("refiner"), k=4, parts=["layers.0", "layers.1"], prompts=prompts, count=4, steps=4
-    ... )
-    >>> merged = bridge.protect("refiner") + (variant - base).scaled(factors)
+    >>> kept, parts = bridge.protect("refiner"), ["layers.0", "layers.1"]
+    >>> factors = ak.fit_factors(variant - base, kept, k=4, parts=parts, prompts=prompts, count=4, steps=4)
+    >>> merged = kept + (variant - base).scaled(factors)
     """
     options = PictureOptions(
         prompts=prompts,

@@ -42,10 +42,11 @@ def gradient_signs(
 ) -> Signs:
     """The sign of the flow loss' gradient for every weight of ``on``, over pictures of the new thing.
 
-    One backward pass with gradient checkpointing over ``batch`` noised latents at a time. Each tensor's gradient is added to
-    its sum on the CPU and freed as soon as it is known, so that a device holds the weights and one gradient: 12.3 GB and
-    activations for the real model in bf16, on the CPU 24.6 GB of sums, or none if one batch holds everything (6.15 billion
-    made-up parameters on a CPU peaked at 15.2 GB, the mapped file included). A sign is a bit: positive, or not.
+    One backward pass with gradient checkpointing over ``batch`` noised latents at a time. Each tensor's gradient is
+    added to its sum on the CPU and freed as soon as it is known, so that a device holds the weights and one gradient:
+    12.3 GB and activations for the real model in bf16, on the CPU 24.6 GB of sums, or none if one batch holds
+    everything (6.15 billion made-up parameters on a CPU peaked at 15.2 GB, the mapped file included). A sign is a bit:
+    positive, or not.
 
     Parameters
     ----------
@@ -58,20 +59,20 @@ def gradient_signs(
         Draws ``count`` of the ``prompts`` where no pictures are given.
     components : optional
         As in `pipeline`.
-    count : int, 24
+    count : int, default 24
         How many pictures of each kind.
-    seed : int, 0
+    seed : int, default 0
         Of pictures and noise.
-    steps : int, 12
-    cfg : float, 2
-    shift : float, 3
+    steps : int, default 12
+    cfg : float, default 2
+    shift : float, default 3
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     batch : int, optional
         Pictures looked at together, by default about 1.5 megapixels.
     dtype : str, optional
         In what a file in fp8 is computed with.
-    device : str, "cpu"
+    device : str, default "cpu"
 
     Returns
     -------

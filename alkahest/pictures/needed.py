@@ -54,21 +54,21 @@ def needed_multiplier(
     """The k with which ``on + k * delta`` takes effect: by pictures, or on weights alone by one of several bases.
 
     **Pictures** (the default where ``prompts`` or ``pictures`` are given). The variant draws ``count`` pictures of the
-    ``prompts``, or ``pictures`` are given; the bridge draws as many of ``ordinary`` prompts. All are mixed with fixed noise
-    at three levels, and the flow's loss (Lipman et al. 2023, arXiv:2210.02747) is measured over k, first by doubling and
-    then around the minimum. Recommended is the minimum times ``cfg``, at most twice it: guidance draws best there
-    (experiments/17-which-multiplier). A delta that does not come over gets 0 and the reason. Curves are remembered
-    (`cached`).
+    ``prompts``, or ``pictures`` are given; the bridge draws as many of ``ordinary`` prompts. All are mixed with fixed
+    noise at three levels, and the flow's loss (Lipman et al. 2023, arXiv:2210.02747) is measured over k, first by
+    doubling and then around the minimum. Recommended is the minimum times ``cfg``, at most twice it: guidance draws
+    best there (experiments/17-which-multiplier). A delta that does not come over gets 0 and the reason. Curves are
+    remembered (`cached`).
 
-    On the real model plan for the transformer (12.3 GB in bf16, 6.2 GB with ``storage="fp8_e4m3fn"``) and text encoder and
-    VAE beside it (8.4 GB, or on the CPU with ``offload=True``), which fits 24 GB (a plan: no card was at hand; on a CPU, all
-    6.15 billion parameters made up and one small picture of each kind, it peaked at 8.4 GB). In time, evaluations of the
-    model: 1152 to draw 48 pictures in 12 steps with guidance, and about 1500 to 2200 for the losses: 216 of variant and
-    base, and 144 for each of nine to fourteen k (1512 counted for cyan on TB-1).
+    On the real model plan for the transformer (12.3 GB in bf16, 6.2 GB with ``storage="fp8_e4m3fn"``) and text encoder
+    and VAE beside it (8.4 GB, or on the CPU with ``offload=True``), which fits 24 GB (a plan: no card was at hand; on a
+    CPU, all 6.15 billion parameters made up and one small picture of each kind, it peaked at 8.4 GB). In time,
+    evaluations of the model: 1152 to draw 48 pictures in 12 steps with guidance, and about 1500 to 2200 for the losses:
+    216 of variant and base, and 144 for each of nine to fourteen k (1512 counted for cyan on TB-1).
 
-    **Weights.** Norms are over the matrices that ``on`` does not protect and that the delta changes by more than rounding of
-    the variant's file. Where a delta is longer than the basis asks for it says nothing: the number is then 1, and says so,
-    unless the ``target`` was asked for. Nobody published the formula of the article's own node.
+    **Weights.** Norms are over the matrices that ``on`` does not protect and that the delta changes by more than
+    rounding of the variant's file. Where a delta is longer than the basis asks for it says nothing: the number is then
+    1, and says so, unless the ``target`` was asked for. Nobody published the formula of the article's own node.
 
     Parameters
     ----------
@@ -76,9 +76,9 @@ def needed_multiplier(
     on : Weights, optional
         What it is to be added to, by default its base.
     basis : str, optional
-        ``pictures``; or on weights ``relative``, which reaches ``target`` of the bridge's norm, ``reference``, the magnitude
-        of another delta that is known to work, ``survival``, which outlives rounding, or ``bridge``, a diagnostic:
-        `alkahest.measure.bases.BASES`. By default ``pictures`` where some are given, else ``relative``.
+        ``pictures``; or on weights ``relative``, which reaches ``target`` of the bridge's norm, ``reference``, the
+        magnitude of another delta that is known to work, ``survival``, which outlives rounding, or ``bridge``, a
+        diagnostic: `alkahest.measure.bases.BASES`. By default ``pictures`` where some are given, else ``relative``.
     target : float, optional
         Of ``relative``, 0.02 unless it is given.
     reference : Delta, optional
@@ -95,21 +95,21 @@ def needed_multiplier(
         What the model that is added to draws, for everything else; by default general prompts.
     components : optional
         As in `pipeline`.
-    count : int, 24
+    count : int, default 24
         How many pictures of each kind.
-    seed : int, 0
+    seed : int, default 0
         Of pictures and noise.
-    steps : int, 12
-    cfg : float, 2
-    shift : float, 3
+    steps : int, default 12
+    cfg : float, default 2
+    shift : float, default 3
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     batch : int, optional
         Pictures looked at together, by default about 1.5 megapixels.
-    memory : int or str, "2GB"
+    memory : int or str, default "2GB"
     storage : str, optional
-    device : str, "cpu"
-    offload : bool, False
+    device : str, default "cpu"
+    offload : bool, default False
         As in `LiveModel`.
     threads : int, optional
         On weights.
@@ -117,14 +117,14 @@ def needed_multiplier(
     Returns
     -------
     Multiplier
-        A float with its basis and formula, ``range`` (from resampling the pictures), ``curve`` (the losses of both sets),
-        every other basis, and warnings.
+        A float with its basis and formula, ``range`` (from resampling the pictures), ``curve`` (the losses of both
+        sets), every other basis, and warnings.
 
     Raises
     ------
     AlgebraError
-        For a delta that is exactly zero, protected everywhere or none of a known base, and for options of the other kind of
-        basis.
+        For a delta that is exactly zero, protected everywhere or none of a known base, and for options of the other
+        kind of basis.
     MismatchError
         For pictures without captions.
     NonFiniteError

@@ -33,16 +33,16 @@ def pipeline(
     ----------
     weights : Weights
     components : optional
-        Text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, a pipeline to share them with, or a mapping
-        from those names to loaded parts or ComfyUI's files: ``{"text_encoder": "qwen_3_4b.safetensors", "vae":
+        Text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, a pipeline to share them with, or a
+        mapping from those names to loaded parts or ComfyUI's files: ``{"text_encoder": "qwen_3_4b.safetensors", "vae":
         "ae.safetensors", "tokenizer": "qwen25_tokenizer/"}``. The miniature family brings its own.
     dtype : str, optional
         Of the arithmetic: fp32 by default, bf16 above a billion parameters.
     storage : str, optional
-        ``"fp8_e4m3fn"`` keeps the transformer's Linears in fp8 and computes in ``dtype`` (diffusers' layerwise casting: half
-        the memory of bf16).
-    device : str, "cpu"
-    offload : bool, False
+        ``"fp8_e4m3fn"`` keeps the transformer's Linears in fp8 and computes in ``dtype`` (diffusers' layerwise casting:
+        half the memory of bf16).
+    device : str, default "cpu"
+    offload : bool, default False
         Keep each part on the CPU until it is needed (CUDA only).
 
     Returns

@@ -76,10 +76,10 @@ class PreferenceOrder:
 def preference_order(answers: pd.DataFrame) -> PreferenceOrder:
     """An order of recipes from answers to pairs: who was preferred, how often, and how probably each is the best.
 
-    Strengths are those of Bradley and Terry (1952), in which one is preferred to another with the odds exp(s - t); alike
-    counts as half a win each (Glickman 1999). Before the first answer a strength is normal with a standard deviation of
-    1.5; after it the posterior is taken as normal around its mode (Laplace), and intervals and probabilities are of 20,000
-    draws of it.
+    Strengths are those of Bradley and Terry (1952), in which one is preferred to another with the odds exp(s - t);
+    alike counts as half a win each (Glickman 1999). Before the first answer a strength is normal with a standard
+    deviation of 1.5; after it the posterior is taken as normal around its mode (Laplace), and intervals and
+    probabilities are of 20,000 draws of it.
 
     Parameters
     ----------

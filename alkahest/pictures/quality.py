@@ -29,20 +29,20 @@ def picture_measures(images: Any, pipe: Any = None, patch: int = PATCH) -> panda
     images : list of pictures
         PIL images, arrays [h, w, 3] (uint8, or floats in 0 to 1), or one of them.
     pipe : ZImagePipeline, optional
-        With it the pictures are also encoded by its VAE, since what a bad merge leaves is noise in latents, blotchy once
-        decoded.
-    patch : int, 16
+        With it the pictures are also encoded by its VAE, since what a bad merge leaves is noise in latents, blotchy
+        once decoded.
+    patch : int, default 16
         Side of a token in pixels.
 
     Returns
     -------
     pandas.DataFrame
-        No column has a unit, and all but ``contrast`` are independent of contrast. ``lag1``: correlation of each grey pixel
-        with its right and lower neighbour, near 1 for pictures, 0 for white noise. ``high_freq``: share of the spectral
-        energy, mean removed, above a quarter of the sampling frequency, near 0 for pictures, 0.8 for white noise.
-        ``grid``: mean step across the borders of tokens over the mean step elsewhere, 1 without a visible grid, more where
-        patches do not fit together. ``contrast``: standard deviation of the grey values in 0 to 1. With ``pipe``
-        ``latent_std`` (1 is usual) and ``latent_lag1``, as above over latents.
+        No column has a unit, and all but ``contrast`` are independent of contrast. ``lag1``: correlation of each grey
+        pixel with its right and lower neighbour, near 1 for pictures, 0 for white noise. ``high_freq``: share of the
+        spectral energy, mean removed, above a quarter of the sampling frequency, near 0 for pictures, 0.8 for white
+        noise. ``grid``: mean step across the borders of tokens over the mean step elsewhere, 1 without a visible grid,
+        more where patches do not fit together. ``contrast``: standard deviation of the grey values in 0 to 1. With
+        ``pipe`` ``latent_std`` (1 is usual) and ``latent_lag1``, as above over latents.
 
     Raises
     ------
@@ -52,8 +52,8 @@ def picture_measures(images: Any, pipe: Any = None, patch: int = PATCH) -> panda
     Notes
     -----
     Lag-1 autocorrelation and high-frequency share are textbook measures of white noise (Immerkaer 1996 uses the same
-    neighbour differences); the grid ratio is the blockiness measure of JPEG deblocking (Wang, Sheikh and Bovik 2002) with
-    the token as the block.
+    neighbour differences); the grid ratio is the blockiness measure of JPEG deblocking (Wang, Sheikh and Bovik 2002)
+    with the token as the block.
 
     Examples
     --------
@@ -126,8 +126,8 @@ def flow_loss(
 ) -> pandas.DataFrame:
     """Flow-matching loss of a model on given pictures and captions at fixed noise, one row per sigma.
 
-    Mean square of (data - noise) - prediction; about 2 for a model that predicts nothing, less is better. With the same seed
-    two models face the same noise, so small differences mean something.
+    Mean square of (data - noise) - prediction; about 2 for a model that predicts nothing, less is better. With the same
+    seed two models face the same noise, so small differences mean something.
 
     Parameters
     ----------
@@ -136,9 +136,9 @@ def flow_loss(
     images : list of pictures
     prompts : list of str
         Their captions.
-    seed : int, 0
+    seed : int, default 0
         Of the noise.
-    sigmas : list of float, (0.2, 0.4, 0.6, 0.8, 0.95)
+    sigmas : list of float, default (0.2, 0.4, 0.6, 0.8, 0.95)
         Shares of noise, 0 to 1.
 
     Returns

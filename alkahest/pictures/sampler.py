@@ -109,23 +109,23 @@ def sample(
     pipe : ZImagePipeline or LiveModel
         Of `pipeline`.
     prompt : str or list of str
-    negative_prompt : str, ""
+    negative_prompt : str, default ""
         Works above cfg 1 only.
-    steps : int, 24
-    cfg : float, 2
+    steps : int, default 24
+    cfg : float, default 2
         ComfyUI's: 1 is no guidance, and diffusers' ``guidance_scale`` is cfg - 1.
-    shift : float, 3
+    shift : float, default 3
         ModelSamplingAuraFlow's; it is always applied.
-    seed : int or list of int, 0
-        Picture n of several has ``seed + n``; a list gives each its own, and one prompt with several seeds is drawn once for
-        each.
-    schedule : str, "diffusers"
+    seed : int or list of int, default 0
+        Picture n of several has ``seed + n``; a list gives each its own, and one prompt with several seeds is drawn
+        once for each.
+    schedule : str, default "diffusers"
         Or ComfyUI's ``simple``.
-    cfg_normalization : float, 0
+    cfg_normalization : float, default 0
         Most that guidance may make a prediction's norm, in norms of the unguided one; 0 is no limit.
     width, height : int, optional
         In pixels, by default what the VAE was made for.
-    batch : int, 4
+    batch : int, default 4
         How many are drawn at once.
     loras : mapping of str to float, optional
         A strength for each LoRA loaded into the pipeline (``pipe.load_lora_weights(path, adapter_name=name)``).

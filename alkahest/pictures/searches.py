@@ -129,9 +129,9 @@ def search(
 ) -> Search:
     """The best values that a search finds for named scalars and sampling settings, and how sure that is.
 
-    The first trial is where the model stands, if that lies inside; the others are optuna's. The same call proposes the same,
-    whichever executor; what was drawn or measured before is remembered, so that a search that was stopped goes on. The live
-    model is left as it was. For answers of a person to pairs of pictures see `panels.blind_comparison`.
+    The first trial is where the model stands, if that lies inside; the others are optuna's. The same call proposes the
+    same, whichever executor; what was drawn or measured before is remembered, so that a search that was stopped goes
+    on. The live model is left as it was. For answers of a person to pairs of pictures see `panels.blind_comparison`.
 
     Parameters
     ----------
@@ -139,22 +139,22 @@ def search(
     prompts : str or list of str, optional
     over : mapping of str to tuple or list
         A range ``(low, high)`` or ``(low, high, "log")``, or a list of values, for each name.
-    score : str or callable, "flow_loss"
-        The loss of ``pictures``; a measure of `picture_measures`, whose means over drawn pictures are compared; or a function
-        of the list of pictures of a trial: a number, or one for each picture.
+    score : str or callable, default "flow_loss"
+        The loss of ``pictures``; a measure of `picture_measures`, whose means over drawn pictures are compared; or a
+        function of the list of pictures of a trial: a number, or one for each picture.
     goal : str, optional
         ``"least"`` or ``"most"``.
-    trials : int, 24
+    trials : int, default 24
     at_once : int, optional
         How many are asked for together: 1, or 4 with an ``executor``.
-    seed : int, 0
+    seed : int, default 0
         Of the search.
     pictures : list of pictures or folder, optional
         For ``flow_loss``: a folder with captions, or pictures whose captions are the prompts.
-    seeds : list of int, (0,)
+    seeds : list of int, default (0,)
     executor : concurrent.futures.Executor, optional
     folder : str or path, optional
-    batch : int, 4
+    batch : int, default 4
         As in `sweep`.
     steps : int, optional
     cfg : float, optional

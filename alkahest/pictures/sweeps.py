@@ -92,8 +92,8 @@ def sweep(
 ) -> Cells:
     """Draw every combination of values.
 
-    A cell that was drawn before is not drawn again, so a sweep that was stopped goes on. One that fails has its reason in
-    the column ``error``, and the rest goes on.
+    A cell that was drawn before is not drawn again, so a sweep that was stopped goes on. One that fails has its reason
+    in the column ``error``, and the rest goes on.
 
     Parameters
     ----------
@@ -102,12 +102,12 @@ def sweep(
     over : mapping of str to list
         Values for named scalars of the model (LoRA strengths too) and sampling settings (``steps``, ``cfg``, ``shift``,
         ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``).
-    seeds : list of int, (0,)
+    seeds : list of int, default (0,)
     executor : concurrent.futures.Executor, optional
         dask's ``client.get_executor()`` is one.
     folder : str or path, optional
         For the pictures, by default in the user's cache.
-    batch : int, 4
+    batch : int, default 4
         How many are drawn at once.
     steps : int, optional
     cfg : float, optional

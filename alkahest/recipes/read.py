@@ -27,8 +27,8 @@ def read_recipe(
     Parameters
     ----------
     path : str or path
-        A checkpoint that Alkahest wrote, a recipe as JSON, recipe text, mergekit's YAML, or a ComfyUI workflow: as JSON,
-        in a picture, or in a checkpoint that ComfyUI saved.
+        A checkpoint that Alkahest wrote, a recipe as JSON, recipe text, mergekit's YAML, or a ComfyUI workflow: as
+        JSON, in a picture, or in a checkpoint that ComfyUI saved.
     node : str, optional
         Of a workflow with several recipes the id of the node that saves the model; `read_workflow` gives them all.
     passing : collection of str
@@ -38,8 +38,8 @@ def read_recipe(
     -------
     what : str
     recipe : Recipe
-        Its ``text``, ``inputs`` and ``output``. What was trained has no text; ``made`` says what it was made of. One of a
-        workflow or of mergekit has ``files`` and ``notes`` besides.
+        Its ``text``, ``inputs`` and ``output``. What was trained has no text; ``made`` says what it was made of. One of
+        a workflow or of mergekit has ``files`` and ``notes`` besides.
 
     Raises
     ------

@@ -183,9 +183,9 @@ def open(source: str | os.PathLike[str], *, name: str | None = None, prefix: str
     Parameters
     ----------
     source : str or path
-        A single file with any published prefix, an all-in-one file, a diffusers or pipeline folder, a sharded checkpoint,
-        a hub id, or a member of the miniature family (``mini:base``); fp32, fp16, bf16, fp8 plain and scaled, and with
-        comfy-kitchen nvfp4, mxfp8 and int8.
+        A single file with any published prefix, an all-in-one file, a diffusers or pipeline folder, a sharded
+        checkpoint, a hub id, or a member of the miniature family (``mini:base``); fp32, fp16, bf16, fp8 plain and
+        scaled, and with comfy-kitchen nvfp4, mxfp8 and int8.
     name : str, optional
         What recipes call it, by default from the file's name.
     prefix : str, optional

@@ -231,9 +231,9 @@ def open_lora(source: str | os.PathLike[str], *, name: str | None = None, only: 
     Parameters
     ----------
     source : str or path
-        LoRA, LoHa, LoKr, DoRA and full differences, fused or split qkv, with the names of ComfyUI, diffusers, PEFT (with
-        its folder's adapter_config.json), kohya, musubi, OneTrainer and LyCORIS. OFT, BOFT, IA3 and whole tensors, which
-        depend on the weights that they meet, are for `apply_lora`.
+        LoRA, LoHa, LoKr, DoRA and full differences, fused or split qkv, with the names of ComfyUI, diffusers, PEFT
+        (with its folder's adapter_config.json), kohya, musubi, OneTrainer and LyCORIS. OFT, BOFT, IA3 and whole
+        tensors, which depend on the weights that they meet, are for `apply_lora`.
     name : str, optional
         What recipes call it, by default from the file's name.
     only : str, optional

@@ -84,14 +84,15 @@ def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "al
 
     Parameters
     ----------
-    layers : int, 30
+    layers : int, default 30
         Blocks of the main stack.
-    seed : int, 0
-    delta : float, 0
-        Makes a variant of the model with the same seed, whose difference is that share of the weights' standard deviation.
-    only : str, "all"
+    seed : int, default 0
+    delta : float, default 0
+        Makes a variant of the model with the same seed, whose difference is that share of the weights' standard
+        deviation.
+    only : str, default "all"
         A pattern of the tensors that differ.
-    width : int, 3840
+    width : int, default 3840
         A multiple of 32; others make smaller models of the same class.
 
     Returns

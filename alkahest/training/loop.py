@@ -83,9 +83,10 @@ class Result:
 def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     """Train by a configuration; `stream_finetune` is the same as a generator of events.
 
-    Everything that is not selected by ``config.frozen`` is trained, or with ``config.lora`` a LoRA beside it; what is frozen
-    is checked by hash at every checkpoint. A run in a folder that holds checkpoints of the same configuration goes on from
-    the last, and gives the same weights to the bit as one that was never stopped (one process, one machine).
+    Everything that is not selected by ``config.frozen`` is trained, or with ``config.lora`` a LoRA beside it; what is
+    frozen is checked by hash at every checkpoint. A run in a folder that holds checkpoints of the same configuration
+    goes on from the last, and gives the same weights to the bit as one that was never stopped (one process, one
+    machine).
 
     Parameters
     ----------
@@ -93,7 +94,7 @@ def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
         Of `read_config`.
     folder : str or path
         Of the run.
-    device : str, "cpu"
+    device : str, default "cpu"
 
     Returns
     -------

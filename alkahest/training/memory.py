@@ -73,24 +73,24 @@ def memory_plan(
         The model; only its shapes are looked at.
     vram : float, optional
         GiB of the card.
-    frozen : str, "refiner"
+    frozen : str, default "refiner"
         A pattern of what is not trained.
-    resolution : int, 1024
+    resolution : int, default 1024
         Side of the pictures in pixels.
-    batch : int, 1
-    checkpointing : bool, True
+    batch : int, default 1
+    checkpointing : bool, default True
         Gradient checkpointing.
-    processes : int, 1
+    processes : int, default 1
         Over several (FSDP) all but activations is divided.
 
     Returns
     -------
     pandas.DataFrame
-        ``weights`` hold what is trained in float32 or bf16 and what is frozen in bf16; ``gradients`` of all or, fused, of
-        the largest tensor; ``optimiser`` its state (AdamW 8 bytes a number, in 8 bits 2, Adafactor a row and a column a
-        matrix) and float32 copies of one tensor; ``activations`` of one batch. ``card`` and ``fits``, with ``vram``, leave
-        a tenth for kernels and gaps, which ``total`` does not count. The text encoder and VAE are not there: they are
-        encoded beforehand.
+        ``weights`` hold what is trained in float32 or bf16 and what is frozen in bf16; ``gradients`` of all or, fused,
+        of the largest tensor; ``optimiser`` its state (AdamW 8 bytes a number, in 8 bits 2, Adafactor a row and a
+        column a matrix) and float32 copies of one tensor; ``activations`` of one batch. ``card`` and ``fits``, with
+        ``vram``, leave a tenth for kernels and gaps, which ``total`` does not count. The text encoder and VAE are not
+        there: they are encoded beforehand.
 
     Raises
     ------

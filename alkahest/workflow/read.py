@@ -29,8 +29,8 @@ def read_workflow(
     Parameters
     ----------
     path : str or path
-        The editor's form (with subgraphs) or the API form as JSON, a PNG picture, or a checkpoint that ComfyUI saved, of
-        which only the recipe of that very file is given.
+        The editor's form (with subgraphs) or the API form as JSON, a PNG picture, or a checkpoint that ComfyUI saved,
+        of which only the recipe of that very file is given.
     node : str, optional
         The id of the one node that is asked for.
     passing : collection of str

@@ -50,11 +50,11 @@ def write_workflow(
     expression : Weights
     path : str or path
         The JSON file.
-    prefix : str, "diffusion_models/alkahest"
+    prefix : str, default "diffusion_models/alkahest"
         Under which ComfyUI saves the model.
-    form : str, "editor"
-        ``editor`` for the form that the editor saves and opens with every digit, or ``api`` for the one that is posted to
-        the server; the editor opens that too, but rounds its numbers to the steps of its widgets.
+    form : str, default "editor"
+        ``editor`` for the form that the editor saves and opens with every digit, or ``api`` for the one that is posted
+        to the server; the editor opens that too, but rounds its numbers to the steps of its widgets.
 
     Returns
     -------

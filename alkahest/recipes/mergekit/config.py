@@ -1,4 +1,4 @@
-"""mergekit's YAML as it stands: one document, its models, method and settings, checked before anything is made of it."""
+"""mergekit's YAML as it stands: one document with its models, its method and their settings."""
 
 from __future__ import annotations
 

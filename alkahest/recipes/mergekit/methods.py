@@ -167,8 +167,8 @@ def _sce(config: Config, names: _Names) -> str:
     base, deltas = _deltas(config, names)
     top = value_of(config, "select_topk", (config.parameters,), 1.0)
     config.notes.append(
-        "weights are shares of the squares at any size; mergekit takes equal ones where the mean squares add up to less "
-        "than 1e-6, as for differences of 1e-4"
+        "weights are shares of the squares at any size; mergekit takes equal ones where the mean squares add up to "
+        "less than 1e-6, as for differences of 1e-4"
     )
     return f"{base} + sce([{', '.join(deltas)}], top={top.text}, normalise=1)"
 
