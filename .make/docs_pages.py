@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import importlib
 import inspect
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,17 @@ TABLES = {
     "effect": ("alkahest.pictures.effects", "EFFECT"),
     "extract_lora": ("alkahest.lora.result", "REPORT"),
 }
+# What people call on each class; the rest is for the engine.
+MEMBERS = {
+    "Weights": "protect with_parts_of save stream load_into bind text",
+    "Delta": "only without scaled everywhere agreeing",
+    "Checkpoint": "part summary",
+    "LiveModel": "set become",
+}
+# Page: the file that it is, at the top of the repository.
 ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+GUIDES = "files merging measuring which-k loras pictures training comfyui command-line machines costs"
+_LINK = re.compile(r"(!?)\[([^][]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -66,10 +77,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     notebooks = [f"notebooks/{path.name}" for path in _notebooks()]
     config.nav = [
         {"Alkahest": "index.md"},
+        {"Guide": [f"guide/{name}.md" for name in GUIDES.split()]},
         {"Coming from": "coming-from.md"},
         {"Questions": "questions.md"},
         {"Reference": reference},
         {"Notebooks": notebooks},
+        {"Findings": ["experiments/README.md", *_experiments()]},
         {"Glossary": "glossary.md"},
         {"Design": "architecture.md"},
         {"Contributing": "contributing.md"},
@@ -84,14 +97,48 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, text in _made():
         files.append(File.generated(config, name, content=text))
     for name, path in ELSEWHERE.items():
-        files.append(File.generated(config, name, content=_moved((ROOT / path).read_text())))
-    for path in _notebooks():
-        files.append(File(f"notebooks/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+        files.append(File.generated(config, name, content=(ROOT / path).read_text()))
+    pages = [f"notebooks/{path.name}" for path in _notebooks()] + ["experiments/README.md", *_experiments()]
+    for name in [*pages, *_pictures([*files, *(ROOT / page for page in pages)])]:
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
 def _notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def _experiments() -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "experiments").glob("[0-9]*/README.md"))]
+
+
+def _pictures(pages: Iterable[File | Path]) -> set[str]:
+    """Pictures outside docs that pages show."""
+    found = set()
+    for page in pages:
+        path = page if isinstance(page, Path) else Path(page.abs_src_path or "")
+        if path.suffix == ".md" and path.is_file():
+            shown = (match[3] for match in _LINK.finditer(path.read_text()) if match[1])
+            found |= {os.path.relpath(path.parent / one, ROOT) for one in shown}
+    return {name for name in found if not name.startswith(("docs/", ".."))}
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links between files of the repository lead to their pages; what has none is named."""
+    own = page.file.src_uri
+    at = ELSEWHERE.get(own, own if own.startswith(("experiments/", "notebooks/")) else f"docs/{own}")
+    known = {path: name for name, path in ELSEWHERE.items()} | {"README.md": "index.md"}
+
+    def linked(match: re.Match[str]) -> str:
+        target = os.path.normpath(os.path.join(os.path.dirname(at), match[3]))
+        target = f"{target}/README.md" if (ROOT / target / "README.md").is_file() else target
+        name = known.get(target, target.removeprefix("docs/"))
+        if files.get_file_from_path(name) is None:
+            return match[2]
+        place = os.path.relpath(name, os.path.dirname(own) or ".")
+        return f"{match[1]}[{match[2]}]({place}{match[4] or ''})"
+
+    return _LINK.sub(linked, markdown)
 
 
 def _made() -> Iterator[tuple[str, str]]:
@@ -107,7 +154,10 @@ def _made() -> Iterator[tuple[str, str]]:
 
 def _entry(name: str) -> str:
     """mkdocstrings' line for a public name, under the name that people call it by."""
-    return f"::: {_path(name)}\n    options:\n      heading: ak.{name}"
+    lines = [f"::: {_path(name)}", "    options:", f"      heading: ak.{name}"]
+    if inspect.isclass(getattr(ak, name)):
+        lines += ["      inherited_members: true", f"      members: [{', '.join(MEMBERS.get(name, '').split())}]"]
+    return "\n".join(lines)
 
 
 def _commands() -> Iterator[str]:
@@ -190,8 +240,3 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 def _path(name: str) -> str:
     found = getattr(ak, name)
     return f"{found.__module__}.{found.__qualname__}"
-
-
-def _moved(text: str) -> str:
-    """A file of the repository's top as a page: its links into docs are links to pages."""
-    return re.sub(r"\]\(docs/", "](", text)

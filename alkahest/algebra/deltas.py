@@ -43,21 +43,90 @@ class Delta(Expression):
         """The term for one tensor; None where it is zero, as on protected tensors unless `everywhere`."""
 
     def only(self, pattern: str) -> Delta:
-        """This delta on the tensors that ``pattern`` selects, zero elsewhere."""
+        """This delta on the tensors that ``pattern`` selects, zero elsewhere.
+
+        Parameters
+        ----------
+        pattern : str
+            As in ``protect``.
+
+        Returns
+        -------
+        Delta
+
+        Raises
+        ------
+        UnknownNameError
+            If an item selects no tensor.
+
+        Examples
+        --------
+        >>> merged = bridge + 5 * (variant - base).only("layers, final")
+        """
         return Masked(self, Pattern(pattern, self.family).require_match(self.shapes, "only").text, True)
 
     def without(self, pattern: str) -> Delta:
-        """This delta, zero on the tensors that ``pattern`` selects."""
+        """This delta, zero on the tensors that ``pattern`` selects.
+
+        Parameters
+        ----------
+        pattern : str
+            As in ``protect``.
+
+        Returns
+        -------
+        Delta
+
+        Raises
+        ------
+        UnknownNameError
+            If an item selects no tensor.
+
+        Examples
+        --------
+        >>> merged = bridge + 5 * (variant - base).without("pad_tokens")
+        """
         return Masked(self, Pattern(pattern, self.family).require_match(self.shapes, "without").text, False)
 
     def everywhere(self) -> Delta:
-        """This delta, added to protected tensors too."""
+        """This delta, added to protected tensors too.
+
+        Returns
+        -------
+        Delta
+
+        Examples
+        --------
+        >>> refiners = (other - base).only("refiner")
+        >>> merged = bridge.protect("refiner") + 5 * (variant - base) + 0.1 * refiners.everywhere()
+        """
         return Everywhere(self)
 
     def scaled(self, factors: Mapping[str, Any] | Sequence[SupportsFloat | Param]) -> Delta:
-        """One factor per part: ``delta.scaled({"layers": 1.5, "layers.0-9": 2})``.
+        """This delta with a factor for each part, or along the blocks.
 
-        Where several patterns select a tensor the last one counts; where none does the factor is 1.
+        Parameters
+        ----------
+        factors : mapping of str to float or list, or list of float
+            A factor for each pattern, or a list along the blocks of the main stack, as in `lerp`. Where several
+            patterns select a tensor the last one counts; where none does the factor is 1.
+
+        Returns
+        -------
+        Delta
+
+        Raises
+        ------
+        AlgebraError
+            For one number, which is ``number * delta``, or a list for a LoRA, which does not say how many blocks there
+            are.
+        UnknownNameError
+            If a pattern selects no tensor.
+
+        Examples
+        --------
+        >>> by_part = bridge + (variant - base).scaled({"layers": 1.5, "layers.0-1": 2, "embedders": 0})
+        >>> deeper_more = bridge + 5 * (variant - base).scaled([0.2, 1])
         """
         if not isinstance(factors, (Mapping, list, tuple)):
             problem = "a factor for each part is needed, or a list along the blocks"
@@ -74,11 +143,30 @@ class Delta(Expression):
     def agreeing(self, signs: Delta) -> Delta:
         """This delta where it goes downhill: entries whose sign is against that of a gradient, zero elsewhere.
 
-        >>> bridge.protect("refiner") + 1.2 * (variant - base).agreeing(signs)  # signs = ak.gradient_signs(...)
-
         After GradFix (arXiv:2510.09658). Less a transport of the delta than a step down the gradient that the delta
         guards: on the miniatures the same mask on a delta whose entries were shuffled did nearly as well
-        (experiments/19-import-by-pictures). AlgebraError for anything but signs, MismatchError if they do not fit.
+        (experiments/19-import-by-pictures).
+
+        Parameters
+        ----------
+        signs : Signs
+            Of `gradient_signs` or `open_signs`.
+
+        Returns
+        -------
+        Delta
+
+        Raises
+        ------
+        AlgebraError
+            For anything but signs.
+        MismatchError
+            If they do not fit.
+
+        Examples
+        --------
+        >>> signs = ak.gradient_signs(bridge, prompts=prompts, variant=variant, count=3, steps=4)
+        >>> merged = bridge.protect("refiner") + 1.2 * (variant - base).agreeing(signs)
         """
         if not getattr(signs, "holds_signs", False):
             found = signs.text() if isinstance(signs, Expression) else repr(signs)

@@ -103,7 +103,29 @@ class Expression:
         return found
 
     def bind(self, **values: SupportsFloat) -> Self:
-        """The same expression with named scalars set: ``expression.bind(k=171.1)``."""
+        """The same expression with named scalars set.
+
+        Parameters
+        ----------
+        values : float
+            By the scalars' names; those not named stay.
+
+        Returns
+        -------
+        The same kind of expression
+
+        Raises
+        ------
+        UnknownNameError
+            If it has no such scalar.
+        AlgebraError
+            For what is no finite number.
+
+        Examples
+        --------
+        >>> merged = bridge + ak.param("k", 1.0) * (variant - base)
+        >>> stronger = merged.bind(k=171.1)
+        """
         known = self.params
         for name in values:
             if name not in known:
@@ -111,7 +133,22 @@ class Expression:
         return self._bound({name: number(value, "bind") for name, value in values.items()})
 
     def text(self, names: Names | None = None) -> str:
-        """Canonical recipe text."""
+        """Canonical recipe text.
+
+        Parameters
+        ----------
+        names : Names, optional
+            Of the checkpoints, by default their own.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> (bridge + 5 * (variant - base)).text()
+        'bridge + 5 * (variant - base)'
+        """
         return self._text(names if names is not None else name_leaves(self))[0]
 
     def __repr__(self) -> str:

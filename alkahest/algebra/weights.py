@@ -61,18 +61,54 @@ class Weights(AnyWeights):
     def protect(self, pattern: str) -> Weights:
         """Keep these tensors bit for bit, whatever is added later.
 
-        >>> bridge.protect("refiner") + 171.1 * (variant - base)
-
         Holds for every delta added and for `lerp`, except deltas marked ``everywhere()``.
+
+        Parameters
+        ----------
+        pattern : str
+            ``refiner``, ``layers.0-9``, ``attention``, ``*norm*``; several with commas.
+
+        Returns
+        -------
+        Weights
+
+        Raises
+        ------
+        UnknownNameError
+            If an item selects no tensor of this model.
+
+        Examples
+        --------
+        >>> merged = bridge.protect("refiner") + 171.1 * (variant - base)
         """
         return Protected(self, Pattern(pattern, self.family).require_match(self.shapes, "protect").text)
 
     def with_parts_of(self, part: Expression) -> Weights:
         """These weights, with the tensors that a partial checkpoint holds in place of their own.
 
-        >>> base.with_parts_of(ak.open_part("refiners.safetensors")).save("whole.safetensors")
+        Protected tensors stay.
 
-        Protected tensors stay. Raises AlgebraError for anything but a part, MismatchError if its tensors do not fit.
+        Parameters
+        ----------
+        part : PartialCheckpoint
+            Of `open_part`.
+
+        Returns
+        -------
+        Weights
+
+        Raises
+        ------
+        AlgebraError
+            For anything but a part.
+        MismatchError
+            If its tensors do not fit.
+
+        Examples
+        --------
+        >>> from safetensors.torch import save_file
+        >>> save_file({key: turbo[key] for key in turbo if "refiner" in key}, "refiners.safetensors")
+        >>> whole = base.with_parts_of(ak.open_part("refiners.safetensors"))
         """
         if not isinstance(part, Expression) or part._kind != "part":
             raise AlgebraError(
@@ -140,28 +176,52 @@ class Weights(AnyWeights):
     ) -> Saved:
         """Compute the expression and write it as one safetensors file, shards, or a diffusers folder.
 
-        >>> (bridge + 171.1 * (variant - base)).save("merged.safetensors", dtype="bf16")
+        Parameters
+        ----------
+        path : str or path
+            Ending in ``.safetensors`` one file, anything else a new folder. An existing file is replaced in one step at
+            the end, and a note of the result says so.
+        dtype : str or torch.dtype, optional
+            ``fp32 fp16 bf16 fp8_e4m3fn fp8_e5m2``, or scaled fp8 as ``comfy_quant`` or ``scaled_fp8``; fp8 is for the
+            Linears of the block stacks, the rest stays bf16. By default as the leading checkpoint stores each tensor.
+        layout : str, optional
+            ``native`` (default), ``diffusers``, or ``all-in-one`` (default if the leading file is).
+        rounding : str, default "nearest"
+            ``nearest`` (to even) or ``stochastic`` with ``seed``.
+        seed : int, default 0
+        device : str, default "cpu"
+            ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
+        comfy_compatible : bool, default False
+            ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
+        max_shard_size : int or str, optional
+            Bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
+        allow_nonfinite : bool, default False
+            Write NaN, infinity and overflow instead of refusing; the result counts them.
+        metadata : mapping of str to str, optional
+            More text for the file's header, such as a title; not under ``format`` or ``alkahest``.
+        drop : str, optional
+            A pattern of tensors beside the model (``extras``, and the companions of an all-in-one file) that are not
+            carried along, such as ``"model_ema, ema_decay"``.
+        threads : int, optional
+            Workers; the bytes do not depend on it. By default the processors at hand, at most 8.
+        executor : concurrent.futures.Executor, optional
+            dask's ``client.get_executor()`` among them; each shard is then a task, with its own ``threads``, that
+            writes its own file: on any machine that sees the same folders.
 
-        ``path`` ending in ``.safetensors`` is one file, anything else a new folder.
+        Returns
+        -------
+        Saved
+            The path, what was written, and notes.
 
-        - ``dtype``: ``fp32 fp16 bf16 fp8_e4m3fn fp8_e5m2``, or scaled fp8 as ``comfy_quant`` or
-          ``scaled_fp8``; fp8 is for the Linears of the block stacks, the rest stays bf16.
-          Default: as the leading checkpoint stores each tensor.
-        - ``layout``: ``native`` (default), ``diffusers``, or ``all-in-one`` (default if the leading file is).
-        - ``rounding``: ``nearest`` (to even) or ``stochastic`` with ``seed``.
-        - ``device``: ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
-        - ``comfy_compatible``: ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
-        - ``metadata``: more text for the file's header, such as a title; not under ``format`` or ``alkahest``.
-        - ``drop``: a pattern of tensors beside the model (``extras``, and the companions of an all-in-one file) that
-          are not carried along, such as ``"model_ema, ema_decay"``.
-        - ``max_shard_size``: bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
-        - ``allow_nonfinite``: write NaN, infinity and overflow instead of refusing; the result counts them.
-        - ``threads``: workers; the bytes do not depend on it. Default: the processors at hand, at most 8.
-        - ``executor``: any ``concurrent.futures.Executor``, dask's ``client.get_executor()`` among them; each shard is
-          then a task, with its own ``threads``, that writes its own file: on any machine that sees the same folders.
+        Raises
+        ------
+        AlkahestError
+            One of its kinds, before anything is written where that is possible; the target is never left half written.
 
-        An existing file is replaced in one step at the end, and a note of the result says so. Raises the
-        AlkahestError kinds, before anything is written where that is possible; the target is never left half written.
+        Examples
+        --------
+        >>> saved = (bridge.protect("refiner") + 171.1 * (variant - base)).save("merged.safetensors", dtype="bf16")
+        >>> shards = base.save("shards/", max_shard_size="2MB")
         """
         saved: Saved = result_of(
             self.stream(
@@ -201,7 +261,55 @@ class Weights(AnyWeights):
         threads: int | None = None,
         executor: Executor | None = None,
     ) -> Iterator[Event]:
-        """Like `save`, as a generator of progress events; closing it stops and removes the partial file."""
+        """Like `save`, as a generator of progress events; closing it stops and removes the partial file.
+
+        Parameters
+        ----------
+        path : str or path
+            Ending in ``.safetensors`` one file, anything else a new folder. An existing file is replaced in one step at
+            the end, and a note of the result says so.
+        dtype : str or torch.dtype, optional
+            ``fp32 fp16 bf16 fp8_e4m3fn fp8_e5m2``, or scaled fp8 as ``comfy_quant`` or ``scaled_fp8``; fp8 is for the
+            Linears of the block stacks, the rest stays bf16. By default as the leading checkpoint stores each tensor.
+        layout : str, optional
+            ``native`` (default), ``diffusers``, or ``all-in-one`` (default if the leading file is).
+        rounding : str, default "nearest"
+            ``nearest`` (to even) or ``stochastic`` with ``seed``.
+        seed : int, default 0
+        device : str, default "cpu"
+            ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
+        comfy_compatible : bool, default False
+            ComfyUI's order of operations and pad tokens, bit for bit on unquantised files.
+        max_shard_size : int or str, optional
+            Bytes, or text such as ``"5GB"``; makes a folder of shards with an index.
+        allow_nonfinite : bool, default False
+            Write NaN, infinity and overflow instead of refusing; the result counts them.
+        metadata : mapping of str to str, optional
+            More text for the file's header, such as a title; not under ``format`` or ``alkahest``.
+        drop : str, optional
+            A pattern of tensors beside the model (``extras``, and the companions of an all-in-one file) that are not
+            carried along, such as ``"model_ema, ema_decay"``.
+        threads : int, optional
+            Workers; the bytes do not depend on it. By default the processors at hand, at most 8.
+        executor : concurrent.futures.Executor, optional
+            dask's ``client.get_executor()`` among them; each shard is then a task, with its own ``threads``, that
+            writes its own file: on any machine that sees the same folders.
+
+        Returns
+        -------
+        Iterator of Event
+            Each with ``done`` and ``total``; the last has the ``result`` of `save`.
+
+        Raises
+        ------
+        AlkahestError
+            As `save`.
+
+        Examples
+        --------
+        >>> for event in (bridge + 5 * (variant - base)).stream("merged.safetensors"):
+        ...     share = event.done / event.total
+        """
         options = Options(
             dtype,
             layout,
@@ -229,13 +337,33 @@ class Weights(AnyWeights):
         allow_nonfinite: bool = False,
         threads: int | None = None,
     ) -> int:
-        """Compute the expression into the parameters of a live module, in place; returns how many tensors it set.
+        """Compute the expression into the parameters of a live module, in place.
 
-        >>> (bridge + 8 * delta).load_into(pipeline.transformer)
+        Parameters
+        ----------
+        module : torch.nn.Module
+            Its names may be native or diffusers'. Values are rounded once to each parameter's dtype, on its device.
+        rounding : str, default "nearest"
+        seed : int, default 0
+        device : str, default "cpu"
+        comfy_compatible : bool, default False
+        allow_nonfinite : bool, default False
+        threads : int, optional
+            As in `save`.
 
-        The module's names may be native or diffusers'. Values are rounded once to each parameter's dtype, on its
-        device; the options are those of `save`. Raises MismatchError, before anything is changed, if names, shapes
-        or dtypes do not fit.
+        Returns
+        -------
+        int
+            How many tensors it set.
+
+        Raises
+        ------
+        MismatchError
+            Before anything is changed, if names, shapes or dtypes do not fit.
+
+        Examples
+        --------
+        >>> count = (bridge + 8 * (variant - base)).load_into(pipe.transformer)
         """
         options = Options(
             rounding=rounding,

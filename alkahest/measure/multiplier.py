@@ -29,12 +29,33 @@ class Factors(NamedTuple):
 class Multiplier(float):
     """A recommended multiplier: a number in expressions, which says what it stands on.
 
-    ``value`` is what to take; ``basis``, ``target`` and ``formula`` say why, ``warnings`` what speaks against it,
-    ``factors`` what to type into ComfyUI's two nodes, ``range`` what it may be (for all that rounding of the files
-    hides, or that other pictures might say). ``bases`` has every basis' own number, ``per_part`` (a DataFrame) a ``k``
-    for each part, for ``delta.scaled``, with ``why`` where it is not the basis'. ``table`` is the delta table it was
-    computed from, ``spectra`` the spectra of its strongest matrices, ``curve`` the losses over k of a multiplier by
-    pictures.
+    Attributes
+    ----------
+    value : float
+        What to take.
+    basis, target, formula
+        Why.
+    warnings : list of str
+        What speaks against it.
+    factors
+        What to type into ComfyUI's two nodes: ``subtract`` and ``add``.
+    range
+        What it may be, for all that rounding of the files hides, or that other pictures might say.
+    bases
+        Every basis' own number.
+    per_part : pandas.DataFrame
+        A ``k`` for each part, for ``delta.scaled``, with ``why`` where it is not the basis'.
+    table : pandas.DataFrame
+        The delta table that it was computed from.
+    spectra : pandas.DataFrame
+        The spectra of its strongest matrices.
+    curve : pandas.DataFrame
+        The losses over k of a multiplier by pictures.
+
+    Examples
+    --------
+    >>> k = ak.needed_multiplier(variant - base, on=bridge)
+    >>> merged = bridge.protect("refiner") + k * (variant - base)
     """
 
     basis: str

@@ -64,17 +64,29 @@ class Change:
 class LiveModel:
     """A pipeline that follows the named scalars of an expression.
 
-    >>> k = ak.param("k", 1.0)
-    >>> live = ak.LiveModel(bridge.protect("refiner") + k * delta, components="Tongyi-MAI/Z-Image")
-    >>> live.set({"k": 171.1})
-    52 tensors, 10.9 GB rewritten in 21.50 s, 4.3 GB read from disk
-    >>> ak.sample(live, "a red fox at night").images[0]
+    `set` recomputes the tensors that the change reaches and no others, from the inputs, so the result equals a fresh
+    load of the merged file, bit for bit. ``pipe`` is the `pipeline`. LoRAs loaded into it are named scalars as well, by
+    their adapter names: ``live.set({"style": 0.8})``.
 
-    `set` recomputes the tensors that the change reaches and no others, from the inputs, so the
-    result equals a fresh load of the merged file, bit for bit. Inputs of such tensors are kept as
-    stored, up to ``memory`` (bytes, or text like "2GB"), and the rest is read again each time.
-    ``pipe`` is the `pipeline`, which ``dtype``, ``storage``, ``device`` and ``offload`` are for. LoRAs loaded into
-    it are named scalars as well, by their adapter names: ``live.set({"style": 0.8})``.
+    Parameters
+    ----------
+    expression : Weights
+        With named scalars: `param`.
+    components : optional
+        As in `pipeline`.
+    memory : int or str, default "2GB"
+        Inputs of such tensors are kept as stored, up to this (bytes, or text); the rest is read again each time.
+    dtype, storage : str, optional
+    device : str, default "cpu"
+    offload : bool, default False
+        As in `pipeline`.
+
+    Examples
+    --------
+    >>> k = ak.param("k", 1.0)
+    >>> live = ak.LiveModel(bridge.protect("refiner") + k * (variant - base))
+    >>> change = live.set({"k": 5})
+    >>> image = ak.sample(live, "a red ball at night", steps=4).images[0]
     """
 
     @refuse_unknown_options
@@ -121,7 +133,29 @@ class LiveModel:
         return self._held.nbytes
 
     def set(self, values: Mapping[str, SupportsFloat] | None = None, **named: SupportsFloat) -> Change:
-        """Move named scalars and LoRA strengths; those not named stay. Nothing changes if one is unknown."""
+        """Move named scalars and LoRA strengths; those not named stay.
+
+        Parameters
+        ----------
+        values : mapping of str to float, optional
+        named : float
+            The same by keyword.
+
+        Returns
+        -------
+        Change
+            What was rewritten, which prints itself.
+
+        Raises
+        ------
+        UnknownNameError
+            If there is no such name; nothing changes then.
+
+        Examples
+        --------
+        >>> change = live.set({"k": 4})
+        >>> change = live.set(k=1)
+        """
         given = {name: number(value, "set") for name, value in {**(values or {}), **named}.items()}
         with self.lock:
             loras = self._loras()
@@ -139,9 +173,24 @@ class LiveModel:
     def become(self, expression: Weights) -> Change:
         """Take another expression of the same model; as in `set`, a tensor that stays the same is not computed again.
 
-        >>> live.become(bridge + 5 * (variant - base))   # bit for bit what a fresh load of it gives
+        Parameters
+        ----------
+        expression : Weights
 
-        Raises MismatchError if the model would have other tensors or shapes.
+        Returns
+        -------
+        Change
+            What was rewritten, which prints itself.
+
+        Raises
+        ------
+        MismatchError
+            If the model would have other tensors or shapes.
+
+        Examples
+        --------
+        >>> change = live.become(bridge + 5 * (variant - base))   # bit for bit what a fresh load of it gives
+        >>> change = live.become(bridge.protect("refiner") + ak.param("k", 1.0) * (variant - base))
         """
         with self.lock:
             require_same("become", self.expression, expression)

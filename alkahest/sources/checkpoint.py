@@ -41,11 +41,13 @@ from alkahest.sources.stored_tensors import StoredTensors
 class Checkpoint(StoredTensors, Leaf):
     """An opened checkpoint, which is also a lazy mapping from canonical name to tensor, names in model order.
 
-    >>> base = ak.open("z_image_bf16.safetensors")
-    >>> base["layers.0.attention.to_q.weight"].shape
-    torch.Size([3840, 3840])
+    Keys are diffusers' names whatever the file's layout; q, k and v are rows of a fused tensor. `open` makes them.
 
-    Keys are diffusers' names whatever the file's layout; q, k and v are rows of a fused tensor.
+    Examples
+    --------
+    >>> base = ak.open("mini:base")
+    >>> query = base["layers.0.attention.to_q.weight"]
+    >>> names = [key for key in base if "norm" in key]
     """
 
     def __init__(self, located: Located, name: str | None = None, prefix: str | None = None) -> None:
@@ -82,12 +84,43 @@ class Checkpoint(StoredTensors, Leaf):
             )
 
     def part(self, pattern: str) -> Part:
-        """The tensors that a pattern selects: ``base.part("refiner")``, ``base.part("layers.3")``."""
+        """The tensors that a pattern selects.
+
+        Parameters
+        ----------
+        pattern : str
+            As in ``protect``.
+
+        Returns
+        -------
+        Part
+            A mapping from names to tensors, which shows what it holds.
+
+        Raises
+        ------
+        UnknownNameError
+            If an item selects no tensor.
+
+        Examples
+        --------
+        >>> refiner = base.part("refiner")
+        >>> block = base.part("layers.0")
+        """
         chosen = Pattern(pattern, self.family).require_match(self._shapes, "part")
         return Part(self, pattern, [key for key in self._shapes if chosen.matches(key)])
 
     def summary(self) -> dict[str, Any]:
-        """What `inspect --json` prints: layout, storage, sizes and parts, from the headers alone."""
+        """What `inspect --json` prints: layout, storage, sizes and parts, from the headers alone.
+
+        Returns
+        -------
+        dict
+
+        Examples
+        --------
+        >>> base.summary()["layout"]
+        'native'
+        """
         whole = [piece.stored for piece in self.slices.values() if piece.start == 0]
         return {
             "path": str(self.path),
