@@ -53,7 +53,7 @@ class Setting:
     def checked(self, value: Any, operation: str, operands: Sequence[Expression]) -> Scalar | tuple[Scalar, ...]:
         """A value for these operands, refused if it is none."""
         if self.kind in (int, bool):
-            return self._whole(value, operation)
+            return self.whole(value, operation)
         family, partial = operands[0].family, any(one.is_partial for one in operands)
         shapes = {key: shape for one in operands for key, shape in one.shapes.items()}
         if self.kind is not PerOperand or not isinstance(value, (list, tuple)):
@@ -63,7 +63,8 @@ class Setting:
             raise AlgebraError(operation, "a list has a number for each operand", found=found, fix=fix)
         return tuple(varied(one, operation, shapes, family, partial=partial) for one in value)
 
-    def _whole(self, value: Any, operation: str) -> Scalar:
+    def whole(self, value: Any, operation: str) -> float | Param:
+        """A whole number, or 0 or 1 for what is on or off; refused if it is none."""
         found = scalar(int(value) if isinstance(value, bool) and self.kind is bool else value, operation)
         given = found.value if isinstance(found, Param) else found
         if self.kind is bool and given not in (0, 1):
@@ -250,8 +251,11 @@ class _Merged(Expression):
         """Its term; ``of`` are the numbers of the operands that have this tensor."""
 
         def value(name: str, given: Scalar | tuple[Scalar, ...]) -> Any:
-            if self.method.settings[name].kind is not PerOperand:
-                return rules.value(given, key) if not isinstance(given, tuple) else None
+            setting = self.method.settings[name]
+            if setting.kind is not PerOperand:
+                assert not isinstance(given, tuple)
+                found = rules.value(given, key)  # a named one may have been moved since it was checked
+                return setting.whole(found, f"{self.method.name} {name}") if setting.kind in (int, bool) else found
             each = given if isinstance(given, tuple) else (given,) * len(self.operands)
             return tuple(rules.value(each[number], key) for number in of)
 
@@ -332,8 +336,8 @@ class MergedWeights(_Merged, OfModels):
             or all(other == first for other in others)
         ):
             return first
-        present = {0: first, **{n: other for n, other in enumerate(others, start=1) if other is not None}}
-        return self._term(key, list(present.values()), rules, list(present))
+        present = [first, *(other for other in others if other is not None)]
+        return self._term(key, present, rules, range(len(present)))
 
 
 @dataclass(frozen=True)

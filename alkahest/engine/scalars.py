@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -60,15 +60,21 @@ class Varied:
         return replace(self, entries=tuple(entries))
 
     def __repr__(self) -> str:
-        def shown(values: tuple[float | Param, ...]) -> str:
-            return text_of(values[0]) if len(values) == 1 else f"[{', '.join(map(text_of, values))}]"
-
-        if len(self.entries) == 1 and self.entries[0][0] == "*":
-            return shown(self.entries[0][1])
-        return f"{{{', '.join(f'{text!r}: {shown(values)}' for text, values in self.entries)}}}"
+        return varied_text(self.entries)
 
 
 Scalar = float | Param | Varied
+
+
+def varied_text(entries: Sequence[tuple[str, Sequence[float | Param]]]) -> str:
+    """Recipe text of patterns and their values: of all tensors' alone without the pattern."""
+
+    def shown(values: Sequence[float | Param]) -> str:
+        return text_of(values[0]) if len(values) == 1 else f"[{', '.join(map(text_of, values))}]"
+
+    if len(entries) == 1 and entries[0][0] == "*":
+        return shown(entries[0][1])
+    return f"{{{', '.join(f'{text!r}: {shown(values)}' for text, values in entries)}}}"
 
 
 @dataclass(frozen=True)

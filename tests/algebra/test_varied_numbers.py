@@ -162,6 +162,13 @@ def test_a_named_number_moves(family: dict[str, ak.Weights]) -> None:
     assert torch.equal(computed(mixed.bind(top=1), block(4)), computed(ak.lerp(a, b, [0, 1]), block(4)))
 
 
+def test_a_named_whole_number_is_not_cut(family: dict[str, ak.Weights]) -> None:
+    mean = ak.karcher([family["a"], family["b"]], iterations=ak.param("n", 10))
+    computed(mean.bind(n=2), block(0))
+    with pytest.raises(AlgebraError, match="whole number"):
+        computed(mean.bind(n=2.5), block(0))
+
+
 def refusals() -> list[tuple[Callable[..., Any], type[Exception], str]]:
     return [
         (lambda a, b, v: ak.lerp(a, b, []), AlgebraError, "empty"),

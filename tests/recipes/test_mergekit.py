@@ -127,6 +127,7 @@ models:
         (("weight: 0.5", "weight: [{filter: self_attn, value: 1}, {value: 0}]"), "selects no tensor"),
         (("weight: 0.5", "weight: [{filtre: mlp, value: 1}, {value: 0}]"), "filter and value only"),
         (("base_model: base.safetensors", ""), "needs a base_model"),
+        (("ties", "dare_ties\nparameters: {density: 5}"), "at most 1"),
         (("base_model", "parameters: {rescale: true}\nbase_model"), "L1 norm"),
         (("base_model", "parameters: {normalize: 1}\nbase_model"), "true or false"),
         (("base_model", "dtype: int8\nbase_model"), "no file is written"),
@@ -159,6 +160,33 @@ def test_what_differs_is_noted(tmp_path: Path) -> None:
     for said in ("other random numbers", "int8_mask", "tokenizer_source", "calculates in bfloat16"):
         assert said in notes
     assert not read_mergekit(CONFIG, tmp_path / "x.yml").notes
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "said"),
+    [
+        ("task_arithmetic", "{density: 0.5}", "density is not used"),
+        ("breadcrumbs", "{density: 0.96875, gamma: 0.25}", "outliers go up to 0.03125"),
+    ],
+)
+def test_what_mergekit_passes_over_is_noted(method: str, parameters: str, said: str, tmp_path: Path) -> None:
+    config = CONFIG.replace("ties", method) + f"parameters: {parameters}\n"
+    assert said in " | ".join(read_mergekit(config, tmp_path / "x.yml").notes)
+
+
+def test_nuslerp_notes_what_it_does_not_use(tmp_path: Path) -> None:
+    config = (HERE / "nuslerp-rows.yml").read_text().replace("nuslerp_flatten: false", "nuslerp_row_wise: true")
+    config = config.replace("models:", "models:\n  - {model: base.safetensors, parameters: {weight: 1}}")
+    notes = " | ".join(read_mergekit(config, tmp_path / "x.yml").notes)
+    assert "nuslerp_row_wise is not used" in notes
+    assert "weight of the base is not used" in notes
+
+
+def test_one_model_with_a_gradient_of_density(models: Path) -> None:
+    config = CONFIG.replace("weight: 0.5", "weight: 0.5, density: [0.25, 0.75]")
+    recipe = read_mergekit(config, models / "x.yml")
+    assert recipe.text == "base + ties([a - base], density=[[0.25, 0.75]], weights=[0.5], normalise=1)"
+    assert "density=[[0.25, 0.75]]" in build(recipe, recipe.locate()).text()
 
 
 def test_names_of_files_become_names_of_a_recipe(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from alkahest.engine.scalars import text_of
 from alkahest.errors import nearest
@@ -82,10 +83,14 @@ def _require_base(config: Config, others: int = 1) -> Model:
         raise config.refusal(f"{config.method} needs a base_model", fix="base_model: FILE")
     if len(config.others) < others:
         raise config.refusal(f"{config.method} needs {others} models besides its base", found=len(config.others))
-    if config.base.parameters:
-        named = ", ".join(map(str, config.base.parameters))
-        config.notes.append(f"{named} of the base is not used, in mergekit neither: it adds differences to the base")
+    _note_unused(config, config.base)
     return config.base
+
+
+def _note_unused(config: Config, base: Model) -> None:
+    if base.parameters:
+        named = ", ".join(map(str, base.parameters))
+        config.notes.append(f"{named} of the base is not used, in mergekit neither: it adds differences to the base")
 
 
 def _linear(config: Config, names: _Names) -> str:
@@ -110,7 +115,10 @@ def _nuslerp(config: Config, names: _Names) -> str:
         raise config.refusal("nuslerp along columns is not one of ours", fix="nuslerp_row_wise: false")
     first, second = (names[one.path] for one in config.others)
     config.notes.append("what points nearly the same way is mixed linearly here; mergekit stays on the arc")
+    if flatten and switch_of(config, "nuslerp_row_wise", False):
+        config.notes.append("nuslerp_row_wise is not used, in mergekit neither, unless nuslerp_flatten is false")
     if config.base is not None:
+        _note_unused(config, config.base)
         base = names[config.base.path]
         rows = "" if flatten else ", rows=1"
         return f"{base} + nuslerp({first} - {base}, {second} - {base}, t={t.text}{rows})"
@@ -190,13 +198,16 @@ def _arithmetic(config: Config, names: _Names) -> str:
         deltas = [
             _thinned(config, thinning, *one) for one in zip(deltas, config.others, range(len(deltas)), strict=True)
         ]
-    elif switch_of(config, "rescale", False):
+    elif not thinning and any("density" in scope for scope in _scopes(config)):
+        config.notes.append(f"density is not used, in mergekit neither: {config.method} leaves nothing out")
+    if thinning in ("", "magnitude") and switch_of(config, "rescale", False):
         raise config.refusal(
             "rescale restores the L1 norm of a difference, which is not one of ours", fix="rescale: false"
         )
     if elects:
         densities = _weights(config, config.others, "density", 1.0) if thinning == "magnitude" else [constant(1.0)]
-        density = densities[0].text if len(densities) == 1 else f"[{', '.join(one.text for one in densities)}]"
+        alone = len(densities) == 1 and densities[0].plain is not None  # a list would be read as one for each delta
+        density = densities[0].text if alone else f"[{', '.join(one.text for one in densities)}]"
         listed = ", ".join(one.text for one in weights)
         merged = f"ties([{', '.join(deltas)}], density={density}, weights=[{listed}], normalise={int(normalise)})"
     else:
@@ -204,6 +215,10 @@ def _arithmetic(config: Config, names: _Names) -> str:
     if length.plain is None:
         return f"{base} + ({merged}).scaled({length.factors})"
     return f"{base} + {merged}" if length.plain == 1 else f"{base} + {text_of(length.plain)} * ({merged})"
+
+
+def _scopes(config: Config) -> list[Mapping[str, Any]]:
+    return [config.parameters, *(one.parameters for one in config.models)]
 
 
 def _weighted(
@@ -232,14 +247,14 @@ def _thinned(config: Config, thinning: str, delta: str, model: Model, number: in
     """A difference with entries left out; one whose density is 1 as it is."""
     scopes = (model.parameters, config.parameters)
     density = value_of(config, "density", scopes, 1.0)
-    if density.plain is not None and density.plain >= 1:
+    if max(density.numbers) > 1:
+        raise config.refusal("density is a share", found=density.text, fix="at most 1")
+    if density.plain == 1:
         return delta
     if min(density.numbers) <= 0:
         raise config.refusal(
             "a density of 0 leaves nothing of a model", found=density.text, fix="leave the model out there: weight: 0"
         )
-    if max(density.numbers) > 1:
-        raise config.refusal("density is a share", found=density.text, fix="at most 1")
     rescale = switch_of(config, "rescale", thinning != "breadcrumbs")
     drop = density.mapped(lambda kept: round(1 - kept, 12))
     if thinning == "dare":
@@ -274,5 +289,6 @@ def _breadcrumbs(config: Config, delta: str, gamma: Value, density: Value) -> st
         if density.plain is None:
             found = f"density {density.text}, gamma {gamma.text}"
             raise config.refusal("density and gamma together are more than 1 somewhere", found=found)
-        smallest, gamma = constant(0.0), constant(round(1 - density.plain, 12))  # fewer outliers go, as in mergekit
+        smallest, gamma = constant(0.0), constant(round(1 - density.plain, 12))
+        config.notes.append(f"to keep a density of {density.text} outliers go up to {gamma.text}, as in mergekit")
     return f"breadcrumbs({delta}, smallest={smallest.text}, largest={gamma.text})"

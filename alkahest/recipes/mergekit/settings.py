@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alkahest.engine.scalars import text_of
+from alkahest.engine.scalars import varied_text
 from alkahest.model.families import FAMILIES, Family
 from alkahest.model.keys import Pattern
 from alkahest.recipes.mergekit.config import Config
@@ -39,9 +39,7 @@ class Value:
     @property
     def text(self) -> str:
         """As a setting of a recipe."""
-        if len(self.entries) == 1 and self.entries[0][0] == "*":
-            return _list(self.entries[0][1])
-        return f"{{{', '.join(f'{text!r}: {_list(numbers)}' for text, numbers in self.entries)}}}"
+        return varied_text(self.entries)
 
     @property
     def factors(self) -> str:
@@ -52,10 +50,6 @@ class Value:
 def constant(number: float) -> Value:
     """A value that is one number everywhere."""
     return Value((("*", (number,)),))
-
-
-def _list(numbers: Sequence[float]) -> str:
-    return text_of(numbers[0]) if len(numbers) == 1 else f"[{', '.join(map(text_of, numbers))}]"
 
 
 def value_of(config: Config, name: str, scopes: Sequence[Mapping[str, Any]], default: float | None) -> Value:
