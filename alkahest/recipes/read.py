@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from alkahest.engine.record import MAX_TEXT, METADATA_KEY, Recipe
 from alkahest.errors import RecipeError, refuse_unknown_options
@@ -70,7 +71,14 @@ def recipes_in(
     path: str | os.PathLike[str], node: str | None = None, passing: Collection[str] = ()
 ) -> tuple[str, Sequence[Recipe]]:
     """`read_recipe` with all recipes that a workflow has."""
-    path = expanded(path, "recipe")
+    what, found = _read(expanded(path, "recipe"), node, passing)
+    if (node or passing) and not any(isinstance(one, WorkflowRecipe) for one in found):
+        problem = "node and passing are for a ComfyUI workflow"
+        raise RecipeError("recipe", problem, file=path, found=what, fix="leave them out")
+    return what, found
+
+
+def _read(path: Path, node: str | None, passing: Collection[str]) -> tuple[str, Sequence[Recipe]]:
     if path.is_dir() or path.suffix == ".safetensors":
         located = locate(path)
         metadata = located.metadata

@@ -227,3 +227,12 @@ def test_two_files_of_one_name_are_not_chosen_between(
     output = tmp_path / "merged.safetensors"
     asked = ["merge", "--recipe", str(config), "--b", str(models / "b.safetensors"), "-o", str(output), "--quiet"]
     assert CliRunner().invoke(app, asked).exit_code == 0
+
+
+def test_a_node_of_what_is_no_workflow_is_refused(models: Path) -> None:
+    config = models / "sce.yml"
+    config.write_text((HERE / "sce.yml").read_text())
+    for asked in (["--node", "3"], ["--passing", "Kind"]):
+        told = CliRunner().invoke(app, ["recipe", str(config), *asked])
+        assert told.exit_code == 1
+        assert "are for a ComfyUI workflow" in told.stderr
