@@ -9,7 +9,7 @@ import typer
 
 from alkahest.cli.shared import WORKFLOWS, app, example, exit_on_error
 
-group = typer.Typer(help="ComfyUI nodes: put them into a ComfyUI, and take them out again.", no_args_is_help=True)
+group = typer.Typer(help="ComfyUI nodes: put them into a ComfyUI, take them out again.", no_args_is_help=True)
 app.add_typer(group, name="nodes", rich_help_panel=WORKFLOWS, epilog=example("alkahest nodes install ~/ComfyUI"))
 ComfyUI = Annotated[Path, typer.Argument(metavar="COMFYUI", help="The folder that ComfyUI's main.py lies in.")]
 
@@ -34,3 +34,16 @@ def nodes_uninstall(comfyui: ComfyUI) -> None:
         from alkahest.nodes.install import uninstall
 
         print(f"removed {uninstall(comfyui)}")
+
+
+@group.command("package", epilog=example("alkahest nodes package NODES --publisher NAME --repository https://..."))
+def nodes_package(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder, outside a git checkout.")],
+    publisher: Annotated[str, typer.Option(help="Your publisher id on registry.comfy.org, without the @.")],
+    repository: Annotated[str, typer.Option(help="Public address of the source.")],
+) -> None:
+    """Write the folder that ComfyUI's registry takes: cd there and run comfy node publish."""
+    with exit_on_error():
+        from alkahest.nodes.registry import write_package
+
+        print(f"wrote {write_package(folder, publisher=publisher, repository=repository)}")

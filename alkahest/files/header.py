@@ -19,6 +19,7 @@ from alkahest.files.reader import LINE, Reader
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 MAX_TENSORS = 100_000  # no model has so many; the largest that people share has a few thousand
+_MAX_KEYS = 5 * MAX_TENSORS  # a tensor's name and its three, and as many of metadata
 _LEAST = 40  # bytes of header that a tensor takes at least
 _MAX_DIMENSION = 1 << 48
 
@@ -101,6 +102,10 @@ def read_header(reader: Reader) -> Header:
     if count > MAX_TENSORS or raw.count(b"[") + raw.count(b"{") > 3 * (length // _LEAST) + 64:
         found = f"{count:,} tensors in {length:,} bytes"
         raise _bad(reader, "the header holds more than a model could", f"at most {MAX_TENSORS:,} tensors", found)
+    keys = raw.count(b'":') - raw.count(b'\\":')  # a quote within a string has a backslash before it
+    if keys > _MAX_KEYS:
+        found = f"{keys:,} keys in {length:,} bytes"
+        raise _bad(reader, "the header holds more than a model could", f"at most {_MAX_KEYS:,} keys", found)
     parsed = parse_json(raw, reader)
     metadata = parsed.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # null is none, to the safetensors library too
