@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import gallery
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -21,6 +22,8 @@ from mkdocs.structure.pages import Page
 import alkahest as ak
 from alkahest.cli import app
 from alkahest.experiment import config as experiments
+from alkahest.mini.scenes import ATTRIBUTES
+from alkahest.pictures.settings import Sampling
 from alkahest.training import config as training
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +69,15 @@ MEMBERS = {
 # Page: the file that it is, at the top of the repository.
 ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 GUIDES = "files merging measuring which-k loras pictures training comfyui command-line machines costs"
+_DATA = """Each table under `[data]` has one of three keys:
+
+| key | |
+| --- | --- |
+| `folder = "people"` | pictures with a `.txt`, `.caption` or `.json` beside each, or a `metadata.jsonl` or `.csv` |
+| `scenes = { count = 2000, seed = 1, subject = ["man", "woman"] }` | the miniature world, see Scenes |
+| `drawn = { models = { base = { steps = 20 } }, prompts = "prompts.txt" }` | what inputs of the run draw, see Drawn |
+"""
+_drawn: dict[str, str] = {}  # page -> its text with pictures in it
 _LINK = re.compile(r"(!?)\[([^][]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -83,8 +95,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Reference": reference},
         {"Notebooks": notebooks},
         {"Findings": ["experiments/README.md", *_experiments()]},
+        {"Gallery": "gallery.md"},
         {"Glossary": "glossary.md"},
-        {"Design": "architecture.md"},
+        {"Design": ["architecture.md", "exactness.md", "limits.md"]},
         {"Contributing": "contributing.md"},
         {"Changelog": "changelog.md"},
     ]
@@ -98,6 +111,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=text))
     for name, path in ELSEWHERE.items():
         files.append(File.generated(config, name, content=(ROOT / path).read_text()))
+    _drawn["gallery.md"], pictures = gallery.draw((ROOT / "docs/gallery.md").read_text())
+    for name, picture in pictures.items():
+        files.append(File.generated(config, name, content=picture))
     pages = [f"notebooks/{path.name}" for path in _notebooks()] + ["experiments/README.md", *_experiments()]
     for name in [*pages, *_pictures([*files, *(ROOT / page for page in pages)])]:
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
@@ -126,6 +142,7 @@ def _pictures(pages: Iterable[File | Path]) -> set[str]:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links between files of the repository lead to their pages; what has none is named."""
     own = page.file.src_uri
+    markdown = _drawn.get(own, markdown)
     at = ELSEWHERE.get(own, own if own.startswith(("experiments/", "notebooks/")) else f"docs/{own}")
     known = {path: name for name, path in ELSEWHERE.items()} | {"README.md": "index.md"}
 
@@ -203,17 +220,21 @@ def _tables() -> Iterator[str]:
 
 def _toml() -> Iterator[str]:
     for title, kinds in (
-        ("Training", (training.Config, training.Stage)),
+        ("Training", (training.Config, training.Stage, training._Lora)),
+        ("Data of training", (training._Scenes, training._Drawn, Sampling)),
         ("Experiments", (experiments.Experiment, experiments.Run, experiments.Case, experiments.Check)),
     ):
         yield f"## {title}\n"
+        if title == "Data of training":
+            yield _DATA
         for kind in kinds:
-            yield f"### {kind.__name__}\n\n{inspect.getdoc(kind)}\n"
+            yield f"### {kind.__name__.lstrip('_')}\n\n{inspect.getdoc(kind)}\n"
             yield "| key | type | default | |\n| --- | --- | --- | --- |"
             comments = _comments(kind)
             for one in fields(kind):
                 default = "" if one.default is MISSING else _code(repr(one.default))
-                yield f"| {_code(one.name)} | {_code(one.type)} | {default} | {_cell(comments.get(one.name, ''))} |"
+                words = comments.get(one.name) or ", ".join(ATTRIBUTES.get(one.name, ()))
+                yield f"| {_code(one.name)} | {_code(one.type)} | {default} | {_cell(words)} |"
             yield ""
 
 

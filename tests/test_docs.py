@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import alkahest as ak
 from alkahest.algebra.expression import Expression
 from alkahest.cli import app
+from alkahest.lab import plots
 from alkahest.recipes.text import parse
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -90,7 +91,9 @@ def test_links_to_files_live(page: str) -> None:
         assert (DOCS / page).parent.joinpath(target).exists(), target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("guide/machines.md", "guide/merging.md")])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in ("guide/machines.md", "guide/merging.md", "gallery.md")]
+)
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     known: dict[str, Any] = {}
@@ -130,6 +133,13 @@ def test_work_is_shared_out_as_it_says(
     assert len(clusters) == 2
     for cluster in clusters:
         compile(cluster, "machines.md", "exec")
+
+
+def test_the_gallery_has_every_plot() -> None:
+    """`make docs` runs it."""
+    page = (DOCS / "gallery.md").read_text()
+    for name in plots.__all__:
+        assert not callable(getattr(plots, name)) or f"plots.{name}(" in page, name
 
 
 def test_every_command_is_named() -> None:

@@ -279,8 +279,8 @@ class _Lora:
     """A LoRA to train."""
 
     rank: int = 16
-    alpha: float | None = None
-    targets: str = ""
+    alpha: float | None = None  # what it is scaled by, times 1 / rank; the rank itself if left out
+    targets: str = ""  # a pattern of the layers that get one; the family's choice if left out
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
@@ -293,18 +293,18 @@ class _Lora:
 class _Drawn:
     """Data that models draw."""
 
-    models: Mapping[str, Mapping[str, Any]]
-    scenes: Mapping[str, Any] | None = None
-    prompts: str | None = None
+    models: Mapping[str, Mapping[str, Any]]  # name of an input -> settings of `ak.sample`, as under Sampling
+    scenes: Mapping[str, Any] | None = None  # prompts of scenes, as under Scenes
+    prompts: str | None = None  # or a file of prompts, one a line
 
 
 @dataclass(frozen=True)
 class _Scenes:
     """Data of the miniature world: an attribute has one value or several."""
 
-    count: int
+    count: int  # pictures
     seed: int
-    held_out: bool = False
+    held_out: bool = False  # only combinations that the family was not trained on, instead of only the others
     subject: str | tuple[str, ...] = ()
     colour: str | tuple[str, ...] = ()
     place: str | tuple[str, ...] = ()
