@@ -59,6 +59,14 @@ TABLES = {
     "effect": ("alkahest.pictures.effects", "EFFECT"),
     "extract_lora": ("alkahest.lora.result", "REPORT"),
 }
+# Values of options that have words of their own: whose, where they are told.
+OPTIONS = {
+    "RULES": ("extract_lora and lora_ranks: how much is kept", "alkahest.lora.rank"),
+    "BASES": ("needed_multiplier: basis, its target unless told, and what it means", "alkahest.measure.bases"),
+    "FLAVOURS": ("convert_lora: flavour, and how its names begin", "alkahest.lora.write"),
+    "KINDS": ("clear_cache: kind", "alkahest.files.cache"),
+    "STATISTICS": ("delta_magnitudes and magnitude_heatmap: statistic", "alkahest.lab.plots"),
+}
 # What people call on each class; the rest is for the engine.
 MEMBERS = {
     "Weights": "protect with_parts_of save stream load_into bind text",
@@ -84,7 +92,12 @@ _LINK = re.compile(r"(!?)\[([^][]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The order of pages."""
     reference = [{title: f"reference/{page}.md"} for page, (title, _) in GROUPS.items()]
-    made = [{"Commands": "commands"}, {"Columns of tables": "tables"}, {"TOML": "toml"}]
+    made = [
+        {"Commands": "commands"},
+        {"Columns of tables": "tables"},
+        {"Values of options": "options"},
+        {"TOML": "toml"},
+    ]
     reference += [{title: f"reference/{page}.md"} for one in made for title, page in one.items()]
     notebooks = [f"notebooks/{path.name}" for path in _notebooks()]
     config.nav = [
@@ -166,6 +179,7 @@ def _made() -> Iterator[tuple[str, str]]:
         yield f"reference/{page}.md", f"# {title}\n\n" + "\n\n".join(_entry(name) for name in names.split())
     yield "reference/commands.md", "# Commands\n\n" + "\n".join(_commands())
     yield "reference/tables.md", "# Columns of tables\n\n" + "\n".join(_tables())
+    yield "reference/options.md", "# Values of options\n\n" + "\n".join(_values())
     yield "reference/toml.md", "# TOML of runs and experiments\n\n" + "\n".join(_toml())
 
 
@@ -218,6 +232,20 @@ def _tables() -> Iterator[str]:
         yield ""
 
 
+def _values() -> Iterator[str]:
+    for name, (title, module) in OPTIONS.items():
+        told: Mapping[str, Any] | Iterable[str] = getattr(importlib.import_module(module), name)
+        yield f"## {title} {{ #{name.lower()} }}\n\n| value | |\n| --- | --- |"
+        for value in told:
+            words = told[value] if isinstance(told, Mapping) else ""
+            several = (
+                words if isinstance(words, tuple) else vars(words).values() if hasattr(words, "__dict__") else [words]
+            )
+            shown = "; ".join(str(one) for one in several if isinstance(one, str | float))
+            yield f"| {_code(repr(value))} | {_cell(html.escape(shown))} |"
+        yield ""
+
+
 def _toml() -> Iterator[str]:
     for title, kinds in (
         ("Training", (training.Config, training.Stage, training._Lora)),
@@ -247,6 +275,8 @@ def _comments(kind: type) -> dict[str, str]:
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Names of public functions in running text lead to the reference."""
     places = {name: f"{page}/#{_path(name)}" for page, (_, names) in GROUPS.items() for name in names.split()}
+    places |= {name: f"options/#{name.lower()}" for name in OPTIONS}
+    places |= {name: f"tables/#{table}" for table, (_, name) in TABLES.items()} | {"DATA": "toml/#data-of-training"}
     up = "../" * (page.url.count("/") if page.url else 0)
 
     def linked(match: re.Match[str]) -> str:
@@ -254,7 +284,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         return f'<a href="{up}reference/{places[name]}">{match[0]}</a>' if name in places else match[0]
 
     pieces = re.split(r"(<pre.*?</pre>|<a .*?</a>|<h\d.*?</h\d>)", content, flags=re.DOTALL)
-    found = re.compile(r"<code>(?:ak\.)?(?P<name>\w+)(?:\([^<]*\))?</code>")
+    found = re.compile(r"<code>(?:ak\.|alkahest\.[a-z._]+\.)?(?P<name>\w+)(?:\([^<]*\))?</code>")
     return "".join(piece if number % 2 else found.sub(linked, piece) for number, piece in enumerate(pieces))
 
 

@@ -88,7 +88,8 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("page", PAGES)
 def test_links_to_files_live(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", (DOCS / page).read_text()):
-        assert (DOCS / page).parent.joinpath(target).exists(), target
+        made = target.startswith("reference/")  # with the site, which is strict about them
+        assert made or (DOCS / page).parent.joinpath(target).exists(), target
 
 
 @pytest.mark.parametrize(

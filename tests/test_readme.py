@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shlex
+import tomllib
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,24 @@ def test_its_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for line in lines:
         done = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
         assert done.exit_code == 0, (line, done.output)
+
+
+def test_the_walk_shows_these_lines() -> None:
+    """`python .make/front.py` draws it anew."""
+    drawn = html.unescape(re.sub(r"<[^>]*>", "", (ROOT / "docs/walk.svg").read_text())).replace("\xa0", " ")
+    drawn = re.sub(r"\s+", "", drawn)
+    (terminal,) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in terminal.splitlines():
+        assert "$" + re.sub(r"\s+", "", line.split("  #")[0]) in drawn, line
+    assert "http" not in re.sub(r"http://www.w3.org/2000/svg|<!--.*?-->", "", (ROOT / "docs/walk.svg").read_text())
+
+
+def test_badges_are_true() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    shown = [urllib.parse.unquote(one) for one in re.findall(r"img\.shields\.io/badge/([^)]+)", README)]
+    assert f"python-≥ {project['requires-python'].removeprefix('>=')}-blue" in shown
+    assert f"licence-{project['license'].replace('-', '--')}-blue" in shown
+    assert len(shown) == 3
 
 
 def test_make_targets_exist() -> None:
