@@ -113,11 +113,8 @@ def errors(page: Any) -> int:
     )
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_the_first_notebook_runs_and_its_live_merge_follows(
-    opened: Callable[..., Any], tmp_path: Path, dark: bool
-) -> None:
-    page = opened(f"start-{dark}", source=FOLDER / "00-start-here.ipynb", dark=dark)
+def test_the_first_notebook_runs_and_its_live_merge_follows(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened("start", source=FOLDER / "00-start-here.ipynb")
     page.locator(".jp-Cell").last.scroll_into_view_if_needed()
     before = picture(page, "base.protect('refiner') + (base_weak - base): 1.").get_attribute("src")
     box = typed(page, "k of weak", "171.1")
@@ -315,9 +312,8 @@ panels.live_merge(ak.mini.load('tb1'), {'cyan': v - b}, ['a cyan ball on a beach
 """
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_factors_by_block_under_the_hand(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
-    page = opened(f"blocks-{dark}", FAMILY, BY_BLOCK, height=720, dark=dark)
+def test_factors_by_block_under_the_hand(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened("blocks", FAMILY, BY_BLOCK, height=720, dark=True)
     picture(page, "2 * (base_variant - base): 1. a cyan ball")
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
     page.get_by_label("k of cyan", exact=True).evaluate("one => one.scrollIntoView({block: 'start'})")
@@ -373,9 +369,8 @@ cells = ak.sweep(live, prompts, over=over, steps=24, cfg=3, batch=1, folder=temp
 """
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_sweep_shows_its_sheet_and_hears_cancel(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
-    page = opened(f"sweep-{dark}", FAMILY, SWEEP, "print('the cell below')", height=720, dark=dark)
+def test_a_sweep_shows_its_sheet_and_hears_cancel(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened("sweep", FAMILY, SWEEP, "print('the cell below')", height=720)
     page.get_by_text(re.compile(r"sweep: \d+%, \d+ s, .* left; k=")).wait_for(timeout=WAIT)
     page.wait_for_selector("img[alt='first results']", timeout=WAIT)
     page.screenshot(path=tmp_path / "filling.png")
@@ -396,9 +391,8 @@ panels.blind_comparison(live, prompts, over=over, sampling={{'steps': 2}}, file=
 """
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_two_pictures_are_compared_blindly(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
-    page = opened(f"blind-{dark}", FAMILY, BLIND.format(file=tmp_path / "answers.csv"), height=720, dark=dark)
+def test_two_pictures_are_compared_blindly(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened("blind", FAMILY, BLIND.format(file=tmp_path / "answers.csv"), height=720, dark=True)
     picture(page, "left picture: a cyan ball on a beach")
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=WAIT)
     left = page.get_by_role("button", name="Left is better")
@@ -422,11 +416,10 @@ def test_two_pictures_are_compared_blindly(opened: Callable[..., Any], tmp_path:
     assert (tmp_path / "answers-order.csv").is_file()
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
+def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path) -> None:
     path = ak.mini.load("base").path
     panel = f"panels.models_picker('{tmp_path}/models.toml', '{path.parent}')"
-    page = opened(f"models-{dark}", FAMILY, panel, height=720, dark=dark)
+    page = opened("models", FAMILY, panel, height=720)
     box = page.get_by_label("base: Base, which its derivatives were trained from", exact=True)
     box.fill(str(path), timeout=WAIT)
     box.press("Enter")
@@ -439,14 +432,13 @@ def test_files_are_named_in_a_panel(opened: Callable[..., Any], tmp_path: Path, 
     assert f'base = "{path}"' in (tmp_path / "models.toml").read_text()
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_table_is_one_line_a_tensor(opened: Callable[..., Any], tmp_path: Path, dark: bool) -> None:
+def test_a_table_is_one_line_a_tensor(opened: Callable[..., Any], tmp_path: Path) -> None:
     page = opened(
-        f"table-{dark}",
+        "table",
         FAMILY,
         "table = ak.delta_table(ak.mini.load('base-variant') - b)\ntable",
         height=720,
-        dark=dark,
+        dark=True,
     )
     page.get_by_text("also in the table: ").wait_for(timeout=WAIT)
     rows = page.locator(".jp-OutputArea tbody tr")
