@@ -77,6 +77,15 @@ MEMBERS = {
 # Page: the file that it is, at the top of the repository.
 ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 GUIDES = "files merging measuring which-k loras pictures training comfyui command-line machines costs"
+# Keys of TOML files: the heading over each table, and the type that it becomes.
+KEYS: dict[str, dict[str, type]] = {
+    "Training": {"A run": training.Config, "Each [[stage]]": training.Stage, "lora": training._Lora},
+    "Data of training": {"Scenes": training._Scenes, "Drawn": training._Drawn, "Sampling": Sampling},
+    "Experiments": {
+        "An experiment": experiments.Experiment,
+        **{f"Each [[{name}]]": kind for name, (_, kind) in experiments.LISTED.items()},
+    },
+}
 _DATA = """Each table under `[data]` has one of three keys:
 
 | key | |
@@ -247,23 +256,32 @@ def _values() -> Iterator[str]:
 
 
 def _toml() -> Iterator[str]:
-    for title, kinds in (
-        ("Training", (training.Config, training.Stage, training._Lora)),
-        ("Data of training", (training._Scenes, training._Drawn, Sampling)),
-        ("Experiments", (experiments.Experiment, experiments.Run, experiments.Case, experiments.Check)),
-    ):
+    for title, kinds in KEYS.items():
         yield f"## {title}\n"
         if title == "Data of training":
             yield _DATA
-        for kind in kinds:
-            yield f"### {kind.__name__.lstrip('_')}\n\n{inspect.getdoc(kind)}\n"
+        for heading, kind in kinds.items():
+            yield f"### {heading}\n\n{inspect.getdoc(kind)}\n"
             yield "| key | type | default | |\n| --- | --- | --- | --- |"
-            comments = _comments(kind)
-            for one in fields(kind):
-                default = "" if one.default is MISSING else _code(repr(one.default))
-                words = comments.get(one.name) or ", ".join(ATTRIBUTES.get(one.name, ()))
-                yield f"| {_code(one.name)} | {_code(one.type)} | {default} | {_cell(words)} |"
+            yield from _keys(kind)
             yield ""
+
+
+def _keys(kind: type) -> Iterator[str]:
+    """A row for each key of a table, named as the file names it."""
+    comments = _comments(kind)
+    tables = {field: f"[[{name}]]" for name, (field, _) in experiments.LISTED.items()} | {"stages": "[[stage]]"}
+    for one in fields(kind):
+        if one.name == "folder":  # where the file lies, which no key says
+            continue
+        default = "" if one.default is MISSING else _code(repr(one.default))
+        words = comments.get(one.name) or ", ".join(ATTRIBUTES.get(one.name, ()))
+        if not words:
+            raise SystemExit(f"{kind.__name__}.{one.name} says nothing of what it is")
+        if one.name in tables:
+            yield f"| {_code(tables[one.name])} | tables | | {_cell(words)} |"
+        else:
+            yield f"| {_code(one.name)} | {_code(one.type)} | {default} | {_cell(words)} |"
 
 
 def _comments(kind: type) -> dict[str, str]:

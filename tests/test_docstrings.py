@@ -66,7 +66,9 @@ def test_every_parameter_is_described(name: str) -> None:
     function = public(name)
     found = sections(inspect.getdoc(function) or "")
     own = {one.name for one in inspect.signature(function).parameters.values()} - {"self"}
-    assert parameters(found.get("Parameters", "")) == own
+    body = found.get("Parameters", "")
+    assert parameters(body) == own
+    assert not re.findall(r"^\w.*$(?!\n    )", body, re.MULTILINE), "without a word of what it is"
     assert {"Returns", "Examples"} <= set(found)
     assert "Raises" in found or not own or name.endswith(".text")
 

@@ -19,6 +19,7 @@ def dare(delta: Tensor, *, drop: float = 0.9, uniform: Tensor) -> Tensor:
     Parameters
     ----------
     delta : Delta
+        What is made sparse.
     drop : float, default 0.9
         Probability of being dropped, at least 0 and less than 1; it may be a list along the blocks or a mapping from
         patterns, as in `lerp`.
@@ -61,6 +62,7 @@ def della(delta: Tensor, *, drop: float = 0.7, window: float = 0.2, uniform: Ten
     Parameters
     ----------
     delta : Delta
+        What is made sparse.
     drop : float, default 0.7
         Mean probability of being dropped.
     window : float, default 0.2
@@ -111,6 +113,7 @@ def breadcrumbs(delta: Tensor, *, smallest: float = 0.85, largest: float = 0.01)
     Parameters
     ----------
     delta : Delta
+        What is made sparse.
     smallest : float, default 0.85
         Share of the entries that goes as noise, 0 to 1: mergekit's ``1 - density - gamma``.
     largest : float, default 0.01

@@ -189,6 +189,7 @@ class Weights(AnyWeights):
         rounding : str, default "nearest"
             ``nearest`` (to even) or ``stochastic`` with ``seed``.
         seed : int, default 0
+            Of stochastic rounding.
         device : str, default "cpu"
             ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
         comfy_compatible : bool, default False
@@ -276,6 +277,7 @@ class Weights(AnyWeights):
         rounding : str, default "nearest"
             ``nearest`` (to even) or ``stochastic`` with ``seed``.
         seed : int, default 0
+            Of stochastic rounding.
         device : str, default "cpu"
             ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
         comfy_compatible : bool, default False
@@ -344,10 +346,15 @@ class Weights(AnyWeights):
         module : torch.nn.Module
             Its names may be native or diffusers'. Values are rounded once to each parameter's dtype, on its device.
         rounding : str, default "nearest"
+            To the module's dtype: ``nearest`` (to even) or ``stochastic`` with ``seed``.
         seed : int, default 0
+            Of stochastic rounding.
         device : str, default "cpu"
+            ``cpu``, ``cuda`` or ``mps`` for the arithmetic.
         comfy_compatible : bool, default False
+            ComfyUI's order of operations, bit for bit on unquantised files.
         allow_nonfinite : bool, default False
+            Set tensors with NaN or infinity rather than refuse them.
         threads : int, optional
             As in `save`.
 

@@ -100,6 +100,7 @@ def param(name: str, default: SupportsFloat) -> Param:
     name : str
         An identifier; recipes, sweeps and sliders know the scalar by it.
     default : float
+        Its value until it is moved.
 
     Returns
     -------

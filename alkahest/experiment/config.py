@@ -44,14 +44,14 @@ VERDICTS = ("reproduced", "partly", "not reproduced", "true by construction", "n
 class Case:
     """Weights that draw held-out prompts; a row for each combination of ``over``, with shares in per cent."""
 
-    name: str
+    name: str  # the case in the table
     weights: str  # a recipe over the inputs, whose other names come from ``over``; with ``run`` also ``stage``
     over: Mapping[str, Any] = field(default_factory=dict)  # name -> values
     ask: Mapping[str, Any] = field(default_factory=dict)  # attribute -> value that every prompt asks for
     only: Mapping[str, Any] = field(default_factory=dict)  # attribute -> values: prompts that ask for one of them
     unsaid: tuple[str, ...] = ()  # attributes that prompts do not mention; what comes then is counted
     dtype: str = ""  # the merged model is saved so, and opened again
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `ak.sample` where others are wanted
     prompts: int = 0  # how many; 0: as the experiment says
     run: str = ""  # a training run whose stages are drawn one after the other
     stages: tuple[str, ...] = ()  # of that run: all of them, or only these, such as "1-people"
@@ -61,10 +61,10 @@ class Case:
 class Measured:
     """A delta measured: rows of the table "deltas" by part, and on request of "multipliers" and "rounding"."""
 
-    name: str
-    delta: str
-    on: str = ""
-    multipliers: bool = False
+    name: str  # the delta in the table
+    delta: str  # a recipe over the inputs
+    on: str = ""  # what it is to be added to, a recipe; its base if left out
+    multipliers: bool = False  # compute its multiplier on weights, by each basis
     ks: tuple[int | float, ...] = ()  # multipliers at which rounding is looked at
 
 
@@ -72,31 +72,31 @@ class Measured:
 class Advised:
     """A multiplier by pictures against what the judge sees over k: rows of the tables "advice" and "judged"."""
 
-    name: str
-    delta: str
-    on: str
+    name: str  # the pair in the table
+    delta: str  # a recipe over the inputs
+    on: str  # what it is added to, a recipe
     ask: Mapping[str, Any]  # attribute -> value: the new thing
     ks: tuple[int | float, ...]  # at which the judge looks, besides 0
     drawn_by: str = ""  # what draws the new thing, if not the delta's own variant
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3)  # of pictures and noise, the judge once with each
 
 
 @dataclass(frozen=True)
 class Aligned:
     """Streams of two models mapped onto each other, by seed: rows of "streams", "joined" and "units"."""
 
-    name: str
-    a: str
-    b: str
-    pictures: int = 48
-    seeds: tuple[int, ...] = (1, 2, 3)
+    name: str  # the pair in the table
+    a: str  # a recipe over the inputs
+    b: str  # the other
+    pictures: int = 48  # whose streams are compared
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the pictures and their noise
 
 
 @dataclass(frozen=True)
 class Run:
     """A training run; its measurements are rows of the table "history". Grown only when asked to."""
 
-    name: str
+    name: str  # the run in the table
     config: str  # a file beside experiment.toml or above, or mini:NAME for the one that a shipped bridge was grown from
 
 
@@ -104,60 +104,60 @@ class Run:
 class Check:
     """One number against a bound: the row of ``table`` where ``where`` holds, or the ``of`` of several."""
 
-    says: str
-    column: str
-    where: Mapping[str, Any]
-    table: str = "pictures"
+    says: str  # the check in words, as the verdict's table shows it
+    column: str  # whose number is checked
+    where: Mapping[str, Any]  # column -> value: which rows
+    table: str = "pictures"  # where the number stands
     of: str = ""  # max, min, mean or sum, if several rows match
     minus: Mapping[str, Any] = field(default_factory=dict)  # where the same column is taken off
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: float | None = None  # the bound; a check has this one or the other
+    at_most: float | None = None  # the bound from above
 
 
 @dataclass(frozen=True)
 class Drawing:
     """A figure: ``columns`` of a table over ``x``, a line or a group of bars for each ``by`` and column."""
 
-    title: str
+    title: str  # above it
     y: str  # the axis label, with its unit
-    columns: tuple[str, ...]
-    x: str = "k"
-    kind: str = "lines"
-    table: str = "pictures"
-    by: str = "case"
-    where: Mapping[str, Any] = field(default_factory=dict)
-    log: bool = False
+    columns: tuple[str, ...]  # what is drawn
+    x: str = "k"  # the column along the axis
+    kind: str = "lines"  # or bars
+    table: str = "pictures"  # whose rows are drawn
+    by: str = "case"  # the column that tells lines apart
+    where: Mapping[str, Any] = field(default_factory=dict)  # column -> value: which rows
+    log: bool = False  # a logarithmic axis of x
 
 
 @dataclass(frozen=True)
 class Sheet:
     """Pictures to look at: prompts down, models across."""
 
-    title: str
-    prompts: tuple[str, ...]
+    title: str  # above it
+    prompts: tuple[str, ...]  # a row for each
     models: Mapping[str, Any]  # label -> a recipe over the inputs
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # settings of `ak.sample` where others are wanted
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A claim and how it is tested. ``folder`` is where its files are."""
 
-    title: str
-    claim: str
-    method: str
-    cases: tuple[Case, ...] = ()
-    deltas: tuple[Measured, ...] = ()
-    advised: tuple[Advised, ...] = ()
-    aligned: tuple[Aligned, ...] = ()
-    runs: tuple[Run, ...] = ()
-    checks: tuple[Check, ...] = ()
-    figures: tuple[Drawing, ...] = ()
-    sheets: tuple[Sheet, ...] = ()
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    title: str  # of its page
+    claim: str  # what is tested, in our words
+    method: str  # what is done about it
+    cases: tuple[Case, ...] = ()  # what is drawn and read by the judge
+    deltas: tuple[Measured, ...] = ()  # what is measured on weights
+    advised: tuple[Advised, ...] = ()  # whose multiplier by pictures is held against the judge
+    aligned: tuple[Aligned, ...] = ()  # whose streams are compared
+    runs: tuple[Run, ...] = ()  # what is trained
+    checks: tuple[Check, ...] = ()  # the verdict: all hold, some, or none
+    figures: tuple[Drawing, ...] = ()  # what is plotted
+    sheets: tuple[Sheet, ...] = ()  # pictures to look at
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # name -> mini:NAME, a path, or a table that makes it
     prompts: int = 60  # held-out prompts a row
-    seed: int = 1000
-    sampling: Mapping[str, Any] = field(default_factory=lambda: {"steps": 12, "cfg": 3.0})
+    seed: int = 1000  # of the held-out prompts and their pictures
+    sampling: Mapping[str, Any] = field(default_factory=lambda: {"steps": 12, "cfg": 3.0})  # settings of `ak.sample`
     holds: str = "reproduced"  # the verdict if every check holds
     remark: str = ""  # what the numbers mean, and what they do not
     folder: Path = Path()
@@ -167,24 +167,27 @@ class Experiment:
         return self.folder.name
 
 
+# Tables of the file that may stand several times: the field that they fill, and what each is.
+LISTED: dict[str, tuple[str, type[Any]]] = {
+    "case": ("cases", Case),
+    "delta": ("deltas", Measured),
+    "advice": ("advised", Advised),
+    "alignment": ("aligned", Aligned),
+    "run": ("runs", Run),
+    "check": ("checks", Check),
+    "figure": ("figures", Drawing),
+    "sheet": ("sheets", Sheet),
+}
+
+
 def read_experiment(folder: str | Path) -> Experiment:
     """Read ``experiment.toml`` of a folder. FileFormatError, UnknownNameError: what is wrong, and where."""
     place = Path(folder)
     path = place / "experiment.toml"
     given = read_toml(path, "experiment")
-    kinds: dict[str, tuple[str, type[Any]]] = {
-        "case": ("cases", Case),
-        "delta": ("deltas", Measured),
-        "advice": ("advised", Advised),
-        "alignment": ("aligned", Aligned),
-        "run": ("runs", Run),
-        "check": ("checks", Check),
-        "figure": ("figures", Drawing),
-        "sheet": ("sheets", Sheet),
-    }
-    top = {name: value for name, value in given.items() if name not in kinds}
+    top = {name: value for name, value in given.items() if name not in LISTED}
     listed: dict[str, Any] = {}
-    for name, (field_name, kind) in kinds.items():
+    for name, (field_name, kind) in LISTED.items():
         each = given.get(name, [])
         if not isinstance(each, list):
             raise FileFormatError("experiment", f"{name} is a list", file=path, fix=f"[[{name}]]")

@@ -34,6 +34,7 @@ def apply_lora(weights: Weights, lora: Lora, strength: SupportsFloat | Param = 1
     lora : Lora
         Of `open_lora`.
     strength : float or Param, default 1
+        How much of the LoRA is added: 1 is all of it, 0 nothing; above 1 and below 0 are taken as well.
 
     Returns
     -------

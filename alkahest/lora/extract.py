@@ -75,6 +75,7 @@ def extract_lora(
     Parameters
     ----------
     delta : Delta
+        What becomes a LoRA: a difference of two models, or a LoRA.
     rank, energy, sum, ratio : number, optional
         How much is kept, by one rule (`alkahest.lora.rank.RULES`); energy=0.995 if none is given.
     noise_edge : bool, default False

@@ -198,6 +198,7 @@ def nearest_base(
     Parameters
     ----------
     variant : Weights
+        The derivative whose base is looked for.
     candidates : list of Weights, or mapping of str to Weights
         Each with a name, in a mapping its key.
     device : str, default "cpu"

@@ -71,6 +71,7 @@ def delta_spectra(
     Parameters
     ----------
     delta : Delta
+        The difference whose singular values are wanted.
     on : Weights, optional
         What the sizes are beside, by default the delta's base.
     values : int, default 32

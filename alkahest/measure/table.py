@@ -103,6 +103,7 @@ def delta_table(
     Parameters
     ----------
     delta : Delta
+        The difference to be measured.
     on : Weights, optional
         What the delta is to be added to, by default its base: ``relative`` is relative to its norm, and ``ulps`` counts
         in units of its last place.

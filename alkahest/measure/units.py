@@ -52,6 +52,7 @@ def matching_units(
     Parameters
     ----------
     a, b : Weights
+        Models of one architecture.
     looked_at : int, default 256
         How many units of each kind and block are compared with all of the other's.
     seed : int, default 0

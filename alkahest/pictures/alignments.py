@@ -118,9 +118,11 @@ def alignment(
     Parameters
     ----------
     a, b : Weights
+        Models of one architecture, held at once.
     pictures : list of pictures or folder, optional
         With captions as ``prompts``, or a folder with a caption beside each. Without them ``a`` draws ``prompts``.
     prompts : list of str, optional
+        What ``a`` draws, or the captions of ``pictures``.
     components : optional
         As in `pipeline`.
     count : int, default 24
@@ -128,11 +130,15 @@ def alignment(
     seed : int, default 0
         Of pictures and noise.
     steps : int, default 12
+        Steps of each picture that is drawn.
     cfg : float, default 2
+        Guidance of what is drawn, as in `sample`: 1 is none.
     shift : float, default 3
+        Of the noise levels of what is drawn, as in `sample`.
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     dtype : str, optional
+        Of the arithmetic, as in `pipeline`.
     device : str, default "cpu"
         As in `pipeline`.
 

@@ -108,6 +108,7 @@ def fit_factors(
     Parameters
     ----------
     delta : Delta
+        What is added, with a factor for each part.
     on : Weights
         What it is added to; protected tensors stay.
     k : float, default 1
@@ -129,15 +130,21 @@ def fit_factors(
     seed : int, default 0
         Of pictures and noise.
     steps : int, default 12
+        Steps of each picture that is drawn.
     cfg : float, default 2
+        Guidance of what is drawn, as in `sample`: 1 is none.
     shift : float, default 3
+        Of the noise levels of what is drawn, as in `sample`.
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     batch : int, optional
         Pictures looked at together, by default about 1.5 megapixels.
     memory : int or str, default "2GB"
+        Most that is kept of the files, in bytes or as text, as in `LiveModel`.
     dtype, storage : str, optional
+        Of the arithmetic and of what the transformer holds, as in `pipeline`.
     device : str, default "cpu"
+        Where models run: ``cpu``, ``cuda`` or ``mps``.
     offload : bool, default False
         As in `LiveModel`.
 

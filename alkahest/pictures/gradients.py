@@ -55,6 +55,7 @@ def gradient_signs(
     pictures : list of pictures or folder, optional
         Of the new thing, with their captions as ``prompts``, or a folder with a caption beside each.
     prompts : list of str, optional
+        What the ``variant`` draws, or the captions of ``pictures``.
     variant : Weights, optional
         Draws ``count`` of the ``prompts`` where no pictures are given.
     components : optional
@@ -64,8 +65,11 @@ def gradient_signs(
     seed : int, default 0
         Of pictures and noise.
     steps : int, default 12
+        Steps of each picture that is drawn.
     cfg : float, default 2
+        Guidance of what is drawn, as in `sample`: 1 is none.
     shift : float, default 3
+        Of the noise levels of what is drawn, as in `sample`.
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     batch : int, optional
@@ -73,6 +77,7 @@ def gradient_signs(
     dtype : str, optional
         In what a file in fp8 is computed with.
     device : str, default "cpu"
+        Where models run: ``cpu``, ``cuda`` or ``mps``.
 
     Returns
     -------

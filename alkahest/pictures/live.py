@@ -77,7 +77,9 @@ class LiveModel:
     memory : int or str, default "2GB"
         Inputs of such tensors are kept as stored, up to this (bytes, or text); the rest is read again each time.
     dtype, storage : str, optional
+        Of the arithmetic and of what the transformer holds, as in `pipeline`.
     device : str, default "cpu"
+        Where models run: ``cpu``, ``cuda`` or ``mps``.
     offload : bool, default False
         As in `pipeline`.
 
@@ -138,6 +140,7 @@ class LiveModel:
         Parameters
         ----------
         values : mapping of str to float, optional
+            New value by name of a scalar or LoRA.
         named : float
             The same by keyword.
 
@@ -176,6 +179,8 @@ class LiveModel:
         Parameters
         ----------
         expression : Weights
+            With the tensors and shapes of the one that is held; its named scalars take the place of the old
+            ones.
 
         Returns
         -------

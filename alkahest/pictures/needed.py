@@ -73,6 +73,7 @@ def needed_multiplier(
     Parameters
     ----------
     delta : Delta
+        What is to be added, a difference of two models or a LoRA.
     on : Weights, optional
         What it is to be added to, by default its base.
     basis : str, optional
@@ -100,15 +101,21 @@ def needed_multiplier(
     seed : int, default 0
         Of pictures and noise.
     steps : int, default 12
+        Steps of each picture that is drawn.
     cfg : float, default 2
+        Guidance of what is drawn, as in `sample`: 1 is none.
     shift : float, default 3
+        Of the noise levels of what is drawn, as in `sample`.
     width, height : int, optional
         How pictures are drawn, as in `sample`.
     batch : int, optional
         Pictures looked at together, by default about 1.5 megapixels.
     memory : int or str, default "2GB"
+        Most that is kept of the files, in bytes or as text, as in `LiveModel`.
     storage : str, optional
+        Of what the transformer holds, as in `pipeline`.
     device : str, default "cpu"
+        Where models run: ``cpu``, ``cuda`` or ``mps``.
     offload : bool, default False
         As in `LiveModel`.
     threads : int, optional

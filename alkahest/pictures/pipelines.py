@@ -32,6 +32,7 @@ def pipeline(
     Parameters
     ----------
     weights : Weights
+        A checkpoint or an expression; named scalars stand at their defaults.
     components : optional
         Text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, a pipeline to share them with, or a
         mapping from those names to loaded parts or ComfyUI's files: ``{"text_encoder": "qwen_3_4b.safetensors", "vae":
@@ -42,6 +43,7 @@ def pipeline(
         ``"fp8_e4m3fn"`` keeps the transformer's Linears in fp8 and computes in ``dtype`` (diffusers' layerwise casting:
         half the memory of bf16).
     device : str, default "cpu"
+        Where models run: ``cpu``, ``cuda`` or ``mps``.
     offload : bool, default False
         Keep each part on the CPU until it is needed (CUDA only).
 

@@ -134,6 +134,7 @@ def flow_loss(
     pipe : ZImagePipeline
         Of `pipeline`.
     images : list of pictures
+        PIL pictures, one for each prompt.
     prompts : list of str
         Their captions.
     seed : int, default 0

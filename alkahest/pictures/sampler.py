@@ -109,9 +109,11 @@ def sample(
     pipe : ZImagePipeline or LiveModel
         Of `pipeline`.
     prompt : str or list of str
+        What is drawn, one picture for each.
     negative_prompt : str, default ""
         Works above cfg 1 only.
     steps : int, default 24
+        Evaluations of the model at falling noise, twice as many passes above cfg 1.
     cfg : float, default 2
         ComfyUI's: 1 is no guidance, and diffusers' ``guidance_scale`` is cfg - 1.
     shift : float, default 3

@@ -136,7 +136,9 @@ def search(
     Parameters
     ----------
     live : LiveModel
+        The model, with the named scalars that are moved.
     prompts : str or list of str, optional
+        What each trial draws, or the captions of ``pictures``.
     over : mapping of str to tuple or list
         A range ``(low, high)`` or ``(low, high, "log")``, or a list of values, for each name.
     score : str or callable, default "flow_loss"
@@ -145,6 +147,7 @@ def search(
     goal : str, optional
         ``"least"`` or ``"most"``.
     trials : int, default 24
+        How many settings are tried, the first included.
     at_once : int, optional
         How many are asked for together: 1, or 4 with an ``executor``.
     seed : int, default 0
@@ -152,16 +155,25 @@ def search(
     pictures : list of pictures or folder, optional
         For ``flow_loss``: a folder with captions, or pictures whose captions are the prompts.
     seeds : list of int, default (0,)
+        Of the pictures: each prompt is drawn once with each.
     executor : concurrent.futures.Executor, optional
+        Where pictures are drawn, by default here, one after the other.
     folder : str or path, optional
+        For the pictures, by default in the user's cache.
     batch : int, default 4
         As in `sweep`.
     steps : int, optional
+        Steps of each picture, by default those of `sample`, as for the rest.
     cfg : float, optional
+        Guidance; 1 is none.
     shift : float, optional
+        Of the noise levels.
     schedule : str, optional
+        ``diffusers`` or ComfyUI's ``simple``.
     cfg_normalization : float, optional
+        Most that guidance may make a prediction's norm, in norms of the unguided one; 0 is no limit.
     negative_prompt : str, optional
+        Works above cfg 1 only.
     width, height : int, optional
         Settings that stay, by default those of `sample`.
 

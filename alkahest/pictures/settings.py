@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from alkahest.errors import AlkahestError, unknown
-
-if TYPE_CHECKING:
-    pass
-
-
 from alkahest.model.families.zimage import FAMILY
 
 SHIFT = FAMILY.shift
@@ -24,14 +18,14 @@ SCHEDULES = ("diffusers", "simple")
 class Sampling:
     """Settings of `ak.sample` as a file gives them; None is its default."""
 
-    steps: int | None = None
-    cfg: float | None = None
-    shift: float | None = None
-    schedule: str | None = None
-    cfg_normalization: float | None = None
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
+    steps: int | None = None  # of each picture
+    cfg: float | None = None  # guidance; 1 is none
+    shift: float | None = None  # of the noise levels
+    schedule: str | None = None  # diffusers, or ComfyUI's simple
+    cfg_normalization: float | None = None  # most norm of a guided prediction, in unguided ones
+    negative_prompt: str | None = None  # works above cfg 1 only
+    width: int | None = None  # in pixels
+    height: int | None = None  # in pixels
 
     @property
     def settings(self) -> Settings:

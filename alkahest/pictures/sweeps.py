@@ -98,11 +98,14 @@ def sweep(
     Parameters
     ----------
     live : LiveModel
+        The model, with the named scalars that are moved.
     prompts : str or list of str
+        What each cell draws, one picture each.
     over : mapping of str to list
         Values for named scalars of the model (LoRA strengths too) and sampling settings (``steps``, ``cfg``, ``shift``,
         ``schedule``, ``cfg_normalization``, ``negative_prompt``, ``width``, ``height``).
     seeds : list of int, default (0,)
+        Of the pictures: each prompt is drawn once with each.
     executor : concurrent.futures.Executor, optional
         dask's ``client.get_executor()`` is one.
     folder : str or path, optional
@@ -110,11 +113,17 @@ def sweep(
     batch : int, default 4
         How many are drawn at once.
     steps : int, optional
+        Steps of each picture, by default those of `sample`, as for the rest.
     cfg : float, optional
+        Guidance; 1 is none.
     shift : float, optional
+        Of the noise levels.
     schedule : str, optional
+        ``diffusers`` or ComfyUI's ``simple``.
     cfg_normalization : float, optional
+        Most that guidance may make a prediction's norm, in norms of the unguided one; 0 is no limit.
     negative_prompt : str, optional
+        Works above cfg 1 only.
     width, height : int, optional
         Settings that stay, by default those of `sample`.
     scalars : float

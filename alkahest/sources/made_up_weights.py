@@ -87,6 +87,7 @@ def made_up(layers: int = 30, seed: int = 0, delta: float = 0.0, only: str = "al
     layers : int, default 30
         Blocks of the main stack.
     seed : int, default 0
+        Of the random numbers.
     delta : float, default 0
         Makes a variant of the model with the same seed, whose difference is that share of the weights' standard
         deviation.

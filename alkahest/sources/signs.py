@@ -114,6 +114,7 @@ def open_signs(source: str | os.PathLike[str], *, name: str | None = None) -> Si
     Parameters
     ----------
     source : str or path
+        The file.
     name : str, optional
         What recipes call it, by default from the file's name.
 

@@ -67,17 +67,17 @@ FROZEN = {"refiners": "refiner", "layers_only": "input, final", "nothing": ""}  
 class Stage:
     """One stage: what is trained on, for how long, and how fast."""
 
-    name: str
+    name: str  # the stage in its files' names; its number if left out
     mix: Mapping[str, int | float]  # dataset -> share
-    steps: int
-    lr: float
-    batch: int = 1
-    resolution: int = 1024
+    steps: int  # how long it lasts
+    lr: float  # rate of learning, at its highest
+    batch: int = 1  # pictures of a step
+    resolution: int = 1024  # side in pixels: pictures have about its square; a multiple of 16
     warmup: int = 0  # steps over which the rate rises
     decay: str = "constant"  # or cosine, to zero at the stage's end
     shift: float = 3.0  # of the noise levels, as in sampling
     mean: float = 0.0  # of the logit of a noise level before the shift (Esser et al. 2024, arXiv:2403.03206)
-    std: float = 1.0
+    std: float = 1.0  # of the same
     drop: float = 0.1  # share of captions left out, which guidance needs
 
 
@@ -85,28 +85,28 @@ class Stage:
 class Config:
     """A whole run. ``folder`` is where relative paths start."""
 
-    start: str
-    inputs: Mapping[str, str]
+    start: str  # a recipe over the inputs: the weights before the first step
+    inputs: Mapping[str, str]  # name -> mini:NAME or a path
     data: Mapping[str, Any]  # name -> a table of one kind, see `DATA`
-    stages: tuple[Stage, ...]
-    components: str | None = None
+    stages: tuple[Stage, ...]  # one after the other
+    components: str | None = None  # text encoder, tokenizer and VAE, as in `ak.pipeline`; the family brings its own
     frozen: str = "refiner"  # a pattern, or a preset: refiners, layers_only (all else is frozen), nothing
     reset: str = ""  # a pattern; these tensors start from random numbers of the same spread, as a control
-    seed: int = 0
-    optimiser: str = "adamw"
+    seed: int = 0  # of noise, order and left-out captions
+    optimiser: str = "adamw"  # or adamw8bit, adafactor
     precision: str = "fp32"  # all in float32; mixed: what is trained in float32, all else and the arithmetic in bf16;
     # bf16: everything, with stochastic rounding
     fused: bool = False  # update each tensor as soon as its gradient is there, and drop the gradient
     accumulate: int = 1  # batches whose gradients are added up for a step
     clip: float = 1.0  # norm that gradients are clipped to; 0: not
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # share that weights lose, times the rate, at each step
     lora: Mapping[str, Any] = field(default_factory=dict)  # rank, alpha, targets: train a LoRA on the layers, by peft
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.99)  # decays of AdamW's two running means
     checkpointing: bool = False  # compute activations again on the way back, for memory
     ema: float = 0.0  # decay of a running mean of what is trained; 0: none
     export: str = "bf16"  # dtype of the checkpoint that is written at the end of each stage; "": none
-    save_every: int = 500  # steps
-    measure_every: int = 100
+    save_every: int = 500  # steps between points that a stopped run goes on from
+    measure_every: int = 100  # steps between measurements of what is held out
     held_out: int = 32  # examples of each dataset that are not trained on but measured
     log: str = ""  # tensorboard or wandb, beside the history that is always written
     prompts: tuple[str, ...] = ()  # drawn at every measurement
@@ -156,6 +156,7 @@ def read_config(path: str | Path) -> Config:
     Parameters
     ----------
     path : str or path
+        The TOML file; relative paths in it start at its folder.
 
     Returns
     -------
@@ -278,7 +279,7 @@ def _check_drawn(drawn: _Drawn, config: Config, file: object, where: str) -> Non
 class _Lora:
     """A LoRA to train."""
 
-    rank: int = 16
+    rank: int = 16  # of every matrix
     alpha: float | None = None  # what it is scaled by, times 1 / rank; the rank itself if left out
     targets: str = ""  # a pattern of the layers that get one; the family's choice if left out
 
@@ -303,7 +304,7 @@ class _Scenes:
     """Data of the miniature world: an attribute has one value or several."""
 
     count: int  # pictures
-    seed: int
+    seed: int  # of which scenes
     held_out: bool = False  # only combinations that the family was not trained on, instead of only the others
     subject: str | tuple[str, ...] = ()
     colour: str | tuple[str, ...] = ()

@@ -95,6 +95,7 @@ def finetune(config: Config, folder: str | Path, device: str = "cpu") -> Result:
     folder : str or path
         Of the run.
     device : str, default "cpu"
+        Where models run: ``cpu``, ``cuda`` or ``mps``.
 
     Returns
     -------

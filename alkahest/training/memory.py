@@ -78,6 +78,7 @@ def memory_plan(
     resolution : int, default 1024
         Side of the pictures in pixels.
     batch : int, default 1
+        Pictures of a step on one device.
     checkpointing : bool, default True
         Gradient checkpointing.
     processes : int, default 1

@@ -48,6 +48,7 @@ def write_workflow(
     Parameters
     ----------
     expression : Weights
+        What the workflow is to merge; its files appear by name.
     path : str or path
         The JSON file.
     prefix : str, default "diffusion_models/alkahest"
