@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ from alkahest.model.families.zimage import FAMILY
 from alkahest.training import parallel
 from alkahest.training.config import read_config
 from alkahest.training.inputs import start_of
-from alkahest.training.loop import read_history, stream_finetune
+from alkahest.training.loop import finetune, read_history, stream_finetune
 
 CONFIG = """
 start = "lerp(deturbo, base, 0.5)"
@@ -51,20 +52,24 @@ def written(folder: Path, more: str = "", batch: int = 6) -> Path:
     return path
 
 
-def train(config: Path, folder: Path, processes: int) -> None:
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        "-m",
-        "alkahest.finetune",
-    ]
-    if processes == 1:
-        command = ["-m", "alkahest", "finetune", "--quiet"]
+HALF_THE_MEMORY = {
+    "bf16": 'precision = "bf16"\nfused = true\nclip = 0.0\ncheckpointing = true',
+    "mixed": 'precision = "mixed"\nfrozen = "layers_only"',
+}
+# Starting a process costs more than a run of six steps, so that both of a pair go through several.
+RUNS = """
+import sys
+from alkahest.cli.train import train_with_progress
+from alkahest.training import parallel
+with parallel.processes() as device:
+    for config, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+        train_with_progress(config, folder, device, 1, quiet=True)
+"""
+
+
+def train_in_two(script: Sequence[str]) -> None:
     subprocess.run(
-        [sys.executable, *command, str(config), "-o", str(folder), "--threads", "1"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
@@ -82,16 +87,28 @@ def moved(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor]) -> float
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs by name: of one process, of two, each gone on with by the other, and at half the memory."""
     folder = tmp_path_factory.mktemp("parallel")
     config = written(folder)
-    for count, name in enumerate(("one", "two"), 1):
-        train(config, folder / name, count)
-    return config, folder / "one", folder / "two"
+    finetune(read_config(config), folder / "one")
+    train_in_two(["-m", "alkahest.finetune", str(config), "-o", str(folder / "two"), "--threads", "1"])
+    for other, name in {"one": "two after one", "two": "one after two"}.items():
+        shutil.copytree(folder / other, folder / name)
+        shutil.rmtree(folder / name / "checkpoints" / "step-0000006")
+        (folder / name / "1-one.safetensors").unlink()
+    finetune(read_config(config), folder / "one after two")
+    several = [str(config), str(folder / "two after one")]
+    for name, more in HALF_THE_MEMORY.items():
+        (folder / f"in {name}").mkdir()
+        several += [str(written(folder / f"in {name}", more)), str(folder / name)]
+    (folder / "runs.py").write_text(RUNS)
+    train_in_two([str(folder / "runs.py"), *several])
+    return folder
 
 
-def test_two_processes_are_one_within_float_noise(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    config, one, two = runs
+def test_two_processes_are_one_within_float_noise(runs: Path, tmp_path: Path) -> None:
+    config, one, two = runs / "run.toml", runs / "one", runs / "two"
     a, b = export(one), export(two)
     start = load_file(start_of(read_config(config)).save(tmp_path / "start.safetensors", dtype="fp32").path)
     assert moved(a, b) < 1e-3 * moved(start, a)
@@ -106,34 +123,20 @@ def test_two_processes_are_one_within_float_noise(runs: tuple[Path, Path, Path],
     assert all("optimiser|layers.0.attention.to_q.weight|exp_avg" in load_file(shard) for shard in shards)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_each_goes_on_where_the_other_stopped(runs: tuple[Path, Path, Path], processes: int, tmp_path: Path) -> None:
-    config, *folders = runs
-    other = folders[2 - processes]
-    shutil.copytree(other, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000006")
-    (tmp_path / "run" / "1-one.safetensors").unlink()
-    train(config, tmp_path / "run", processes)
-    assert moved(export(folders[0]), export(tmp_path / "run")) < 1e-2
-    assert read_history(tmp_path / "run").step.tolist() == [0, 4, 6]
+@pytest.mark.parametrize("name", ["one after two", "two after one"])
+def test_each_goes_on_where_the_other_stopped(runs: Path, name: str) -> None:
+    assert moved(export(runs / "one"), export(runs / name)) < 1e-2
+    assert read_history(runs / name).step.tolist() == [0, 4, 6]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        'precision = "bf16"\nfused = true\nclip = 0.0\ncheckpointing = true',
-        'precision = "mixed"\nfrozen = "layers_only"',
-    ],
-    ids=["bf16", "mixed"],
-)
-def test_half_the_memory(more: str, tmp_path: Path) -> None:
-    config = written(tmp_path, more)
-    train(config, tmp_path / "run", 2)
-    losses = read_history(tmp_path / "run")["held_out people 64"]
+@pytest.mark.parametrize("name", list(HALF_THE_MEMORY))
+def test_half_the_memory(runs: Path, name: str, tmp_path: Path) -> None:
+    config = read_config(runs / f"in {name}" / "run.toml")
+    losses = read_history(runs / name)["held_out people 64"]
     assert losses.iloc[-1] < losses.iloc[0]
-    end = export(tmp_path / "run")
-    start = load_file(start_of(read_config(config)).save(tmp_path / "start.safetensors", dtype="fp32").path)
-    fixed = [key for key in start if not read_config(config).trains(key, FAMILY)]
+    end = export(runs / name)
+    start = load_file(start_of(config).save(tmp_path / "start.safetensors", dtype="fp32").path)
+    fixed = [key for key in start if not config.trains(key, FAMILY)]
     assert all(torch.equal(start[key], end[key]) for key in fixed)
     assert not torch.equal(start["layers.1.feed_forward.w1.weight"], end["layers.1.feed_forward.w1.weight"])
 
