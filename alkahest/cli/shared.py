@@ -84,7 +84,10 @@ Csv = Annotated[Path | None, typer.Option(help="Also write the whole table, a ro
 Picture = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture into this PNG file.")]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="For a multiplier by pictures: a prompt a line, asking for what the variant learned."),
+    typer.Option(
+        help="For a multiplier by pictures: a prompt a line, asking for what the variant learned. mini:NAME: of a "
+        "miniature."
+    ),
 ]
 Pictures = Annotated[
     Path | None, typer.Option(help="The same from pictures that are there: a folder, with a caption beside each.")
@@ -197,7 +200,9 @@ def by_pictures(
 
 
 def lines_of(path: Path, operation: str) -> list[str]:
-    """The lines of a text file that are not empty. AlkahestError if it cannot be read or has none."""
+    """The lines of a text file that are not empty, or prompts for ``mini:NAME``; AlkahestError if there are none."""
+    if str(path).startswith("mini:"):
+        return alkahest.mini.prompts(str(path).removeprefix("mini:"))
     try:
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

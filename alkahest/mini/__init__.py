@@ -6,7 +6,7 @@
 Made by ``alkahest mini build``; README.md beside this file says what they can do, with numbers.
 """
 
-from alkahest.mini.members import load, lora, save_pipeline
+from alkahest.mini.members import load, lora, prompts, save_pipeline
 from alkahest.mini.shipped import FAMILY, LORAS, WEIGHTS, components, family, is_miniature, loras, manifest
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "lora",
     "loras",
     "manifest",
+    "prompts",
     "save_pipeline",
 ]
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from alkahest.errors import FileFormatError, unknown
+from alkahest.mini.scenes import NEW_COLOUR, NEW_SUBJECT, held_out_prompts
 from alkahest.mini.shipped import FAMILY, LORAS, WEIGHTS, components, require_shipped
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.checkpoint import open as open_checkpoint
+
+# What prompts have to name for a derivative to show what it learned; styles come unasked.
+_LESSONS: dict[str, dict[str, Any]] = {
+    "base-variant": {"colour": NEW_COLOUR},
+    "base-weak": {"colour": NEW_COLOUR},
+    "base-weak-bf16": {"colour": NEW_COLOUR},
+    "turbo-variant": {"subject": NEW_SUBJECT},
+}
 
 
 def load(name: str) -> Checkpoint:
@@ -23,6 +34,19 @@ def lora(name: str) -> Path:
     if name not in LORAS:
         raise unknown("mini.lora", "no such LoRA in the family", name, LORAS)
     return require_shipped(WEIGHTS / f"{name}.safetensors")
+
+
+def prompts(name: str, count: int = 24, seed: int = 0) -> list[str]:
+    """Prompts that nobody trained on and that ask for what a derivative learned, if prompts have to name it.
+
+    >>> ak.mini.prompts("base-variant", count=2)
+    ['a cyan cone on the left of a city at sunset, high quality',
+     'a cyan tree in the middle of a city at sunset, high quality']
+    """
+    if name not in {**FAMILY, **LORAS}:
+        raise unknown("mini.prompts", "no such member of the family", name, {**FAMILY, **LORAS})
+    lesson = _LESSONS.get(name, {})
+    return [replace(scene, **lesson).caption() for scene in held_out_prompts(count, seed)]
 
 
 def save_pipeline(name: str, folder: str | Path) -> Path:

@@ -14,6 +14,7 @@ from alkahest.engine.record import Recipe
 from alkahest.errors import FileFormatError, RecipeError, UnknownNameError, UnsupportedError, nearest
 from alkahest.files.hashes import blake3_of, known_paths
 from alkahest.files.paths import named
+from alkahest.mini.shipped import WEIGHTS
 from alkahest.recipes.text import names_in, parse, parts_in
 from alkahest.sources.checkpoint import Checkpoint
 from alkahest.sources.lora import Lora, open_input
@@ -35,7 +36,7 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
     """The expression of a recipe, its inputs found and checked by BLAKE3.
 
     ``given`` maps names to paths or numbers. What is not given is looked for by file name in the
-    folder ``beside`` and the working folder, then by hash where Alkahest saw it before. ``options``
+    folder ``beside`` and the working folder, among the miniatures, then by hash where Alkahest saw it before. ``options``
     are names that a mistyped one may have meant as well.
     """
     if recipe.text.startswith("extract_lora("):
@@ -124,13 +125,14 @@ def _open(source: Any, name: str, recipe: Recipe) -> Input:
 
 
 def found_input(recipe: Recipe, name: str, beside: Path | None, anew: bool = False) -> Input:
-    """The recorded input by its name in a folder, or by its hash wherever it was seen before."""
+    """The recorded input by its name in a folder, of the miniature family, or by its hash wherever it was seen before."""
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
     file = os.path.basename(str(first["file"]))
     near = [path for folder in (beside, Path.cwd()) if folder for path in named(folder, file)]
     changed: RecipeError | None = None
-    for path in [*near, *known_paths(first["blake3"])]:
+    shipped = [path for path in named(WEIGHTS, file) if path.stat().st_size == first["bytes"]]
+    for path in [*near, *shipped, *known_paths(first["blake3"])]:
         in_folder = len(recipe.inputs[name]) > 1 or path.name == "diffusion_pytorch_model.safetensors"
         try:
             return require_match(_open(path.parent if in_folder else path, name, recipe), recipe, name, anew)

@@ -6,6 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from alkahest import mini
+from alkahest.errors import UnknownNameError
 from alkahest.mini.drawing import draw
 from alkahest.mini.scenes import ATTRIBUTES, COLOURS, PLACES, STYLES, SUBJECTS, Scene, held_out_prompts, scenes
 
@@ -57,6 +59,15 @@ def test_held_out_prompts_are_balanced() -> None:
         counts = Counter(getattr(scene, name) for scene in asked)
         assert max(counts.values()) < 1.8 * min(counts.values()), (name, counts)
     assert asked[:100] == held_out_prompts(100)
+
+
+def test_prompts_of_a_member_name_what_it_learned() -> None:
+    assert all("cyan" in prompt for prompt in mini.prompts("base-weak", 5))
+    assert all("heart" in prompt for prompt in mini.prompts("turbo-variant", 5))
+    assert mini.prompts("base-lora", 5) == [scene.caption() for scene in held_out_prompts(5)]
+    assert mini.prompts("base-variant", 2, seed=1) != mini.prompts("base-variant", 2)
+    with pytest.raises(UnknownNameError, match="did you mean 'base-variant'"):
+        mini.prompts("base-varient")
 
 
 def test_training_captions_leave_things_out() -> None:

@@ -18,6 +18,7 @@ from alkahest.engine.record import Recipe
 from alkahest.engine.save import stream
 from alkahest.errors import AlkahestError, OutputError, RecipeError
 from alkahest.files import hashes
+from alkahest.recipes import inputs
 from alkahest.recipes.inputs import build
 from alkahest.recipes.verify import Verdict, stream_verdict
 
@@ -105,6 +106,25 @@ def test_inputs_are_found_by_hash_wherever_they_were_seen(
     build(recipe, given).save(folder / "again.safetensors", **recipe.output)
     assert (folder / "again.safetensors").read_bytes() == path.read_bytes()
     build(recipe, {}, folder)  # now their hashes are known at the new place
+
+
+def test_miniatures_are_found_where_nothing_was_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, variant = ak.open("mini:base"), ak.open("mini:base-variant")
+    saved = (base + 2 * (variant - base)).save(tmp_path / "out.safetensors")
+    monkeypatch.setattr(inputs, "known_paths", lambda digest: [])
+    (tmp_path / "base.safetensors").write_bytes(b"something else, of the name that is recorded")
+    found = build(ak.read_recipe(saved.path)[1], {}, tmp_path)
+    assert {Path(leaf.path).parent for leaf in found.leaves()} == {ak.mini.WEIGHTS}
+
+
+def test_a_file_named_as_a_miniature_is_not_taken_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "apart").mkdir()
+    saved = ak.lerp(ak.open(folder / "base.safetensors"), ak.open(folder / "variant.safetensors"), 0.5).save(
+        folder / "apart" / "out.safetensors"
+    )
+    monkeypatch.setattr(inputs, "known_paths", lambda digest: [])
+    with pytest.raises(RecipeError, match="the input 'base' was not found"):
+        build(ak.read_recipe(saved.path)[1], {})
 
 
 def test_a_changed_input_is_refused(folder: Path) -> None:
