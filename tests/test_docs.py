@@ -78,6 +78,7 @@ def test_the_tables_are_read() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ComfyUI/custom_nodes").mkdir(parents=True)
     (tmp_path / "ComfyUI/main.py").touch()
     for line in commands(page):
