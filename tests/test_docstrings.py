@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import alkahest as ak
+from alkahest.lab import panels
 
 SECTION = re.compile(r"^(\w[\w ]*)\n-+$", re.MULTILINE)
 TOML = """
@@ -71,6 +72,16 @@ def test_every_parameter_is_described(name: str) -> None:
     assert not re.findall(r"^\w.*$(?!\n    )", body, re.MULTILINE), "without a word of what it is"
     assert {"Returns", "Examples"} <= set(found)
     assert "Raises" in found or not own or name.endswith(".text")
+
+
+@pytest.mark.parametrize("name", panels.__all__)
+def test_every_control_of_a_panel_is_described(name: str) -> None:
+    function = getattr(panels, name)
+    found = sections(inspect.getdoc(function) or "")
+    body = found["Parameters"]
+    assert parameters(body) == set(inspect.signature(function).parameters)
+    assert not re.findall(r"^\w.*$(?!\n    )", body, re.MULTILINE), "without a word of what it is"
+    assert {"Returns", "Examples"} <= set(found)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,10 @@ def extract_lora(
     exclude: Exclude = None,
     full: Full = None,
     rounding: Annotated[
-        bool, typer.Option("--rounding", help="Take also what is nothing but rounding of the variant's file.")
+        bool,
+        typer.Option(
+            "--rounding", help="Also take tensors that differ by no more than rounding of the variant's file."
+        ),
     ] = False,
     min_dim: MinDim = None,
     alpha: Alpha = None,

@@ -15,11 +15,11 @@ class Event:
     or a table. Closing the generator stops the work.
     """
 
-    done: int
-    total: int
-    key: str
-    result: Any = field(default=None, repr=False)
-    so_far: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
+    done: int  # bytes or pieces
+    total: int  # the same, in all
+    key: str  # the tensor, picture or step at hand
+    result: Any = field(default=None, repr=False)  # of the last event
+    so_far: Callable[[], Any] | None = field(default=None, repr=False, compare=False)  # what there is to show by now
 
     def moved(self, done: int, total: int) -> Event:
         """The same as a part of longer work, its result left out."""

@@ -35,11 +35,11 @@ class Recipe:
     with training, ``text`` is empty and ``made`` says it to people.
     """
 
-    text: str
-    inputs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    output: dict[str, Any] = field(default_factory=dict)
-    version: str = ""
-    made: str = ""
+    text: str  # the expression
+    inputs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # name -> its files
+    output: dict[str, Any] = field(default_factory=dict)  # options of `save`
+    version: str = ""  # of Alkahest, which wrote it
+    made: str = ""  # what no expression says, for people
 
     def to_json(self) -> str:
         value: dict[str, Any] = {

@@ -39,17 +39,17 @@ class Saved:
     rounded once. ``nonfinite`` and ``overflowed`` count values per tensor, if they were allowed.
     """
 
-    path: Path
-    files: list[Path]
-    nbytes: int
-    seconds: float
-    computed: int
-    copied: int
-    recipe: str
-    restored: dict[str, int] = field(default_factory=dict)
-    nonfinite: dict[str, int] = field(default_factory=dict)
-    overflowed: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    path: Path  # the file or folder
+    files: list[Path]  # each file of it
+    nbytes: int  # bytes written
+    seconds: float  # from the first read to the last write
+    computed: int  # tensors that the expression changes
+    copied: int  # tensors that are an input's bytes
+    recipe: str  # as it stands in the file
+    restored: dict[str, int] = field(default_factory=dict)  # change of storage -> how many
+    nonfinite: dict[str, int] = field(default_factory=dict)  # tensor -> NaN and infinities
+    overflowed: dict[str, int] = field(default_factory=dict)  # tensor -> what did not fit the dtype
+    notes: list[str] = field(default_factory=list)  # what one should know
 
     def __repr__(self) -> str:
         lines = [

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Param:
     """A named scalar; see `param`."""
 
-    name: str
-    value: float
+    name: str  # by which `bind` and sliders know it
+    value: float  # that it has now
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():

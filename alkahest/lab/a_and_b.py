@@ -49,18 +49,49 @@ def blind_comparison(
 ) -> BlindComparison:
     """Two pictures by the same prompt and seed, sides hidden: left, right or alike; a dozen answers give an order.
 
+    ``.answers`` and ``.order`` are what was found. A live model is left at what was drawn last.
+
+    Parameters
+    ----------
+    what : LiveModel, or mapping of str to Weights
+        Recipes by name, or a model whose named scalars and settings take the values of ``over``.
+    prompts : str or list of str
+        What both sides draw.
+    components : optional
+        As in `pipeline`.
+    over : mapping of str to list or tuple, optional
+        Every combination of lists; with a range ``(low, high)`` or ``(low, high, "log")`` optuna proposes points from
+        the answers so far.
+    file : str or path, optional
+        Where each answer is written, and where it goes on; by default ``answers-....csv`` named after what is compared.
+        The order is written beside it to ``NAME-order.csv``: see `preference_order`.
+    seeds : list of int, default (0, 1, 2, 3)
+        Of the pictures.
+    seed : int, default 0
+        Of sides and pairs.
+    most : int, default 12
+        Points that are proposed in all.
+    sampling : mapping, optional
+        Settings of `sample`.
+    memory, dtype, storage, device, offload : optional
+        As in `LiveModel`, for recipes.
+
+    Returns
+    -------
+    BlindComparison
+
+    Raises
+    ------
+    AlkahestError
+        For less than two recipes.
+    OutputError
+        If the file has answers to something else.
+
+    Examples
+    --------
     >>> panels.blind_comparison({"k 4": bridge + 4 * delta, "k 40": bridge + 40 * delta}, ["a red fox at night"])
     >>> panels.blind_comparison(live, prompts, over={"k": [1, 4, 17, 171.1]})
     >>> panels.blind_comparison(live, prompts, over={"k": (0, 400), "cfg": (1, 4)})   # a search by eye
-
-    ``what`` are recipes by name, or a `LiveModel` whose named scalars and settings take the values of ``over``: every
-    combination of lists; with a range ``(low, high)`` or ``(low, high, "log")`` optuna proposes points from the answers
-    so far, ``most`` of them in all. The live model is left at what was drawn last. Each answer is written to ``file``,
-    which goes on where it stopped, by default ``answers-....csv`` named after what is compared, and the order to
-    ``NAME-order.csv`` beside it: see `ak.preference_order`.
-    ``sampling`` are settings of `ak.sample`; ``seed`` is of sides and pairs, and what follows ``sampling`` is the
-    `LiveModel`'s that recipes get. ``.answers`` and ``.order`` are what was found. Raises AlkahestError for less than
-    two recipes, OutputError if the file has answers to something else.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not len(seeds):

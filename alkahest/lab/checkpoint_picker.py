@@ -27,11 +27,23 @@ _WIDE = widgets.Layout(width="98%")
 def checkpoint_picker(folder: str | Path = ".", bases: Mapping[str, Weights] | None = None) -> CheckpointPicker:
     """Choose a checkpoint among a folder's: its header at once, and on request which base it was trained from.
 
-    >>> picker = panels.checkpoint_picker("~/ComfyUI/models/diffusion_models", bases={"base": base, "turbo": turbo})
-    >>> picker.checkpoint                        # the chosen one, opened
+    Parameters
+    ----------
+    folder : str or path, default "."
+        Where single files, sharded ones and diffusers folders are looked for.
+    bases : mapping of str to Weights, optional
+        Candidates for the base, beside the files marked in the second list; the nearest is the base, in one pass over
+        both.
 
-    Single files, sharded ones and diffusers folders are found. Candidates for the lineage are the ``bases``
-    given and the files marked in the second list; the nearest one is the base, in one pass over both.
+    Returns
+    -------
+    CheckpointPicker
+        ``.checkpoint`` is the chosen one, opened.
+
+    Examples
+    --------
+    >>> picker = panels.checkpoint_picker("~/ComfyUI/models/diffusion_models", bases={"base": base, "turbo": turbo})
+    >>> picker.checkpoint
     """
     return CheckpointPicker(Path(folder), dict(bases or {}))
 

@@ -150,9 +150,25 @@ class DeltaMap(widgets.VBox):  # type: ignore[misc]
 def delta_map(table: pd.DataFrame, effect: Effect | None = None) -> DeltaMap:
     """A measured delta under the mouse or the arrow keys: name, norm, relative, changed and effect of every tensor.
 
-    >>> panels.delta_map(ak.delta_table(variant - base))
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Of `delta_table`.
+    effect : Effect, optional
+        Of `effect`; with it cells can be coloured by what flows through.
 
-    ``effect`` is of `ak.effect`; with it cells can be coloured by what flows through. AlgebraError for another table.
+    Returns
+    -------
+    DeltaMap
+
+    Raises
+    ------
+    AlgebraError
+        For another table.
+
+    Examples
+    --------
+    >>> panels.delta_map(ak.delta_table(variant - base))
     """
     return DeltaMap(table, effect)
 

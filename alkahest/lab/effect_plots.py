@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def loss_curve(multiplier: Any, ax: Axes | None = None, title: str | None = None, k: float | None = None) -> Plot:
     """The losses over k of a multiplier by pictures: of the new thing and of everything else, with the advice marked.
 
+    Examples
+    --------
     >>> plots.loss_curve(ak.needed_multiplier(variant - base, on=bridge, prompts=prompts))
     """
     curve: LossCurve = multiplier.curve
@@ -63,6 +65,8 @@ def loss_curve(multiplier: Any, ax: Axes | None = None, title: str | None = None
 def effect_blocks(effect: Effect, ax: Axes | None = None, title: str | None = None) -> Plot:
     """Which blocks carry a delta: how much each does alone of the whole on its own base, and its leak.
 
+    Examples
+    --------
     >>> plots.effect_blocks(ak.effect(variant - base, bridge, prompts=prompts))
     """
     blocks = effect.table.iloc[1:]
@@ -90,6 +94,8 @@ def effect_blocks(effect: Effect, ax: Axes | None = None, title: str | None = No
 def weight_and_effect(effect: Effect, ax: Axes | None = None, title: str | None = None) -> Plot:
     """What the weights say against what flows through them: |d| / |w| and |d x| / |w x| of every matrix.
 
+    Examples
+    --------
     >>> plots.weight_and_effect(ak.effect(variant - base, bridge, prompts=prompts))
     """
     tensors = effect.tensors
@@ -125,6 +131,8 @@ def weight_and_effect(effect: Effect, ax: Axes | None = None, title: str | None 
 def alignment_by_depth(alignment: Alignment, ax: Axes | None = None, title: str | None = None) -> Plot:
     """How well one model's streams give another's, by place: as they are, rotated, by a linear map, and CKA.
 
+    Examples
+    --------
     >>> plots.alignment_by_depth(ak.alignment(base, bridge, prompts=prompts))
     """
     table = alignment.table

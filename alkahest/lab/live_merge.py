@@ -61,14 +61,45 @@ def live_merge(
 ) -> LiveMerge:
     """Merge while looking: numbers for every delta and LoRA, and the picture and its measures follow.
 
-    >>> panels.live_merge(bridge, {"artshoot": variant - base}, ["a red fox at night"], "Tongyi-MAI/Z-Image")
+    ``.expression`` is what the controls say, and *Save recipe* writes it for ``alkahest merge --recipe``.
 
-    ``k`` is where multipliers begin, by name if they differ; LoRAs begin at 0. Number boxes take any
-    value. ``parts`` are patterns with a factor of their own, such as ``"layers.0-9"``; by default every part has
-    one. ``look`` turns pictures into a table of measures whose means are shown. ``sampling`` are the
-    first settings (``steps``, ``cfg``, ``shift``, ``seed``, ``negative_prompt``); ``memory`` and what follows it are
-    the `LiveModel`'s. ``.expression`` is what the controls say, and *Save recipe* writes it for
-    ``alkahest merge --recipe``. Raises AlgebraError if something is no delta.
+    Parameters
+    ----------
+    bridge : Weights
+        What deltas are added to.
+    deltas : mapping of str to Delta
+        By the name of their box.
+    prompts : str or list of str
+        To choose from.
+    components : optional
+        As in `pipeline`.
+    loras : mapping of str to Delta, optional
+        With strengths that begin at 0.
+    protect : str, default "refiner"
+        A pattern of what stays the bridge's.
+    parts : list of str, optional
+        Patterns with a factor of their own, such as ``"layers.0-9"``; by default every part has one.
+    k : float, or mapping of str to float, default 1
+        Where multipliers begin, by name if they differ. Boxes take any value.
+    sampling : mapping, optional
+        The first settings: ``steps``, ``cfg``, ``shift``, ``seed``, ``negative_prompt``.
+    look : callable, default `picture_measures`
+        Turns pictures into a table of measures, whose means are shown.
+    memory, dtype, storage, device, offload : optional
+        As in `LiveModel`.
+
+    Returns
+    -------
+    LiveMerge
+
+    Raises
+    ------
+    AlgebraError
+        If something is no delta.
+
+    Examples
+    --------
+    >>> panels.live_merge(bridge, {"artshoot": variant - base}, ["a red fox at night"], "Tongyi-MAI/Z-Image")
     """
     for name, delta in {**deltas, **(loras or {})}.items():
         if not isinstance(delta, Delta):

@@ -26,11 +26,22 @@ _WIDE = widgets.Layout(width="98%")
 def models_picker(models: str | os.PathLike[str] = "models.toml", folder: str | os.PathLike[str] = ".") -> ModelsPicker:
     """Say which of your files is which, and save that to the file which `open_models` reads.
 
-    >>> panels.models_picker("models.toml", folder="~/ComfyUI/models/diffusion_models")
+    Files whose sizes differ from the others' are said to. *Save* writes nothing as long as one cannot be opened.
 
-    Each box offers the checkpoints that lie in ``folder``, and takes any path, ``mini:NAME`` or hub id; the header of
-    what is chosen is shown at once, and files whose sizes differ from the others' are said to. *Save* writes nothing
-    as long as one of them cannot be opened.
+    Parameters
+    ----------
+    models : str or path, default "models.toml"
+        The file that is read at first and saved: a line ``name = "path"`` for each.
+    folder : str or path, default "."
+        Whose checkpoints the boxes offer; they take any path, ``mini:NAME`` or hub id as well.
+
+    Returns
+    -------
+    ModelsPicker
+
+    Examples
+    --------
+    >>> panels.models_picker("models.toml", folder="~/ComfyUI/models/diffusion_models")
     """
     return ModelsPicker(Path(models), Path(folder))
 

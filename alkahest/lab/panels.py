@@ -53,8 +53,21 @@ _VIEWS = ("tensors", "heatmap", "modules")
 
 
 def delta_browser(what: Delta | pd.DataFrame, on: Weights | None = None) -> Any:
-    """Look at a delta by statistic, part and view. A delta is measured first, behind a bar with Cancel.
+    """Look at a delta by statistic, part and view.
 
+    Parameters
+    ----------
+    what : Delta or pandas.DataFrame
+        A table of `delta_table`; a delta is measured first, behind a bar with Cancel.
+    on : Weights, optional
+        What the delta is to be added to, by default its base.
+
+    Returns
+    -------
+    ipywidgets.Widget
+
+    Examples
+    --------
     >>> panels.delta_browser(ak.delta_table(variant - base))
     """
 
@@ -87,14 +100,30 @@ def multiplier_panel(
     storage: str | None = None,
     device: str = "cpu",
 ) -> Any:
-    """Choose a basis and a k, and see what is left of the delta and what it costs; ``.multiplier`` is the computed one.
-
-    >>> panels.multiplier_panel(variant - base, on=bridge)
-    >>> panels.multiplier_panel(variant - base, on=bridge, prompts=["a cyan ball on a beach", ...])
+    """Choose a basis and a k, and see what is left of the delta and what it costs.
 
     A new basis or target computes k anew; the number box then takes any other, and the heading and ComfyUI's pair of
-    factors are those of the k that is drawn. With ``prompts`` or ``pictures`` the first basis is what pictures say, and
-    its curve is drawn: the options are those of `ak.needed_multiplier`.
+    factors are those of the k that is drawn.
+
+    Parameters
+    ----------
+    what : Delta or pandas.DataFrame
+        A table of `delta_table`; a delta is measured first, behind a bar with Cancel.
+    on : Weights, optional
+        What the delta is to be added to, by default its base.
+    prompts, pictures, components, count, steps, cfg, seed, storage, device : optional
+        As in `needed_multiplier`; with ``prompts`` or ``pictures`` the first basis is what pictures say, and its curve
+        is drawn.
+
+    Returns
+    -------
+    ipywidgets.Widget
+        ``.multiplier`` is the computed one.
+
+    Examples
+    --------
+    >>> panels.multiplier_panel(variant - base, on=bridge)
+    >>> panels.multiplier_panel(variant - base, on=bridge, prompts=["a cyan ball on a beach", ...])
     """
     seen = {"prompts": prompts, "pictures": pictures, "components": components, "storage": storage}
     if prompts is None and pictures is None:
@@ -131,9 +160,21 @@ def _added(what: Delta | pd.DataFrame, on: Weights | None) -> frozenset[str] | N
 def rank_panel(what: Delta | pd.DataFrame, values: int = 200) -> Any:
     """Try rank rules for a LoRA before extracting it: ranks, energy and size follow at once.
 
-    >>> panels.rank_panel(ak.delta_spectra(variant - base, values=200))
+    Parameters
+    ----------
+    what : Delta or pandas.DataFrame
+        A table of `delta_spectra`; a delta is measured first, behind a bar with Cancel.
+    values : int, default 200
+        Leading singular values of a delta that are measured.
 
-    A delta is measured first, its ``values`` leading singular values. A ``rank_max`` of 0 is no cap.
+    Returns
+    -------
+    ipywidgets.Widget
+        A ``rank_max`` of 0 in its box is no cap.
+
+    Examples
+    --------
+    >>> panels.rank_panel(ak.delta_spectra(variant - base, values=200))
     """
 
     def choose(spectra: pd.DataFrame) -> Explorer:

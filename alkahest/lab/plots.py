@@ -101,6 +101,8 @@ def magnitude_heatmap(
 def effect_heatmap(effect: Effect, ax: Axes | None = None, title: str | None = None) -> Plot:
     """Module by depth: how much of what flows through each matrix a delta changes, the logarithm as colour.
 
+    Examples
+    --------
     >>> plots.effect_heatmap(ak.effect(variant - base, bridge, prompts=prompts))
     """
     tensors = effect.tensors
@@ -164,6 +166,8 @@ def lineage_comparison(
 ) -> Plot:
     """Several deltas by depth, one line each: how far a model is from either of its parents, block by block.
 
+    Examples
+    --------
     >>> tables = {name: ak.delta_table(bridge - one) for name, one in {"from Base": base, "from Turbo": turbo}.items()}
     >>> plots.lineage_comparison(tables)
     """
@@ -280,6 +284,8 @@ def comparison_matrix(
 def lora_report(report: pandas.DataFrame, figure: Figure | None = None, title: str | None = None) -> Plot:
     """What an extracted LoRA keeps of each tensor: its rank, its energy, the noise in it, and its size.
 
+    Examples
+    --------
     >>> plots.lora_report(ak.extract_lora(base - bridge, exclude="refiner").report)
     """
     thin = report[report.kept == "LoRA"]

@@ -41,11 +41,33 @@ def sampling_grid(
 ) -> SamplingGrid:
     """Draw a prompt over shift, cfg, steps, negative prompts, seeds and the model's named scalars, and compare.
 
-    >>> panels.sampling_grid(live, "a red fox at night", over={"k": [0, 171.1], "shift": [3, 6, 12]})
+    Every box takes numbers with commas between them. What was drawn before is not drawn again.
 
-    Every box takes numbers with commas between them; ``over`` says what is in them at first. What was drawn
-    before is not drawn again. ``.table`` is the `sweep`'s DataFrame. ``steps``, ``cfg`` and ``shift`` are single first
-    values; what follows them has no box, and means what it does to `sweep`.
+    Parameters
+    ----------
+    live : LiveModel
+        What draws.
+    prompts : str or list of str
+        To choose from.
+    over : mapping of str to list, optional
+        What is in the boxes at first.
+    negative_prompts : list of str, default ("",)
+        Each is drawn; above cfg 1 only they do something.
+    seeds : list of int, default (0,)
+        Each is drawn.
+    steps, cfg, shift : optional
+        Single first values, 24, 2 and 3.
+    schedule, cfg_normalization, width, height, batch, executor, folder : optional
+        As in `sweep`; they have no box.
+
+    Returns
+    -------
+    SamplingGrid
+        ``.table`` is the DataFrame of `sweep`.
+
+    Examples
+    --------
+    >>> panels.sampling_grid(live, "a red fox at night", over={"k": [0, 171.1], "shift": [3, 6, 12]})
     """
     numbers: dict[str, Sequence[float]] = {name: [value] for name, value in live.params.items()}
     first: dict[str, Sequence[float]] = {"shift": [shift], "cfg": [cfg], "steps": [steps]}

@@ -25,10 +25,21 @@ _STEPS = 6  # of the pictures shown: the first, the last, and some between
 def training_monitor(folder: str | Path, seconds: float = 2.0) -> TrainingMonitor:
     """Watch a fine-tune that writes into ``folder``: held-out loss, a picture measure, and its pictures over the steps.
 
-    >>> panels.training_monitor("runs/tb1")      # beside: alkahest finetune tb1.toml -o runs/tb1
+    Parameters
+    ----------
+    folder : str or path
+        Of the run; one that is not there yet is waited for.
+    seconds : float, default 2
+        How often it is looked at while *follow* is on; it is drawn when a measurement has come.
 
-    While *follow* is on, the folder is looked at every so many ``seconds`` and drawn when a measurement
-    has come; a folder that is not there yet is waited for. ``.history`` is the table.
+    Returns
+    -------
+    TrainingMonitor
+        ``.history`` is the table.
+
+    Examples
+    --------
+    >>> panels.training_monitor("runs/tb1")      # beside: alkahest finetune tb1.toml -o runs/tb1
     """
     return TrainingMonitor(expanded(folder, "training_monitor"), seconds)
 

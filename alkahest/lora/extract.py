@@ -88,11 +88,11 @@ def extract_lora(
         A pattern of tensors that are kept whole, before any other choice; norms, biases and pad tokens too, which load
         in ComfyUI only.
     rounding : bool, default False
-        Take also what is nothing but rounding of the variant's file.
+        Also take tensors that differ by no more than rounding of the variant's file.
     min_dim : int, optional
         Leave out matrices with a side below this, 32 unless it is given.
     alpha : float, optional
-        By default folded in.
+        By default none is stored: scales are multiplied into the factors.
     dtype : str or torch.dtype, optional
         bf16, fp16 or fp32.
     method : str, default "auto"

@@ -41,12 +41,12 @@ REPORT = {
 class Extracted:
     """An extracted LoRA: ``report`` has a row for each changed tensor (`REPORT`), `save` writes it."""
 
-    pairs: Mapping[str, Pair]
-    full: Mapping[str, Tensor]
-    report: pandas.DataFrame
-    recipe: Recipe
-    family: Family
-    inputs: tuple[Path, ...] = ()
+    pairs: Mapping[str, Pair]  # tensor -> its down and up
+    full: Mapping[str, Tensor]  # tensor -> a difference that is kept whole
+    report: pandas.DataFrame  # columns: `REPORT`
+    recipe: Recipe  # what it was made of
+    family: Family  # the kind of model
+    inputs: tuple[Path, ...] = ()  # files that must not be overwritten
     parts: Parts = field(default_factory=lambda: Parts(None))
 
     @property

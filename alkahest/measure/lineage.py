@@ -37,7 +37,7 @@ class RefinerCheck:
     refiner: float  # |variant - base| / |base| over the refiners, less what rounding of the files explains
     layers: float  # the same over the main stack
     parts: pandas.DataFrame  # the same and more by part
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()  # for the verdict, in sentences
     doubts: tuple[str, ...] = ()  # those of the reasons that question the question, such as whether the base is right
 
     @property
@@ -59,11 +59,11 @@ class RefinerCheck:
 class NearestBase:
     """Which of some candidates a variant was fine-tuned from."""
 
-    name: str
-    base: Weights
+    name: str  # of the nearest
+    base: Weights  # the nearest itself
     table: pandas.DataFrame  # a row for each candidate: distance, layers, refiner, cosine
     delta: pandas.DataFrame  # the delta table of the variant less this base
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()  # why it may be none of them
 
     def __repr__(self) -> str:
         return lines_under(f"nearest: {self.name}", self.reasons)

@@ -62,7 +62,8 @@ COLUMNS = {
     "base_step": "the same of b",
     "hidden": "the |d| that rounding of v may have hidden where d is 0: ulp(v) squared / 12 for each such element, "
     "times the factor in d; likewise. 0 where the whole tensor is untouched",
-    "ulps": "how many of |d| / ulp(w) fall into each bin of ULPS; zeros are in none. Of large tensors a quarter "
+    "ulps": "how many of |d| / ulp(w) fall into each bin, four to an octave from 2^-16 to 2^16, the outer ones taking "
+    "the rest; zeros are in none. Of large tensors a quarter "
     "of a million elements or more are counted, and stand for all, unless exact=True",
     "ulp_energy": "sum of d squared over the elements in each bin, likewise",
 }
@@ -187,7 +188,8 @@ def rolled_up(table: pandas.DataFrame, by: str | Sequence[str] = "part") -> pand
     Returns
     -------
     pandas.DataFrame
-        Norms are those of all tensors of a group together; shares are of all their elements.
+        Columns of `delta_table` that can be added up, and ``tensors``, how many. Norms are those of all tensors of a
+        group together; shares are of all their elements.
 
     Raises
     ------

@@ -39,6 +39,8 @@ def lora(name: str) -> Path:
 def prompts(name: str, count: int = 24, seed: int = 0) -> list[str]:
     """Prompts that nobody trained on and that ask for what a derivative learned, if prompts have to name it.
 
+    Examples
+    --------
     >>> ak.mini.prompts("base-variant", count=2)
     ['a cyan cone on the left of a city at sunset, high quality',
      'a cyan tree in the middle of a city at sunset, high quality']
@@ -52,9 +54,11 @@ def prompts(name: str, count: int = 24, seed: int = 0) -> list[str]:
 def save_pipeline(name: str, folder: str | Path) -> Path:
     """Write a member as a pipeline folder, which ``ZImagePipeline.from_pretrained(folder)`` loads as it is.
 
-    >>> ak.mini.save_pipeline("turbo", "mini-turbo")
-
     The folder must not exist yet, or be empty. Transformer in diffusers layout, 4 MB in all.
+
+    Examples
+    --------
+    >>> ak.mini.save_pipeline("turbo", "mini-turbo")
     """
     member, target = load(name), Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -14,7 +14,7 @@ NOTED = "alkahest"  # the attachment in which a merged model says which multipli
 _PADS = "Pad tokens stay the first model's, as with ComfyUI's own merge nodes."
 # The editor rounds to the step, whatever ``round`` says; the extension in ``web`` takes that off and steps by 0.1.
 STEP = 1e-6
-MULTIPLIER = ("FLOAT", {"default": 1.0, "min": -1e6, "max": 1e6, "step": STEP, "round": False})
+MULTIPLIER = ("FLOAT", {"default": 1.0, "min": -1e6, "max": 1e6, "step": STEP, "round": False, "tooltip": "k: no cap"})
 KEEP = ("BOOLEAN", {"default": True, "tooltip": "leave noise_refiner and context_refiner as they are in model1"})
 
 
@@ -25,9 +25,9 @@ class AlkahestMerge:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "bridge": ("MODEL",),
-                "variant": ("MODEL",),
-                "base": ("MODEL",),
+                "bridge": ("MODEL", {"tooltip": "what the difference is added to"}),
+                "variant": ("MODEL", {"tooltip": "what learned something"}),
+                "base": ("MODEL", {"tooltip": "what the variant was trained from"}),
                 "multiplier": MULTIPLIER,
                 "protect": (
                     "STRING",

@@ -51,11 +51,11 @@ class Alignment:
     enter the main stack: name of the stack to (matrix [width + 1, width], the last row a shift).
     """
 
-    table: pandas.DataFrame
-    maps: Mapping[str, Tensor]
-    models: tuple[Weights, Weights] = field(repr=False)
-    components: Any = None
-    notes: tuple[str, ...] = ()
+    table: pandas.DataFrame  # columns: `ALIGNMENT`
+    maps: Mapping[str, Tensor]  # stream -> (matrix [width + 1, width], its last row a shift)
+    models: tuple[Weights, Weights] = field(repr=False)  # whose streams they are
+    components: Any = None  # text encoder, tokenizer and VAE of both
+    notes: tuple[str, ...] = ()  # what was odd about the pictures
 
     def __repr__(self) -> str:
         return lines_under(self._title(), self._lines())

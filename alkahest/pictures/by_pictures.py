@@ -161,14 +161,15 @@ def _advice(curve: LossCurve, k: float, factor: float, reasons: list[str], optio
     lost, more = (two_digits(curve.at("lost", one) / gained) for one in (curve.minimum, k))
     least = two_digits(curve.minimum)
     sentence = f"take {two_digits(k)}: the loss of the new thing is least at {least} ({_interval_words(curve)})"
-    cost = f"everything else loses {lost} for each unit of loss that it gains there"
+    cost = f"what everything else loses is {lost} of what the new thing gains"
     if factor == 1:
-        return f"{sentence}, and without guidance that is the k to take; {cost}"
+        return f"{sentence}, and without guidance that is the k to take. {cost.capitalize()}"
     sentence += (
-        f", and guidance of {options.cfg:g} wants up to {factor:g} times that; {cost}, and {more} at {two_digits(k)}"
+        f", and with guidance of {options.cfg:g} up to {factor:g} times that draws best. At {least} {cost}; at "
+        f"{two_digits(k)} {more} of that"
     )
     if curve.at("gained", k) <= 0:
-        sentence += f", where by squared error nothing is gained any more: compare pictures from {least} on"
+        sentence += f", where squared error counts no gain any more: compare pictures from {least} on"
     return sentence
 
 

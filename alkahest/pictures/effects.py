@@ -52,11 +52,11 @@ class Effect:
     ``tensors`` with what flows through each matrix, ``evidence`` with the pictures it was measured on.
     """
 
-    k: float
-    table: pandas.DataFrame
-    tensors: pandas.DataFrame
-    evidence: Evidence
-    title: str = ""
+    k: float  # the multiplier
+    table: pandas.DataFrame  # columns: `EFFECT`
+    tensors: pandas.DataFrame  # what flows through each matrix
+    evidence: Evidence  # the pictures that it was measured on
+    title: str = ""  # the recipe in words
 
     def __repr__(self) -> str:
         return lines_under(self._title(), self._lines())

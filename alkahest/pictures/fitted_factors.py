@@ -39,11 +39,11 @@ class FittedFactors(dict[str, float]):
     as much.
     """
 
-    table: pd.DataFrame
-    is_better: bool
-    one: float
-    leak: float
-    notes: tuple[str, ...] = ()
+    table: pd.DataFrame  # factors and one number at the same leak
+    is_better: bool  # on pictures that they were not fitted on
+    one: float  # the number that leaks as much
+    leak: float  # what everything else loses
+    notes: tuple[str, ...] = ()  # what speaks against them
 
     def __repr__(self) -> str:
         return lines_under(self._title(), self._lines())
@@ -100,7 +100,7 @@ def fit_factors(
 
     Each block's share is added alone at ``k``, and what predictions change by is taken to add up: of the new thing f_i,
     of everything else g_i. The factors c, none below 0, maximise f(c) . e, what they do along the delta's effect e on
-    its own base, for a bound on |g(c)|: c is proportional to (G + r)^-1 p with G = <g_i, g_j> and p = <f_i, e>. They
+    its own base, for a bound on |g(c)|: c is proportional to (G + r)^-1 p with G_ij = g_i . g_j and p_i = f_i . e. They
     are fitted on half of the pictures and then really added and compared on the other half with the one number that
     leaks as much. On the miniatures they never did better, by block or by module (cyan and hearts on TB-1: 99 and 102 %
     against 107, 58 and 58 against 58): one number is as good there.

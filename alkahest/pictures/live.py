@@ -50,11 +50,11 @@ def told_out_of_memory(operation: str, fix: str) -> Iterator[None]:
 class Change:
     """What one `LiveModel.set` did."""
 
-    tensors: int
+    tensors: int  # parameters rewritten
     nbytes: int  # of parameters rewritten
     from_memory: int  # bytes of inputs that were held
     from_disk: int  # bytes of inputs that were read again
-    seconds: float
+    seconds: float  # that it took
 
     def __repr__(self) -> str:
         source = "all inputs held in memory" if not self.from_disk else f"{size_text(self.from_disk)} read from disk"

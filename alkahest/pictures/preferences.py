@@ -31,9 +31,9 @@ class PreferenceOrder:
     with its interval ``low`` to ``high`` (nine in ten), and ``best``, the probability of being the best.
     """
 
-    table: pd.DataFrame
-    answers: int
-    left: int
+    table: pd.DataFrame  # a row for each recipe
+    answers: int  # how many were given
+    left: int  # how often the left picture won
 
     @property
     def best(self) -> str:

@@ -145,6 +145,7 @@ def flow_loss(
     Returns
     -------
     pandas.DataFrame
+        ``sigma`` and ``loss``, the mean over the pictures.
 
     Raises
     ------

@@ -52,12 +52,12 @@ class Search:
     ``behind_error`` (the standard error of that) and ``error`` (why there is no score).
     """
 
-    table: pd.DataFrame
-    names: tuple[str, ...]
-    best: Point
-    score: str
-    goal: str
-    pictures: int
+    table: pd.DataFrame  # a row for each trial, best first
+    names: tuple[str, ...]  # what was searched over
+    best: Point  # name -> value, for ``live.set``
+    score: str  # what was compared
+    goal: str  # least or most
+    pictures: int  # looked at in each trial
     start: float  # the score where the model stood; NaN if it lay outside
     notes: tuple[str, ...] = ()  # what was odd about the pictures
 

@@ -180,9 +180,9 @@ class Checkpoint(StoredTensors, Leaf):
 class Part(Mapping[str, torch.Tensor]):
     """Some tensors of a checkpoint, read when asked for: a mapping from canonical name to tensor."""
 
-    checkpoint: Checkpoint
-    pattern: str
-    names: list[str]
+    checkpoint: Checkpoint  # which it is part of
+    pattern: str  # that names match
+    names: list[str]  # canonical
 
     def _ipython_key_completions_(self) -> list[str]:
         return self.names
@@ -232,7 +232,7 @@ def open(source: str | os.PathLike[str], *, name: str | None = None, prefix: str
     Raises
     ------
     FileFormatError
-        For damaged, incomplete or lying files.
+        For a file that is damaged or incomplete, or whose header is not true of it.
     UnsupportedError
         For other models, other quantised forms, GGUF and pickles.
 

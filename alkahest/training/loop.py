@@ -51,10 +51,10 @@ if TYPE_CHECKING:
 class Result:
     """What a run gave: ``weights`` for expressions and `save`, ``ema`` if there is one, and the ``history``."""
 
-    weights: Weights
-    ema: Weights | None
-    folder: Path
-    frozen: str
+    weights: Weights  # what was trained
+    ema: Weights | None  # their running mean, if one was kept
+    folder: Path  # of the run
+    frozen: str  # digest of what was not trained, the same as at the start
 
     @property
     def history(self) -> pandas.DataFrame:

@@ -41,13 +41,13 @@ class WorkflowRecipe(Recipe):
     asks for ``comfy_compatible``, so that an unquantised merge has the bits that ComfyUI gives it on a CPU.
     """
 
-    node: str = ""
-    saved_as: str = ""
-    files: dict[str, ModelFile] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    node: str = ""  # the one that saves the model or draws with it
+    saved_as: str = ""  # a saver's prefix
+    files: dict[str, ModelFile] = field(default_factory=dict)  # name -> the file that a loader names
+    notes: list[str] = field(default_factory=list)  # what could not be said, and what was left out
     plain: str = ""  # the text as a person would write it, with factors multiplied out; the same model to a rounding
     computed: tuple[str, ...] = ()  # names of multipliers that the graph computes while it runs
-    source: Path | None = None
+    source: Path | None = None  # the workflow's file
 
     def locate(self, models: Any) -> dict[str, Path]:
         """Where each of its files lies in ComfyUI's models folder; see `alkahest.workflow.folders.find_model`."""

@@ -42,7 +42,7 @@ def test_twice_the_minimum_with_guidance(matrices: Matrices) -> None:
     assert "does not come over" not in repr(found)
     less = multiplier_by(curve(), (), matrices, replace(GUIDED, cfg=1.5))
     assert less == pytest.approx(3, abs=0.2)
-    assert "guidance of 1.5 wants up to 1.5 times that" in repr(less)
+    assert "with guidance of 1.5 up to 1.5 times that" in repr(less)
     large = multiplier_by(curve(90.0), (), matrices, GUIDED)
     assert f"{large:g}" == "180"
     assert "not if it means the adding side, 18 here" in repr(large)

@@ -52,8 +52,8 @@ def test_on_its_own_base_the_loss_is_least_about_one(on_its_own_base: Any) -> No
     np.testing.assert_allclose(curve.new[0], curve.base, rtol=1e-4)  # without the delta it is the base
     words = repr(k)
     assert f"take {k.value:g}: the loss of the new thing is least at {two_digits(curve.minimum)}" in words
-    assert "guidance of 3 wants up to 2 times that" in words
-    assert "for each unit of loss that it gains there" in words
+    assert "with guidance of 3 up to 2 times that draws best" in words
+    assert "what everything else loses is" in words
     assert "added to its own base, where k = 1 is the variant" in words
     assert (k.per_part.k[k.per_part.changed > 0] == k.value).all()
 
