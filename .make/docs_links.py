@@ -1,4 +1,4 @@
-"""Links of the site: between files of the repository, from names of functions and commands, and whether all of them live."""
+"""Links of the site: between files of the repository, from names of functions and commands; all of them must live."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import docs_reference
+from docs_pages import ELSEWHERE, ROOT
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parent.parent
-ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(!?)\[([^][]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _ANCHOR = re.compile(r'<a ([^>]*)href="(?!https?:|mailto:|#|data:)([^"#]*)(#[^"]*)?"([^>]*)>(.*?)</a>', re.DOTALL)
 # Where no name is one of ours: code, links, headings, names of parameters and the first column of a table.

@@ -39,8 +39,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     "training": ("Training", "read_config finetune read_history memory_plan"),
     "recipes": ("Recipes and workflows", "read_recipe read_workflow write_workflow"),
 }
-_PLOTS = """`from alkahest.lab import plots`. [All of them drawn](../gallery.md). Each gives a plot that shows itself, with `.alt`
-(the finding in words), `.png()` and `.axes`. What they take:
+_PLOTS = """`from alkahest.lab import plots`. [All of them drawn](../gallery.md). Each gives a plot that shows itself, with
+`.alt` (the finding in words), `.png()` and `.axes`. What they take:
 
 | | |
 | --- | --- |

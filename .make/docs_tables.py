@@ -211,7 +211,8 @@ def _input(name: str, what: Any, more: Mapping[str, Any]) -> str:
     shown = what if isinstance(what, str) else ", ".join(what)
     least, most = more.get("min"), more.get("max")
     within = f"{least:,} to {most:,}" if least is not None and most is not None else ""
-    return f"| {code(name)} | {shown} | {code(repr(more['default'])) if 'default' in more else ''} | {within} | {cell(more.get('tooltip', ''))} |"
+    default = code(repr(more["default"])) if "default" in more else ""
+    return f"| {code(name)} | {shown} | {default} | {within} | {cell(more.get('tooltip', ''))} |"
 
 
 def _tables() -> Iterator[str]:
@@ -256,10 +257,12 @@ def _toml() -> Iterator[str]:
             yield "| key | type | default | |\n| --- | --- | --- | --- |"
             yield from _keys(kind)
             yield ""
-    yield "## models.toml\n\nWhere your files are, for all notebooks: `panels.models_picker` writes it. What is not named is a miniature.\n"
+    yield "## models.toml\n\nWhere your files are, for all notebooks: `panels.models_picker` writes it."
+    yield "What is not named is a miniature.\n"
     yield "| key | what it is | the miniature in its place |\n| --- | --- | --- |"
     yield from (f"| {code(name)} | {cell(words)} | {code(f'mini:{mini}')} |" for name, (words, mini) in MODELS.items())
-    yield f"| {code('components')} | text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, or a table of files | the family's |"
+    words = "text encoder, tokenizer, VAE and scheduler: a pipeline folder, a hub id, or a table of files"
+    yield f"| {code('components')} | {words} | the family's |"
 
 
 def _keys(kind: type) -> Iterator[str]:

@@ -143,8 +143,8 @@ class Delta(Expression):
     def agreeing(self, signs: Delta) -> Delta:
         """This delta where it goes downhill: entries whose sign is against that of a gradient, zero elsewhere.
 
-        After GradFix (arXiv:2510.09658). What comes over is more a step down that gradient than the delta itself: on the
-        miniatures the same mask on a delta whose entries were shuffled did nearly as well
+        After GradFix (arXiv:2510.09658). What comes over is more a step down that gradient than the delta itself: on
+        the miniatures the same mask on a delta whose entries were shuffled did nearly as well
         (experiments/19-import-by-pictures).
 
         Parameters

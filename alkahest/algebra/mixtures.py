@@ -101,8 +101,8 @@ def lerp(a: Weights, b: Weights, t: Share) -> Weights:
     Raises
     ------
     AlgebraError
-        If a delta is given, ``b`` protects tensors that ``a`` does not, a number is not finite, or a tensor is left without
-        one.
+        If a delta is given, ``b`` protects tensors that ``a`` does not, a number is not finite, or a tensor is left
+        without one.
     UnknownNameError
         If a pattern selects nothing.
     MismatchError

@@ -45,8 +45,8 @@ class Multiplier(float):
         Every basis' own number.
     per_part : pandas.DataFrame
         A ``k`` for each part, for ``delta.scaled``, with ``why`` where it is not the basis'. Also how many ``matrices``
-        it has and how many are ``changed``, ``delta_norm`` and ``on_norm``, their ratio at k for all (``relative_at_k``)
-        and at most (``largest_at_k``), and the ``top_block`` with its share of the sum of squares
+        it has and how many are ``changed``, ``delta_norm`` and ``on_norm``, their ratio at k for all
+        (``relative_at_k``) and at most (``largest_at_k``), and the ``top_block`` with its share of the sum of squares
         (``top_block_energy``).
     table : pandas.DataFrame
         The delta table that it was computed from.

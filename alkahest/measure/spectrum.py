@@ -44,8 +44,8 @@ SPECTRUM = {
     "above_edge": "s1 / noise_edge: about 1 for noise (0.95 where s is found by iteration), more for a change with a "
     "direction",
     "row_norms": "the norm of each row (output) of d",
-    "ratios": "how many of |d| / |w| fall into each bin, one an octave from 2^-24 to 2^8, the outer ones taking the rest; "
-    "where d or w is 0 in none",
+    "ratios": "how many of |d| / |w| fall into each bin, one an octave from 2^-24 to 2^8, the outer ones taking "
+    "the rest; where d or w is 0 in none",
 }
 KIND = Kind("delta_spectra", 1, SPECTRUM, objects=("singular_values", "row_norms", "ratios"), packages=("torch",))
 RATIOS = 2.0 ** np.arange(-24, 9)  # lower edges of the bins, one an octave; the outer ones take the rest

@@ -45,8 +45,8 @@ def prompts(name: str, count: int = 24, seed: int = 0) -> list[str]:
     ['a cyan cone on the left of a city at sunset, high quality',
      'a cyan tree in the middle of a city at sunset, high quality']
     """
-    if name not in {**FAMILY, **LORAS}:
-        raise unknown("mini.prompts", "no such member of the family", name, {**FAMILY, **LORAS})
+    if name not in (known := {**FAMILY, **LORAS}):
+        raise unknown("mini.prompts", "no such member of the family", name, known)
     lesson = _LESSONS.get(name, {})
     return [replace(scene, **lesson).caption() for scene in held_out_prompts(count, seed)]
 

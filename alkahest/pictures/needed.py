@@ -53,9 +53,9 @@ def needed_multiplier(
 ) -> Multiplier:
     """The k with which ``on + k * delta`` takes effect: by pictures, or on weights alone by one of several bases.
 
-    **By pictures**, the default where ``prompts`` or ``pictures`` are given: the variant draws ``count`` pictures of the
-    ``prompts``, or ``pictures`` are given; the bridge draws as many of ``ordinary`` prompts. All are mixed with fixed
-    noise at three levels, and the flow's loss (Lipman et al. 2023, arXiv:2210.02747) is measured over k, first by
+    **By pictures**, the default where ``prompts`` or ``pictures`` are given: the variant draws ``count`` pictures of
+    the ``prompts``, or ``pictures`` are given; the bridge draws as many of ``ordinary`` prompts. All are mixed with
+    fixed noise at three levels, and the flow's loss (Lipman et al. 2023, arXiv:2210.02747) is measured over k, first by
     doubling and then around the minimum. Recommended is the minimum times ``cfg``, at most twice it: guidance draws
     best there (experiments/17-which-multiplier). A delta that does not come over gets 0 and the reason. Curves are
     remembered (`cached`).
@@ -63,12 +63,12 @@ def needed_multiplier(
     On the real model plan for the transformer (12.3 GB in bf16, 6.2 GB with ``storage="fp8_e4m3fn"``) and text encoder
     and VAE beside it (8.4 GB, or on the CPU with ``offload=True``), which fits 24 GB (a plan: no card was at hand; on a
     CPU, all 6.15 billion parameters made up and one small picture of each kind, it peaked at 8.4 GB). In time,
-    evaluations of the model: 1152 to draw 48 pictures in 12 steps with guidance, and about 1500 to 2200 for their losses
-    at nine to fourteen k (1512 counted for cyan on TB-1).
+    evaluations of the model: 1152 to draw 48 pictures in 12 steps with guidance, and about 1500 to 2200 for their
+    losses at nine to fourteen k (1512 counted for cyan on TB-1).
 
-    **On weights**, else: norms are over the matrices that ``on`` does not protect and that the delta changes by more than
-    rounding of the variant's file. Where a delta is longer than the basis asks for it says nothing: the number is then
-    1, and says so, unless the ``target`` was asked for. Nobody published the formula of the article's own node.
+    **On weights**, else: norms are over the matrices that ``on`` does not protect and that the delta changes by more
+    than rounding of the variant's file. Where a delta is longer than the basis asks for it says nothing: the number is
+    then 1, and says so, unless the ``target`` was asked for. Nobody published the formula of the article's own node.
 
     Parameters
     ----------

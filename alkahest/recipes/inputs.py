@@ -36,8 +36,8 @@ def build(recipe: Recipe, given: Mapping[str, Any], beside: Path | None = None, 
     """The expression of a recipe, its inputs found and checked by BLAKE3.
 
     ``given`` maps names to paths or numbers. What is not given is looked for by file name in the
-    folder ``beside`` and the working folder, among the miniatures, then by hash where Alkahest saw it before. ``options``
-    are names that a mistyped one may have meant as well.
+    folder ``beside`` and the working folder, among the miniatures, then by hash where Alkahest saw it before.
+    ``options`` are names that a mistyped one may have meant as well.
     """
     if recipe.text.startswith("extract_lora("):
         raise RecipeError(
@@ -125,7 +125,7 @@ def _open(source: Any, name: str, recipe: Recipe) -> Input:
 
 
 def found_input(recipe: Recipe, name: str, beside: Path | None, anew: bool = False) -> Input:
-    """The recorded input by its name in a folder, of the miniature family, or by its hash wherever it was seen before."""
+    """The recorded input by its name in a folder or the family, or by its hash wherever it was seen before."""
     first = recipe.inputs[name][0]
     # A file name from a stranger's recipe must not lead out of the folder.
     file = os.path.basename(str(first["file"]))
